@@ -1,0 +1,38 @@
+# make demo    convert, fine-tune, export and run a small Llama (about eight minutes on two cores)
+# make test    the whole test suite
+# Both create .venv and install into it on first use; nothing else is needed but Python >= 3.10.
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+# Every demo gets a directory of its own, so that it can be repeated and never overwrites anything.
+OUTPUT ?= runs/demo-$(shell date +%Y%m%d-%H%M%S)
+# Extra package index for torch. Without an NVIDIA GPU the CPU build spares a download of gigabytes;
+# where the index cannot be reached, pip takes torch from its usual places.
+TORCH_INDEX ?= $(if $(shell command -v nvidia-smi),,https://download.pytorch.org/whl/cpu)
+
+.PHONY: venv demo test lint format
+venv: $(VENV)/.installed
+
+# torch comes first: the packages after it then keep the build that was chosen here.
+$(VENV)/.installed: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "photon-train needs Python >= 3.10: make PYTHON=/path/to/python3.10")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet "pip>=22.3"
+	$(BIN)/python -m pip install --quiet -c constraints.txt $(addprefix --extra-index-url ,$(TORCH_INDEX)) torch
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[train,serve,test]"
+	@touch $@
+
+demo: venv
+	$(BIN)/accelerate launch --config_file accelerate_configs/cpu.yaml recipes/convert_llama.py --output $(OUTPUT)
+
+test: venv
+	$(BIN)/python -m pytest
+
+lint: venv
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: venv
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
