@@ -1,0 +1,257 @@
+"""`RunConfig`: every setting of a run, as one dataclass tree.
+
+Precedence: defaults < YAML (``--config``) < dotted command-line overrides. The loader lives in
+`photon_train.cli`; this file imports nothing of the package, so that every stage may read it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+PRESETS = ("graft", "hourglass", "split", "paper")
+CONDITIONINGS = ("slots", "residual", "memory")
+LAYOUTS = ("stream", "block")
+
+
+@dataclass
+class LevelOverrides:
+    """One level of the hierarchy; level 0 of the list is the first above the tokens.
+
+    Attributes:
+        chunk_size: Units of the level below that one unit of this level summarises.
+        num_slots: Conditioning vectors that one state of this level is expanded to.
+        encoder_layers: Depth of the causal transformer over this level's units.
+        encoder_window: Units that this level's encoder looks back on; 0 is unbounded (the top level).
+        decoder_layers: Depth of the decoder that reads this level's slots.
+    Unset fields take the preset's choice.
+    """
+
+    chunk_size: int | None = None
+    num_slots: int | None = None
+    encoder_layers: int | None = None
+    encoder_window: int | None = None
+    decoder_layers: int | None = None
+
+
+@dataclass
+class PhotonSettings:
+    """The hierarchy. Unset fields take the preset's choice.
+
+    Attributes:
+        num_levels: Levels above the tokens.
+        levels: Settings per level, from the lowest up.
+        layout: Token decoder: `stream` (sliding window over the tokens) or `block` (isolated chunks).
+        conditioning: How the hierarchy reaches the tokens: `slots`, `residual` or `memory`.
+        window: Tokens that the stream decoder looks back on; at least the span of the top unit.
+        num_sinks: First tokens of each sequence that stay visible beside the window.
+        branch_layer: Token-decoder layers below the point where the hierarchy reads and writes.
+        memory_layers: Token-decoder layers that also attend to completed units (`memory`).
+        memory_level: Level (1 is the lowest) whose units the memory layers attend to.
+        full_attention_layers: Token-decoder layers kept at full attention (growing KV each).
+        unit_positions: Rotary positions of units: `index`, or `scaled` by the tokens under a unit.
+        calibrate: Set the scales of new paths from norms measured on text at conversion.
+    """
+
+    num_levels: int | None = None
+    levels: list[LevelOverrides] = field(default_factory=list)
+    layout: str | None = None
+    conditioning: str | None = None
+    window: int | None = None
+    num_sinks: int | None = None
+    branch_layer: int | None = None
+    memory_layers: list[int] | None = None
+    memory_level: int | None = None
+    full_attention_layers: list[int] = field(default_factory=list)
+    unit_positions: str = "index"
+    calibrate: bool = True
+
+
+@dataclass
+class DataSettings:
+    """The text.
+
+    Attributes:
+        text_field: Column or key that holds the text in JSONL, Parquet and hub data sets.
+        hub_config: Configuration name of a hub data set.
+        hub_split: Split of a hub data set.
+        held_out_fraction: Share of the documents (chosen by a hash of their name) kept for evaluation.
+        max_documents: Read at most this many documents; unset reads all.
+        align_documents: Start every document on a boundary of the top unit, so that no chunk holds
+            the end of one document and the start of the next.
+        num_workers: Loader worker processes.
+    """
+
+    text_field: str = "text"
+    hub_config: str | None = None
+    hub_split: str = "train"
+    held_out_fraction: float = 0.05
+    max_documents: int | None = None
+    align_documents: bool = True
+    num_workers: int = 0
+
+
+@dataclass
+class TrainSettings:
+    """The fine-tuning.
+
+    Attributes:
+        max_steps: Optimiser steps.
+        seq_len: Tokens per sequence.
+        batch_size: Sequences per process and micro-step.
+        gradient_accumulation_steps: Micro-steps per optimiser step.
+        learning_rate: Peak learning rate of the LoRA parameters.
+        new_modules_learning_rate: Peak learning rate of the modules trained in full.
+        weight_decay: AdamW weight decay (matrices only).
+        warmup_steps: Linear warm-up steps; a cosine to 10% follows.
+        max_grad_norm: Gradient clipping by global norm.
+        mixed_precision: `bf16`, `fp16` or `no`.
+        gradient_checkpointing: Recompute activations in the backward pass.
+        eval_every: Optimiser steps between evaluations; 0 evaluates at the start and the end only.
+        eval_sequences: Held-out sequences per evaluation.
+        log_every: Optimiser steps between log lines.
+        save_every: Optimiser steps between checkpoints; 0 saves at the end only.
+        keep_checkpoints: Newest checkpoints kept on disk.
+        dense_baseline: Also fine-tune the dense model the same way, for the report.
+    """
+
+    max_steps: int = 1000
+    seq_len: int = 2048
+    batch_size: int = 4
+    gradient_accumulation_steps: int = 1
+    learning_rate: float = 2e-4
+    new_modules_learning_rate: float = 1e-3
+    weight_decay: float = 0.0
+    warmup_steps: int = 20
+    max_grad_norm: float = 1.0
+    mixed_precision: str = "bf16"
+    gradient_checkpointing: bool = False
+    eval_every: int = 200
+    eval_sequences: int = 64
+    log_every: int = 10
+    save_every: int = 500
+    keep_checkpoints: int = 2
+    dense_baseline: bool = True
+
+
+@dataclass
+class LoraSettings:
+    """Low-rank adaptation of the copied stacks (peft).
+
+    Attributes:
+        rank: Rank of the update; 0 trains every weight in full.
+        alpha: Scale numerator; the update is multiplied by alpha / rank.
+        dropout: Dropout on the adapter's input.
+        target_modules: Linear layers that get an adapter.
+    """
+
+    rank: int = 16
+    alpha: int = 32
+    dropout: float = 0.0
+    target_modules: list[str] = field(
+        default_factory=lambda: ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+    )
+
+
+@dataclass
+class DistillSettings:
+    """Distillation from the dense model.
+
+    Attributes:
+        weight: Weight of KL(dense || PHOTON) in the loss; 0 runs no teacher.
+        temperature: Softmax temperature of both.
+    """
+
+    weight: float = 0.0
+    temperature: float = 1.0
+
+
+@dataclass
+class ConsistencySettings:
+    """Recursive consistency (levels >= 2).
+
+    Attributes:
+        weight: Weight of 1 - cos(decoder reconstruction, encoder state) in the loss.
+    """
+
+    weight: float = 0.0
+
+
+@dataclass
+class TrackingSettings:
+    """Experiment tracking through accelerate.
+
+    Attributes:
+        tracker: `wandb`, `tensorboard` or `none`.
+        project: Project name.
+        run_name: Run name; unset lets the tracker choose.
+        group: Group of runs (W&B).
+        mode: W&B mode: `auto` (online with a key, else offline), `online`, `offline` or `disabled`.
+    """
+
+    tracker: str = "wandb"
+    project: str = "photon-train"
+    run_name: str | None = None
+    group: str | None = None
+    mode: str = "auto"
+
+
+@dataclass
+class ExportSettings:
+    """The exported checkpoint.
+
+    Attributes:
+        max_shard_size: Largest safetensors shard.
+        dtype: Weights' type on disk: `auto` (the dense checkpoint's), `float32`, `bfloat16` or `float16`.
+        sample_prompt: Prompt of the text sample in the report; unset takes held-out text.
+        sample_tokens: New tokens of the sample.
+    """
+
+    max_shard_size: str = "5GB"
+    dtype: str = "auto"
+    sample_prompt: str | None = None
+    sample_tokens: int = 64
+
+
+@dataclass
+class HubSettings:
+    """Access to the Hugging Face hub (the token is read from HF_TOKEN or the stored login).
+
+    Attributes:
+        revision: Branch, tag or commit of the model.
+        token: Access token; unset uses the stored login.
+    """
+
+    revision: str | None = None
+    token: str | None = None
+
+
+@dataclass
+class RunConfig:
+    """A conversion run.
+
+    Attributes:
+        model: Dense checkpoint: a directory or a hub id; unset pretrains the small demo model.
+        data: Text: a file, a directory, JSONL, Parquet or a hub id; unset reads the Python standard library.
+        output: Directory that the run writes; it must be empty or belong to the same run (`--resume`).
+        preset: Conversion preset: `graft`, `hourglass`, `split` or `paper`.
+        dry_run: Print the plan and the estimate, write nothing.
+        resume: Go on from the newest complete checkpoint in `output`.
+        seed: Seed of everything that is drawn.
+    """
+
+    model: str | None = None
+    data: str | None = None
+    output: str = "runs/photon"
+    preset: str = "graft"
+    dry_run: bool = False
+    resume: bool = False
+    seed: int = 0
+    photon: PhotonSettings = field(default_factory=PhotonSettings)
+    train: TrainSettings = field(default_factory=TrainSettings)
+    lora: LoraSettings = field(default_factory=LoraSettings)
+    distill: DistillSettings = field(default_factory=DistillSettings)
+    consistency: ConsistencySettings = field(default_factory=ConsistencySettings)
+    dataset: DataSettings = field(default_factory=DataSettings)
+    tracking: TrackingSettings = field(default_factory=TrackingSettings)
+    export: ExportSettings = field(default_factory=ExportSettings)
+    hub: HubSettings = field(default_factory=HubSettings)

@@ -1,0 +1,249 @@
+"""Attention of PHOTON stacks over whole sequences: full causal, or a band whose cost is linear in its length.
+
+The families' attention layers call `photon_attention` through transformers' attention interface; a *span* handed
+down as a keyword argument says which keys each query sees. Spans for one-token decoding are in `decoding_photon`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from transformers import AttentionInterface
+
+ATTENTION_NAME = "photon"
+KeyValue = tuple[torch.Tensor, torch.Tensor]
+
+
+class Span(Protocol):
+    """Which keys each query of a layer sees, and where they come from."""
+
+    def attend(
+        self,
+        layer: int,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        scale: float,
+        dropout: float,
+        sliding_window: int | None,
+    ) -> torch.Tensor:
+        """Attend with ``query [B, Hq, E, D]`` to ``key, value [B, Hkv, E, D]``; returns ``[B, Hq, E, D]``."""
+
+
+def photon_attention(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None = None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    sliding_window: int | None = None,
+    photon_span: Span | None = None,
+    **_: object,
+) -> tuple[torch.Tensor, None]:
+    """Entry of transformers' attention interface: hand the layer's queries and keys to its span.
+
+    Args:
+        query: ``[B, Hq, E, D]``, rotated; key, value: ``[B, Hkv, E, D]``.
+        sliding_window: The family's own window (Mistral, Qwen2), or None.
+
+    Returns:
+        ``([B, E, Hq, D], None)``.
+    """
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    # Under autocast the rotation leaves queries and keys in fp32 while values are bf16.
+    query, key = query.to(value.dtype), key.to(value.dtype)
+    out = photon_span.attend(module.layer_idx, query, key, value, scale, dropout, sliding_window)
+    return out.transpose(1, 2).contiguous(), None
+
+
+AttentionInterface.register(ATTENTION_NAME, photon_attention)
+
+
+def sdpa(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    scale: float,
+    mask: torch.Tensor | None = None,
+    causal: bool = False,
+    dropout: float = 0.0,
+) -> torch.Tensor:
+    """`F.scaled_dot_product_attention` with grouped-query heads: ``[B, Hq, E, D]`` against ``[B, Hkv, K, D]``."""
+    return F.scaled_dot_product_attention(
+        query,
+        key,
+        value,
+        attn_mask=mask,
+        dropout_p=dropout,
+        is_causal=causal,
+        scale=scale,
+        enable_gqa=query.shape[1] != key.shape[1],
+    )
+
+
+def window_start(position: torch.Tensor, window: int, alignment: int) -> torch.Tensor:
+    """First token that a window of `window` tokens ending at `position` covers, moved back to a multiple of `alignment`.
+
+    With summaries every `alignment` tokens, the unit that holds the window's oldest token is covered whole, so each
+    earlier token is either in the window or under a visible unit (DESIGN 3.2).
+    """
+    return (position - window + 1).clamp(min=0) // alignment * alignment
+
+
+def unit_log_count(num_units: int, span: int, num_sinks: int, device: torch.device) -> torch.Tensor:
+    """Log of the tokens that each unit's pooled entry stands for, ``[num_units]``; sinks are counted beside the units."""
+    sinks_inside = (num_sinks - torch.arange(num_units, device=device) * span).clamp(0, span)
+    return torch.log((span - sinks_inside).float())
+
+
+@dataclass
+class FullSpan:
+    """Causal attention over the whole sequence (also over each isolated chunk, folded into the batch)."""
+
+    recorded: dict[int, KeyValue] | None = None
+
+    def attend(self, layer, query, key, value, scale, dropout, sliding_window):
+        if self.recorded is not None:
+            self.recorded[layer] = (key, value)
+        length = query.shape[2]
+        if sliding_window is not None and length > sliding_window:
+            positions = torch.arange(length, device=query.device)
+            return BandSpan(positions, sliding_window, sliding_window).attend(
+                layer, query, key, value, scale, dropout, None
+            )
+        return sdpa(query, key, value, scale, causal=True, dropout=dropout)
+
+
+@dataclass
+class BandSpan:
+    """Causal attention over a sliding window and a few sinks, in blocks: cost and memory linear in the length.
+
+    Attributes:
+        positions: Token position of each of the E elements, ``[E]``, non-decreasing (slots share their chunk's first).
+        window: Tokens a query sees, its own included.
+        block: Elements per block; a window, moved back by `alignment`, must fit into a block and the one before it.
+        alignment: See `window_start`.
+        sinks: Indices of the elements that every later element sees, ``[s]``, or None.
+        recorded: If given, receives every layer's keys and values.
+    """
+
+    positions: torch.Tensor
+    window: int
+    block: int
+    alignment: int = 1
+    sinks: torch.Tensor | None = None
+    recorded: dict[int, KeyValue] | None = None
+
+    @property
+    def num_blocks(self) -> int:
+        return max(1, math.ceil(self.positions.shape[0] / self.block))
+
+    @cached_property
+    def _index(self) -> torch.Tensor:
+        """Element index of every query, ``[blocks, block]``; indices past the end are padding."""
+        count = self.num_blocks * self.block
+        return torch.arange(count, device=self.positions.device).view(self.num_blocks, self.block)
+
+    @cached_property
+    def _starts(self) -> torch.Tensor:
+        """First visible token of every query, ``[blocks, block]``."""
+        last = self.positions.shape[0] - 1
+        return window_start(self.positions[self._index.clamp(max=last)], self.window, self.alignment)
+
+    @cached_property
+    def mask(self) -> torch.Tensor:
+        """Visibility ``[blocks, block, 2 * block + s]``: the previous block, the own block, the sinks."""
+        query, last = self._index, self.positions.shape[0] - 1
+        key = torch.cat([query - self.block, query], dim=1)
+        safe = key.clamp(0, last)
+        near = self.positions[safe][:, None, :] >= self._starts[:, :, None]
+        if self.sinks is not None:
+            is_sink = torch.zeros(last + 1, dtype=torch.bool, device=query.device)
+            is_sink[self.sinks] = True
+            near = near | is_sink[safe][:, None, :]
+        visible = near & (key[:, None, :] <= query[:, :, None]) & (key >= 0)[:, None, :]
+        if self.sinks is not None:
+            before = self.sinks[None, None, :] < key[:, :1, None]
+            visible = torch.cat([visible, before.expand(-1, self.block, -1)], dim=2)
+        return visible
+
+    def attend(self, layer, query, key, value, scale, dropout, sliding_window):
+        if self.recorded is not None:
+            self.recorded[layer] = (key, value)
+        return self._attend_blocks(query, key, value, self.mask, scale, dropout)
+
+    def _attend_blocks(self, query, key, value, mask, scale, dropout, extra: KeyValue | None = None):
+        batch, _, length, _ = query.shape
+        keys, values = self._gather(key, extra and extra[0]), self._gather(value, extra and extra[1])
+        queries = self._fold(self._blocks(query))
+        mask = mask[None, :, None].expand(batch, -1, -1, -1, -1).flatten(0, 1)
+        out = sdpa(queries, keys, values, scale, mask=mask, dropout=dropout)
+        out = out.view(batch, self.num_blocks, *out.shape[1:]).transpose(1, 2).flatten(2, 3)
+        return out[:, :, :length]
+
+    def _blocks(self, states: torch.Tensor) -> torch.Tensor:
+        """``[B, H, E, D]`` -> ``[B, H, blocks, block, D]``, padded with zeros."""
+        padding = self.num_blocks * self.block - states.shape[2]
+        return F.pad(states, (0, 0, 0, padding)).unflatten(2, (self.num_blocks, self.block))
+
+    @staticmethod
+    def _fold(blocks: torch.Tensor) -> torch.Tensor:
+        return blocks.transpose(1, 2).flatten(0, 1)
+
+    def _gather(self, states: torch.Tensor, extra: torch.Tensor | None) -> torch.Tensor:
+        """Keys or values of every block, ``[B * blocks, Hkv, 2 * block + s + extra, D]``."""
+        own = self._blocks(states)
+        parts = [F.pad(own[:, :, :-1], (0, 0, 0, 0, 1, 0)), own]
+        if self.sinks is not None:
+            parts.append(states[:, :, self.sinks][:, :, None].expand(-1, -1, self.num_blocks, -1, -1))
+        if extra is not None:
+            parts.append(extra[:, :, None].expand(-1, -1, self.num_blocks, -1, -1))
+        return self._fold(torch.cat(parts, dim=3))
+
+
+@dataclass
+class MemorySpan(BandSpan):
+    """A band whose softmax also holds one pooled entry per completed unit outside the window (DESIGN 4, `memory`).
+
+    Attributes:
+        pool: ``(layer, keys, values) -> (unit_keys, unit_values)``, ``[B, Hkv, E, D]`` -> ``[B, Hkv, U, D]``.
+        unit_span: Tokens under a unit; `alignment` is a multiple of it.
+        recorded_units: If given, receives every layer's unit keys and values.
+    """
+
+    pool: Callable[[int, torch.Tensor, torch.Tensor], KeyValue] | None = None
+    unit_span: int = 1
+    recorded_units: dict[int, KeyValue] | None = None
+
+    def attend(self, layer, query, key, value, scale, dropout, sliding_window):
+        if self.recorded is not None:
+            self.recorded[layer] = (key, value)
+        units = self.pool(layer, key, value)
+        if self.recorded_units is not None:
+            self.recorded_units[layer] = units
+        mask = self._bias(units[0].shape[2]).to(query.dtype)
+        return self._attend_blocks(query, key, value, mask, scale, dropout, extra=units)
+
+    @cached_property
+    def _biases(self) -> dict[int, torch.Tensor]:
+        return {}
+
+    def _bias(self, num_units: int) -> torch.Tensor:
+        """Additive mask ``[blocks, block, 2 * block + s + U]``; a unit counts as many times as it has tokens."""
+        if num_units not in self._biases:
+            device = self.positions.device
+            end = (torch.arange(num_units, device=device) + 1) * self.unit_span
+            outside = end[None, None, :] <= self._starts[:, :, None]
+            count = unit_log_count(num_units, self.unit_span, 0 if self.sinks is None else len(self.sinks), device)
+            never = torch.tensor(-math.inf, device=device)
+            window = torch.where(self.mask, 0.0, never)
+            self._biases[num_units] = torch.cat([window, torch.where(outside, count, never)], dim=2)
+        return self._biases[num_units]

@@ -1,0 +1,436 @@
+"""One-token decoding with a `PhotonCache`, and filling the cache from a whole-sequence pass.
+
+The teacher-forced forward of `PhotonModel` is the reference; this computes the same function one token at a time.
+Every row of the batch has its own length and chunk phase: a level works only on the rows whose chunk closes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from .attention_photon import KeyValue, sdpa, unit_log_count
+from .cache_photon import PhotonCache, StackCache
+
+BACKENDS = ("torch", "triton")
+
+
+def load_kernels():
+    """The optional kernel package.
+
+    Raises:
+        ImportError: if it is not installed; the message names the package to install.
+    """
+    try:
+        import photon_kernels
+    except ImportError as error:
+        raise ImportError(
+            "backend 'triton' needs the photon_kernels package: install photon-train[serve], or use backend 'torch'"
+        ) from error
+    return photon_kernels
+
+
+@dataclass
+class StepSpan:
+    """Attention of newly fed elements over a cache; writes them first.
+
+    Attributes:
+        cache: The stack's cache; `rows [n]` of it are fed.
+        entries: Where the new elements go, ``[n, q]``; `order`: their sequence indices, ``[n, q]``.
+        first: Oldest visible sequence index of each row, ``[n]``.
+        num_sinks: Entries at the front that stay visible.
+        grows: Whether the cache grows (entries are then in order).
+        backend: `torch` or `triton`.
+    """
+
+    cache: StackCache
+    rows: torch.Tensor
+    entries: torch.Tensor
+    order: torch.Tensor
+    first: torch.Tensor
+    num_sinks: int = 0
+    grows: bool = False
+    backend: str = "torch"
+
+    def __post_init__(self) -> None:
+        self.cache.place(self.rows, self.entries, self.order)
+        self._all_rows = self.rows.numel() == self.cache.order.shape[0]
+
+    def _read(self, states: torch.Tensor) -> torch.Tensor:
+        return states if self._all_rows else states[self.rows]
+
+    def visible(self) -> torch.Tensor:
+        """Which entries each new element sees, ``[n, q, N]``."""
+        held = self._read(self.cache.order)[:, None]
+        sink = torch.arange(held.shape[2], device=held.device) < self.num_sinks
+        return (held >= 0) & (held <= self.order[:, :, None]) & ((held >= self.first[:, None, None]) | sink)
+
+    def attend(self, layer, query, key, value, scale, dropout, sliding_window):
+        self.cache.write(layer, self.rows, self.entries, key, value)
+        if self.backend == "triton":
+            return self._attend_kernels(layer, query, scale, sliding_window)
+        keys, values = self._read(self.cache.keys[layer]), self._read(self.cache.values[layer])
+        mask = self.visible()
+        if sliding_window is not None and self.grows:
+            held = self._read(self.cache.order)[:, None]
+            mask = mask & (held > self.order[:, :, None] - sliding_window)
+        keys, values, mask = self._extend(layer, keys, values, mask)
+        return sdpa(query, keys, values, scale, mask=mask[:, None])
+
+    def _extend(self, layer, keys, values, mask):
+        return keys, values, mask
+
+    def _attend_kernels(self, layer, query, scale, sliding_window):
+        queries = query.unbind(2)
+        outs = [self._attend_one(layer, q, index, scale, sliding_window)[0] for index, q in enumerate(queries)]
+        return torch.stack(outs, dim=2)
+
+    def _attend_one(self, layer, query, index, scale, sliding_window) -> KeyValue:
+        """Output ``[n, Hq, D]`` and log-sum-exp ``[n, Hq]`` of the index-th new element."""
+        kernels = load_kernels()
+        keys, values, last = self.cache.keys[layer], self.cache.values[layer], self.order[:, index]
+        shared = {"rows": self.rows, "return_lse": True, "backend": "triton"}
+        if self.grows and sliding_window is None:
+            return kernels.summary_decode_attention(query, keys, values, last + 1, scale, **shared)
+        first = self.first if sliding_window is None else torch.maximum(self.first, last - sliding_window + 1)
+        return kernels.window_decode_attention(
+            query, keys, values, self.cache.order, first, last, scale, num_sinks=self.num_sinks, **shared
+        )
+
+
+@dataclass
+class MemoryStepSpan(StepSpan):
+    """A `StepSpan` whose softmax also holds the visible units of a memory layer.
+
+    Attributes:
+        units: The level's unit cache; `visible_units [n]`: units that lie outside each row's window.
+        unit_span: Tokens under a unit.
+    """
+
+    units: StackCache | None = None
+    visible_units: torch.Tensor | None = None
+    unit_span: int = 1
+
+    @property
+    def _bias(self) -> torch.Tensor:
+        held = self.units.order.shape[1]
+        return unit_log_count(held, self.unit_span, self.num_sinks, self.order.device)
+
+    def _extend(self, layer, keys, values, mask):
+        unit_keys, unit_values = self._read(self.units.keys[layer]), self._read(self.units.values[layer])
+        index = torch.arange(unit_keys.shape[2], device=mask.device)
+        visible = (index[None] < self.visible_units[:, None])[:, None].expand(-1, mask.shape[1], -1)
+        never = torch.tensor(-torch.inf, device=mask.device)
+        bias = torch.cat([torch.where(mask, 0.0, never), torch.where(visible, self._bias, never)], dim=2)
+        return torch.cat([keys, unit_keys], 2), torch.cat([values, unit_values], 2), bias.to(keys.dtype)
+
+    def _attend_one(self, layer, query, index, scale, sliding_window):
+        near = super()._attend_one(layer, query, index, scale, sliding_window)
+        if self.units.order.shape[1] == 0:
+            return near
+        kernels = load_kernels()
+        far = kernels.summary_decode_attention(
+            query,
+            self.units.keys[layer],
+            self.units.values[layer],
+            self.visible_units,
+            scale,
+            unit_bias=self._bias,
+            rows=self.rows,
+            return_lse=True,
+            backend="triton",
+        )
+        return kernels.merge_attention(near, far)
+
+
+@dataclass
+class Trace:
+    """What a whole-sequence pass leaves for the cache; every list has one entry per level.
+
+    Attributes:
+        inputs: States that the level's chunker read, ``[B, units below, d]``.
+        slots: The level's slots, ``[B, units, R, d]``, or None with `memory`.
+        encoders, decoders: Keys and values by layer; isolated decoders' are folded to ``[B * groups, ...]``.
+        units: Unit keys and values by memory layer.
+    """
+
+    inputs: list[torch.Tensor]
+    slots: list[torch.Tensor | None]
+    encoders: list[dict[int, KeyValue]]
+    decoders: list[dict[int, KeyValue]]
+    units: dict[int, KeyValue]
+
+    @classmethod
+    def empty(cls, num_levels: int) -> Trace:
+        return cls(
+            [], [None] * num_levels, [{} for _ in range(num_levels)], [{} for _ in range(num_levels)], {}
+        )
+
+
+def _counted(counts: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """Sequence indices ``0 ... counts[b] - 1`` per row, -1 beyond: ``[B, max(counts)]``."""
+    index = torch.arange(int(counts.max()), device=device)
+    return torch.where(index < counts[:, None], index, -1)
+
+
+def fill_cache(cache: PhotonCache, trace: Trace, lengths: torch.Tensor) -> None:
+    """Make `cache` what decoding the first ``lengths[b]`` tokens of each row one by one would have made it."""
+    config, device = cache.config, lengths.device
+    batch = torch.arange(lengths.shape[0], device=device)
+    cache.lengths = lengths.clone()
+    for index, level in enumerate(config.levels):
+        units = lengths // config.span(index + 1)
+        below = lengths // config.span(index)
+        chunk = level["chunk_size"]
+        states = trace.inputs[index]
+        place = (units[:, None] * chunk + torch.arange(chunk, device=device)).clamp(max=max(states.shape[1] - 1, 0))
+        cache.open.append(
+            states[batch[:, None], place].detach().clone()
+            if states.shape[1]
+            else states.new_zeros(len(batch), chunk, states.shape[2])
+        )
+        _fill_encoder(cache.encoders[index], trace.encoders[index], units)
+        slots = trace.slots[index]
+        cache.slots.append(None if slots is None else slots[batch, units].detach().clone())
+        if cache.groups[index] is not None:
+            _fill_group(cache.groups[index], trace.decoders[index], units, level["num_slots"] + below % chunk)
+    if config.layout == "stream":
+        recorded = trace.decoders[0]
+        cache.window.fill(recorded, cache.geometry.held(lengths))
+        cache.full.fill(recorded, _counted(lengths, device))
+    for level, stack in cache.memory.items():
+        stack.fill(trace.units, _counted(lengths // config.span(level), device))
+
+
+def _fill_encoder(stack: StackCache, recorded: dict[int, KeyValue], units: torch.Tensor) -> None:
+    if stack.capacity is None:
+        order = _counted(units, units.device)
+    else:
+        entries, last = torch.arange(stack.capacity, device=units.device), (units - 1)[:, None]
+        order = (last - (last - entries) % stack.capacity).clamp(min=-1)
+    stack.fill(recorded, order)
+
+
+def _fill_group(stack: StackCache, recorded: dict[int, KeyValue], group: torch.Tensor, count: torch.Tensor) -> None:
+    batch = torch.arange(len(group), device=group.device)
+    opened = {}
+    for layer, states in recorded.items():
+        key, value = (tensor.unflatten(0, (len(group), -1))[batch, group] for tensor in states)
+        opened[layer] = (key, value)
+    entries = torch.arange(stack.capacity, device=group.device)
+    order = torch.where(entries < count[:, None], entries, -1)
+    stack.fill(opened, order, source=entries.expand_as(order))
+
+
+class TokenStepper:
+    """Feeds one token per row; built anew for each token.
+
+    Args:
+        model: A `PhotonModel`.
+        cache: Its non-empty cache, updated in place.
+        rows: Rows that get a token, ``[n]``, ascending.
+        backend: `torch` or `triton`.
+    """
+
+    def __init__(self, model, cache: PhotonCache, rows: torch.Tensor, backend: str) -> None:
+        self.model, self.cache, self.rows, self.backend = model, cache, rows, backend
+        self.config = model.config
+        self.levels = model.levels
+        self.position = cache.lengths[rows]
+
+    def feed(self, embeds: torch.Tensor) -> torch.Tensor:
+        """Feed ``embeds [n, d]``; returns the states that predict the next tokens, ``[n, d]`` (before the norm)."""
+        chunk = self.config.levels[0]["chunk_size"]
+        offset = self.position % chunk
+        if self.config.layout == "stream":
+            out, branch = self._feed_stream(embeds)
+        else:
+            out, branch = torch.zeros_like(embeds), embeds
+            inside = offset < chunk - 1
+            if inside.any():
+                out[inside] = self._feed_group(0, self.rows[inside], embeds[inside], offset[inside])
+        self.cache.lengths[self.rows] = self.position + 1
+        self.cache.open[0][self.rows, offset] = branch.to(self.cache.open[0].dtype)
+        closed = self._ascend()
+        if closed:
+            self._remember(closed)
+            started = self._descend(closed) if self.config.conditioning != "memory" else None
+            if self.config.layout == "block":
+                out[offset == chunk - 1] = started
+        return out
+
+    # --- the token stream ---
+
+    def _stream_spans(self, rows, order, position) -> list[StepSpan]:
+        cache, config, geometry = self.cache, self.config, self.cache.geometry
+        shared = {"rows": rows, "order": order, "backend": self.backend}
+        near = {"entries": geometry.entry(order), "first": geometry.first_visible(position)}
+        spans: dict[object, StepSpan] = {}
+        if cache.window.layers:
+            spans["window"] = StepSpan(cache.window, **near, **shared, num_sinks=geometry.num_sinks)
+        if cache.full.layers:
+            token = position[:, None]
+            spans["full"] = StepSpan(
+                cache.full, rows, token, token, torch.zeros_like(position), grows=True, backend=self.backend
+            )
+        for level, units in cache.memory.items():
+            span = config.span(level)
+            start = (position - config.window + 1).clamp(min=0) // config.window_alignment * config.window_alignment
+            spans[level] = MemoryStepSpan(
+                cache.window,
+                **near,
+                **shared,
+                num_sinks=geometry.num_sinks,
+                units=units,
+                visible_units=start // span,
+                unit_span=span,
+            )
+        kinds = [
+            "full" if layer in config.full_attention_layers else config.memory_level_of(layer) or "window"
+            for layer in range(config.num_token_layers)
+        ]
+        return [spans[kind] for kind in kinds]
+
+    def _feed_stream(self, embeds: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        config, decoder, geometry = self.config, self.levels[0].decoder, self.cache.geometry
+        chunk = config.levels[0]["chunk_size"]
+        if config.conditioning == "slots":
+            starts = self.position % chunk == 0
+            if starts.any():
+                self._feed_stream_slots(self.rows[starts], self.position[starts])
+        spans = self._stream_spans(self.rows, geometry.element_of_token(self.position)[:, None], self.position)
+        hidden = decoder.input_scale(embeds)[:, None]
+        rotary = self.model.rotary_emb(hidden, self.position[:, None])
+        hidden = decoder(hidden, rotary, spans, stop=config.branch_layer)
+        branch = hidden[:, 0] if config.branch_layer else embeds
+        if config.conditioning == "residual":
+            slots = self.cache.slots[0][self.rows]
+            which = torch.zeros_like(self.position) if slots.shape[1] == 1 else self.position % chunk
+            hidden = hidden + slots[torch.arange(len(which), device=which.device), which][:, None]
+        return decoder(hidden, rotary, spans, start=config.branch_layer)[:, 0], branch
+
+    def _feed_stream_slots(self, rows: torch.Tensor, position: torch.Tensor) -> None:
+        slots = self.cache.slots[0][rows]
+        count = slots.shape[1]
+        order = self.cache.geometry.element_of_token(position)[:, None] - count
+        order = order + torch.arange(count, device=order.device)
+        rotary = self.model.rotary_emb(slots, position[:, None].expand(-1, count))
+        self.levels[0].decoder(slots, rotary, self._stream_spans(rows, order, position))
+
+    # --- isolated decoders ---
+
+    def _run_group(self, level: int, rows: torch.Tensor, states: torch.Tensor, first: torch.Tensor) -> torch.Tensor:
+        """Run ``states [n, q, d]`` as positions ``first ... first + q - 1`` of the open group; the last output."""
+        order = first[:, None] + torch.arange(states.shape[1], device=rows.device)
+        span = StepSpan(
+            self.cache.groups[level], rows, order, order, torch.zeros_like(first), backend=self.backend
+        )
+        decoder = self.levels[level].decoder
+        rotary = self.model.rotary_emb(states, order)
+        return decoder(states, rotary, [span] * len(decoder.layers))[:, -1]
+
+    def _feed_group(self, level: int, rows: torch.Tensor, state: torch.Tensor, offset: torch.Tensor) -> torch.Tensor:
+        state = self.levels[level].decoder.input_scale(state)
+        return self._run_group(level, rows, state[:, None], self.config.levels[level]["num_slots"] + offset)
+
+    # --- bottom-up: close what is complete ---
+
+    def _ascend(self) -> dict[int, tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]]:
+        """Close chunks from the bottom; per level: rows, unit index, encoder input and output of the new units."""
+        closed = {}
+        rows, count = self.rows, self.position + 1
+        for index, level in enumerate(self.config.levels):
+            full = count % level["chunk_size"] == 0
+            rows, count = rows[full], count[full] // level["chunk_size"]
+            if rows.numel() == 0:
+                break
+            summary = self._summarise(index, rows)
+            unit = count - 1
+            state = self._encode(index, rows, unit, summary)
+            closed[index] = (rows, unit, summary, state)
+            if index + 1 < self.config.num_levels:
+                above = self.config.levels[index + 1]["chunk_size"]
+                self.cache.open[index + 1][rows, unit % above] = state.to(self.cache.open[index + 1].dtype)
+        return closed
+
+    def _summarise(self, index: int, rows: torch.Tensor) -> torch.Tensor:
+        chunker = self.levels[index].chunker
+        if self.backend == "triton":
+            kernels = load_kernels()
+            return kernels.gather_chunk_project(
+                self.cache.open[index], rows, chunker.proj.weight, chunker.scale, backend="triton"
+            )
+        return chunker(self.cache.open[index][rows])
+
+    def _encode(self, index: int, rows: torch.Tensor, unit: torch.Tensor, summary: torch.Tensor) -> torch.Tensor:
+        encoder, cache = self.levels[index].encoder, self.cache.encoders[index]
+        if not encoder.layers:
+            return summary
+        window, order = cache.capacity, unit[:, None]
+        span = StepSpan(
+            cache,
+            rows,
+            order if window is None else order % window,
+            order,
+            torch.zeros_like(unit) if window is None else unit - window + 1,
+            grows=window is None,
+            backend=self.backend,
+        )
+        rotary = self.model.rotary_emb(summary, self.model.unit_positions(index, unit)[:, None])
+        return encoder(summary[:, None], rotary, [span] * len(encoder.layers))[:, 0]
+
+    def _remember(self, closed: dict) -> None:
+        """Append the unit entries of memory layers."""
+        for level, stack in self.cache.memory.items():
+            if level - 1 not in closed:
+                continue
+            rows, unit, _, state = closed[level - 1]
+            span = self.config.span(level)
+            token = unit[:, None] * span + torch.arange(span, device=unit.device)
+            entries = self.cache.geometry.entry(token)
+            stack.place(rows, unit[:, None], unit[:, None])
+            excluded = (token < self.config.num_sinks)[:, None]
+            rotary = self.model.rotary_emb(state, token[:, -1:])
+            for layer in stack.layers:
+                window = self.cache.window
+                keys = window.keys[layer][rows[:, None], :, entries].transpose(1, 2)[:, :, None]
+                values = window.values[layer][rows[:, None], :, entries].transpose(1, 2)[:, :, None]
+                memory = self.levels[0].decoder.memory[str(layer)]
+                stack.write(layer, rows, unit[:, None], *memory(keys, values, state[:, None], rotary, excluded))
+
+    # --- top-down: condition what comes next ---
+
+    def _descend(self, closed: dict) -> torch.Tensor | None:
+        """New slots at every closed level; with isolated chunks, the states that predict the next chunks' first tokens."""
+        config, started = self.config, None
+        for index in reversed(sorted(closed)):
+            rows, unit, summary, state = closed[index]
+            if index == config.num_levels - 1:
+                condition = state - summary if config.summary == "change" else state
+            else:
+                condition = self._condition_from_above(index, rows, unit, state, started)
+            slots = self.levels[index].converter(condition)
+            self.cache.slots[index][rows] = slots.to(self.cache.slots[index].dtype)
+            started = None
+            if self.cache.groups[index] is not None:
+                self.cache.groups[index].clear(rows)
+                started = self._run_group(index, rows, slots, torch.zeros_like(unit))
+        return started
+
+    def _condition_from_above(self, index, rows, unit, state, started) -> torch.Tensor:
+        """The condition of the chunk after `unit`: from the decoder above, or from its slots if it has no layers."""
+        chunk = self.config.levels[index + 1]["chunk_size"]
+        if self.cache.groups[index + 1] is None:
+            slots = self.cache.slots[index + 1][rows]
+            child = torch.zeros_like(unit) if slots.shape[1] == 1 else (unit + 1) % chunk
+            return slots[torch.arange(len(child), device=child.device), child]
+        starts = (unit + 1) % chunk == 0
+        condition = torch.zeros_like(state)
+        if starts.any():
+            condition[starts] = started.to(condition.dtype)
+        if not starts.all():
+            goes_on = ~starts
+            offset = unit[goes_on] % chunk
+            condition[goes_on] = self._feed_group(index + 1, rows[goes_on], state[goes_on], offset).to(condition.dtype)
+        return condition

@@ -1,0 +1,230 @@
+"""The pieces of the hierarchy: chunker, converter, start state, unit memory, and stacks of the family's layers."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+from transformers import PretrainedConfig
+from transformers import initialization as init
+
+from .attention_photon import ATTENTION_NAME, Span
+from .configuration_photon import PhotonConfig
+from .families_photon import family_classes
+
+
+class Chunker(nn.Module):
+    """C states -> 1: concatenate, project (paper, context chunker). Starts as the mean.
+
+    ``[..., C, d] -> [..., d]``; `scale` brings the norm of a mean back to the norm of its inputs.
+    """
+
+    def __init__(self, hidden_size: int, chunk_size: int) -> None:
+        super().__init__()
+        self.chunk_size = chunk_size
+        self.proj = nn.Linear(chunk_size * hidden_size, hidden_size, bias=False)
+        self.scale = nn.Parameter(torch.ones(1))
+
+    def forward(self, states: torch.Tensor) -> torch.Tensor:
+        return self.scale * self.proj(states.flatten(-2))
+
+
+class Converter(nn.Module):
+    """1 coarse state -> R conditioning slots (paper, context converter). Starts as R copies.
+
+    ``[..., d] -> [..., R, d]``. With `gated`, a factor that the conversion sets to 0 where it promises the dense
+    function at step 0, and that is trained from there (a gate, unlike a zero projection, gets a gradient at once).
+    """
+
+    def __init__(self, hidden_size: int, num_slots: int, gated: bool) -> None:
+        super().__init__()
+        self.num_slots = num_slots
+        self.proj = nn.Linear(hidden_size, num_slots * hidden_size, bias=False)
+        self.scale = nn.Parameter(torch.ones(1))
+        self.gate = nn.Parameter(torch.ones(1)) if gated else None
+
+    def forward(self, state: torch.Tensor) -> torch.Tensor:
+        slots = self.scale * self.proj(state).unflatten(-1, (self.num_slots, -1))
+        return slots if self.gate is None else self.gate * slots
+
+
+class StartState(nn.Module):
+    """Learned stand-in for the summary before the first top unit: ``[B, 1, d]``."""
+
+    def __init__(self, hidden_size: int) -> None:
+        super().__init__()
+        self.state = nn.Parameter(torch.zeros(hidden_size))
+
+    def forward(self, batch: int) -> torch.Tensor:
+        return self.state.expand(batch, 1, -1)
+
+
+class InputScale(nn.Module):
+    """Learned factor on what a decoder reads from below, set at conversion from measured norms."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(1))
+
+    def forward(self, states: torch.Tensor) -> torch.Tensor:
+        return self.weight * states
+
+
+class UnitMemory(nn.Module):
+    """One key and value per unit for a decoder layer: a learned pooling of the layer's own, plus a correction.
+
+    The pooling starts as the mean, so that a unit's logit is the mean of its tokens' logits. The correction comes
+    from the encoder's state through a gate that starts at zero, rotated to the unit's last token (DESIGN 4).
+    """
+
+    def __init__(self, base_config: PretrainedConfig, span: int) -> None:
+        super().__init__()
+        heads = base_config.num_key_value_heads
+        head_dim = getattr(base_config, "head_dim", None) or base_config.hidden_size // base_config.num_attention_heads
+        self.span, self.heads, self.head_dim = span, heads, head_dim
+        self.apply_rotary = family_classes(base_config.model_type).apply_rotary
+        self.pool_key = nn.Parameter(torch.zeros(heads, span))
+        self.pool_value = nn.Parameter(torch.zeros(heads, span))
+        self.key_proj = nn.Linear(base_config.hidden_size, heads * head_dim, bias=False)
+        self.value_proj = nn.Linear(base_config.hidden_size, heads * head_dim, bias=False)
+        self.key_gate = nn.Parameter(torch.zeros(heads))
+        self.value_gate = nn.Parameter(torch.zeros(heads))
+
+    def forward(
+        self,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        unit_states: torch.Tensor,
+        rotary: tuple[torch.Tensor, torch.Tensor],
+        excluded: torch.Tensor,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Pool the tokens under U units.
+
+        Args:
+            keys, values: The layer's own, rotated, ``[B, Hkv, U, S, D]``.
+            unit_states: Encoder states of the units, ``[B, U, d]``.
+            rotary: Cosine and sine at each unit's last token, ``[B or 1, U, D]``.
+            excluded: Tokens counted elsewhere (sinks), ``[B or 1, U, S]``.
+
+        Returns:
+            Unit keys and values, ``[B, Hkv, U, D]``.
+        """
+        shape = (unit_states.shape[0], unit_states.shape[1], self.heads, self.head_dim)
+        key = self._pool(keys, self.pool_key, excluded)
+        correction = self.key_proj(unit_states).view(shape).transpose(1, 2)
+        correction = self.apply_rotary(correction, correction, *rotary)[1]
+        key = key + self.key_gate[:, None, None] * correction
+        value = self._pool(values, self.pool_value, excluded)
+        value = value + self.value_gate[:, None, None] * self.value_proj(unit_states).view(shape).transpose(1, 2)
+        return key.to(keys.dtype), value.to(values.dtype)
+
+    @staticmethod
+    def _pool(states: torch.Tensor, logits: torch.Tensor, excluded: torch.Tensor) -> torch.Tensor:
+        lowest = torch.finfo(logits.dtype).min
+        weights = logits[None, :, None, :].masked_fill(excluded[:, None], lowest).softmax(dim=-1)
+        return (weights.to(states.dtype).unsqueeze(-1) * states).sum(dim=-2)
+
+
+class PhotonStack(nn.Module):
+    """Decoder layers of the dense family, run with a span per layer.
+
+    Args:
+        config: The PHOTON configuration.
+        base_config: The family's configuration with PHOTON's attention set.
+        num_layers: Depth.
+        reads_below: Whether the stack is a decoder (it then has an `input_scale`).
+        memory_spans: For memory layers, the tokens under a unit, by layer index.
+    """
+
+    def __init__(
+        self,
+        base_config: PretrainedConfig,
+        num_layers: int,
+        reads_below: bool = False,
+        memory_spans: dict[int, int] | None = None,
+    ) -> None:
+        super().__init__()
+        layer = family_classes(base_config.model_type).layer
+        self.layers = nn.ModuleList(layer(base_config, index) for index in range(num_layers))
+        self.input_scale = InputScale() if reads_below else None
+        self.memory = nn.ModuleDict(
+            {str(index): UnitMemory(base_config, span) for index, span in (memory_spans or {}).items()}
+        )
+
+    def forward(
+        self,
+        hidden: torch.Tensor,
+        rotary: tuple[torch.Tensor, torch.Tensor],
+        spans: Sequence[Span],
+        start: int = 0,
+        stop: int | None = None,
+    ) -> torch.Tensor:
+        """Run layers ``start ... stop - 1`` on ``hidden [B, E, d]``; ``spans[i]`` belongs to layer i."""
+        for index in range(len(self.layers))[start:stop]:
+            hidden = self.layers[index](hidden, position_embeddings=rotary, photon_span=spans[index])
+        return hidden
+
+
+class PhotonLevel(nn.Module):
+    """Level l: chunker and encoder (bottom-up), converter and decoder (top-down)."""
+
+    def __init__(self, config: PhotonConfig, base_config: PretrainedConfig, index: int) -> None:
+        super().__init__()
+        level, hidden = config.levels[index], base_config.hidden_size
+        self.chunker = Chunker(hidden, level["chunk_size"])
+        self.encoder = PhotonStack(base_config, level["encoder_layers"])
+        conditions = config.conditioning != "memory"
+        gated = index == 0 and config.conditioning == "residual"
+        self.converter = Converter(hidden, level["num_slots"], gated) if conditions else None
+        memory_spans = {
+            layer: config.span(units) for layer, units in zip(config.memory_layers, config.memory_levels, strict=True)
+        }
+        self.decoder = (
+            PhotonStack(
+                base_config,
+                level["decoder_layers"],
+                reads_below=True,
+                memory_spans=memory_spans if index == 0 else None,
+            )
+            if level["decoder_layers"]
+            else None
+        )
+
+
+def stack_config(config: PhotonConfig) -> PretrainedConfig:
+    """The family's configuration for building stacks, with PHOTON's attention function selected."""
+    base_config = copy.deepcopy(config.family_config())
+    base_config._attn_implementation = ATTENTION_NAME
+    return base_config
+
+
+def _identity_blocks(weight: torch.Tensor, count: int, dim: int, factor: float = 1.0) -> torch.Tensor:
+    eye = torch.eye(min(weight.shape), dtype=weight.dtype, device=weight.device) * factor
+    return torch.cat([eye] * count, dim=dim)
+
+
+def initialize(module: nn.Module, initializer_range: float) -> bool:
+    """Give the hierarchy's own parameters of `module` their starting values; False if it has none."""
+    if isinstance(module, Chunker):
+        size = module.chunk_size
+        init.copy_(module.proj.weight, _identity_blocks(module.proj.weight, size, 1, 1 / size))
+        init.ones_(module.scale)
+    elif isinstance(module, Converter):
+        init.copy_(module.proj.weight, _identity_blocks(module.proj.weight, module.num_slots, 0))
+        init.ones_(module.scale)
+        if module.gate is not None:
+            init.ones_(module.gate)
+    elif isinstance(module, StartState):
+        init.zeros_(module.state)
+    elif isinstance(module, InputScale):
+        init.ones_(module.weight)
+    elif isinstance(module, UnitMemory):
+        for parameter in (module.pool_key, module.pool_value, module.key_gate, module.value_gate):
+            init.zeros_(parameter)
+        for projection in (module.key_proj, module.value_proj):
+            init.normal_(projection.weight, std=initializer_range)
+    else:
+        return False
+    return True

@@ -1,0 +1,483 @@
+"""PHOTON (arXiv 2512.20687): token chunks summarised bottom-up, decoded top-down with a bounded span."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import GenerationMixin, PreTrainedModel
+from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.utils.generic import can_return_tuple
+
+from .attention_photon import BandSpan, FullSpan, MemorySpan, Span
+from .cache_photon import PhotonCache, StreamGeometry
+from .configuration_photon import PhotonConfig
+from .decoding_photon import BACKENDS, TokenStepper, Trace, fill_cache, load_kernels
+from .families_photon import family_classes
+from .hierarchy_photon import (
+    Chunker,
+    Converter,
+    InputScale,
+    PhotonLevel,
+    StartState,
+    UnitMemory,
+    initialize,
+    stack_config,
+)
+
+
+@dataclass
+class PhotonCausalLMOutput(CausalLMOutputWithPast):
+    """`CausalLMOutputWithPast` and the recursive-consistency term.
+
+    Attributes:
+        consistency_loss: Mean of 1 - cos(decoder's prediction of a unit, encoder's state of it) over levels >= 2;
+            None where no level has both.
+    """
+
+    consistency_loss: torch.FloatTensor | None = None
+
+
+class PhotonPreTrainedModel(PreTrainedModel):
+    """Weight initialisation and what transformers needs to know of every PHOTON model."""
+
+    config_class = PhotonConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _no_split_modules = [
+        "LlamaDecoderLayer",
+        "MistralDecoderLayer",
+        "Qwen2DecoderLayer",
+        "Qwen3DecoderLayer",
+        "UnitMemory",
+        "Chunker",
+        "Converter",
+    ]
+    _skip_keys_device_placement = ["past_key_values"]
+    _supports_sdpa = True
+
+    def _init_weights(self, module: nn.Module) -> None:
+        if not initialize(module, self.config.initializer_range):
+            super()._init_weights(module)
+
+
+class PhotonModel(PhotonPreTrainedModel):
+    """The hierarchy: from token embeddings to the states that predict each next token.
+
+    Paper section 2: context chunkers and encoders bottom-up, context converters and decoders top-down. The top level
+    is shifted by one unit (a learned start state conditions the first); levels below are not (DESIGN 3.2).
+    """
+
+    def __init__(self, config: PhotonConfig) -> None:
+        super().__init__(config)
+        base = stack_config(config)
+        family = family_classes(base.model_type)
+        self.embed_tokens = nn.Embedding(base.vocab_size, base.hidden_size)
+        self.levels = nn.ModuleList(PhotonLevel(config, base, index) for index in range(config.num_levels))
+        self.start = StartState(base.hidden_size) if config.conditioning != "memory" else None
+        self.norm = family.norm(base.hidden_size, eps=base.rms_norm_eps)
+        self.rotary_emb = family.rotary(config=base)
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Embedding:
+        return self.embed_tokens
+
+    def set_input_embeddings(self, value: nn.Embedding) -> None:
+        self.embed_tokens = value
+
+    def unit_positions(self, level: int, unit: torch.Tensor) -> torch.Tensor:
+        """Rotary positions of units of ``levels[level]``: the index, or the index times the span."""
+        return unit * self.config.span(level + 1) if self.config.unit_positions == "scaled" else unit
+
+    def forward(
+        self,
+        embeds: torch.Tensor,
+        lengths: torch.Tensor | None = None,
+        window: int | None = None,
+        trace: Trace | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Teacher-forced pass over whole sequences.
+
+        Args:
+            embeds: Token embeddings, ``[B, T, d]``; every row starts at column 0.
+            lengths: Tokens of each row, ``[B]``; None: T. Only the consistency term needs it.
+            window: Overrides ``config.window`` (window annealing in training).
+            trace: If given, receives what a cache is filled from.
+
+        Returns:
+            States ``[B, T, d]``, where row i predicts token i + 1 (before the final norm), and the consistency term.
+        """
+        length = embeds.shape[1]
+        # The hierarchy is run to the end of the open meta-context and the padding dropped: exact by causality.
+        total = (length // self.config.top_span + 1) * self.config.top_span
+        padded = F.pad(embeds, (0, 0, 0, total - length))
+        stream = self.config.layout == "stream"
+        branch = self._lower_layers(padded, window, trace) if stream and self.config.branch_layer else padded
+        inputs, summaries, states = self._ascend(branch, trace)
+        if self.config.conditioning == "memory":
+            return self._memory_stream(branch[:, :length], states, window, trace), None
+        top = states[-1] - summaries[-1] if self.config.summary == "change" else states[-1]
+        slots, consistency = self._descend(top, inputs, lengths, length, trace)
+        if not stream:
+            out = self._isolated(0, slots, padded, trace)
+            return out[:, 1 : length + 1], consistency
+        if self.config.conditioning == "slots":
+            return self._slot_stream(padded, slots, window, trace)[:, :length], consistency
+        return self._residual_stream(branch, slots, length, window, trace), consistency
+
+    def dense_forward(self, embeds: torch.Tensor) -> torch.Tensor:
+        """The dense function: the token decoder at full attention without the hierarchy, ``[B, T, d] -> [B, T, d]``."""
+        decoder = self.levels[0].decoder
+        return decoder(embeds, self._rotary(embeds), [FullSpan()] * len(decoder.layers))
+
+    def _rotary(self, hidden: torch.Tensor, positions: torch.Tensor | None = None):
+        if positions is None:
+            positions = torch.arange(hidden.shape[1], device=hidden.device)
+        return self.rotary_emb(hidden, positions[None])
+
+    # --- bottom-up ---
+
+    def _ascend(self, states: torch.Tensor, trace: Trace | None):
+        """Per level: what its chunker read, its encoder's input and its encoder's output."""
+        inputs, summaries, outputs = [], [], []
+        for index, level in enumerate(self.levels):
+            inputs.append(states)
+            chunks = states.unflatten(1, (-1, self.config.levels[index]["chunk_size"]))
+            summary = level.chunker(chunks)
+            states = self._encode(index, summary, trace)
+            summaries.append(summary)
+            outputs.append(states)
+        if trace is not None:
+            trace.inputs = inputs
+        return inputs, summaries, outputs
+
+    def _encode(self, index: int, summary: torch.Tensor, trace: Trace | None) -> torch.Tensor:
+        encoder, window = self.levels[index].encoder, self.config.levels[index]["encoder_window"]
+        unit = torch.arange(summary.shape[1], device=summary.device)
+        recorded = None if trace is None else trace.encoders[index]
+        span = FullSpan(recorded) if window is None else BandSpan(unit, window, window, recorded=recorded)
+        rotary = self._rotary(summary, self.unit_positions(index, unit))
+        return encoder(summary, rotary, [span] * len(encoder.layers))
+
+    # --- top-down ---
+
+    def _descend(self, top, inputs, lengths, length, trace):
+        """Slots of every level-1 chunk, ``[B, chunks, R, d]``, and the consistency term."""
+        batch = top.shape[0]
+        condition = torch.cat([self.start(batch).to(top.dtype), top[:, :-1]], dim=1)
+        terms = []
+        for index in reversed(range(self.config.num_levels)):
+            level = self.config.levels[index]
+            slots = self.levels[index].converter(condition)
+            if trace is not None:
+                trace.slots[index] = slots
+            if index == 0:
+                break
+            if self.levels[index].decoder is None:
+                repeats = level["chunk_size"] // level["num_slots"]
+                condition = slots.repeat_interleave(repeats, dim=2).flatten(1, 2)
+                continue
+            condition = self._isolated(index, slots, inputs[index], trace)
+            counts = lengths if lengths is not None else torch.full((batch,), length, device=top.device)
+            terms.append(_consistency(condition, inputs[index], counts // self.config.span(index)))
+        return slots, torch.stack(terms).mean() if terms else None
+
+    def _isolated(self, index: int, slots: torch.Tensor, units: torch.Tensor, trace: Trace | None) -> torch.Tensor:
+        """Decode every group alone: ``slots [B, G, R, d]``, ``units [B, G * C, d]`` -> predictions ``[B, G * C, d]``.
+
+        Position R - 1 + j has read the slots and the units before j of its group; the group's last unit is read by
+        none of the predictions and left out.
+        """
+        decoder = self.levels[index].decoder
+        groups = decoder.input_scale(units).unflatten(1, (slots.shape[1], -1))
+        sequence = torch.cat([slots, groups[:, :, :-1]], dim=2).flatten(0, 1)
+        span = FullSpan(None if trace is None else trace.decoders[index])
+        out = decoder(sequence, self._rotary(sequence), [span] * len(decoder.layers))
+        return out[:, slots.shape[2] - 1 :].unflatten(0, (slots.shape[0], -1)).flatten(1, 2)
+
+    # --- the token stream ---
+
+    def _spans(
+        self,
+        positions: torch.Tensor,
+        window: int | None,
+        trace: Trace | None,
+        slots_per_chunk: int = 0,
+        memory: dict[int, dict[str, Any]] | None = None,
+    ) -> list[Span]:
+        """One span per layer of the token decoder, for elements at token `positions [E]`."""
+        config = self.config
+        recorded = None if trace is None else trace.decoders[0]
+        geometry = StreamGeometry.of(config)
+        longest = (window or config.window) + geometry.alignment - 1
+        sinks = None
+        if config.num_sinks:
+            index = torch.arange(positions.shape[0], device=positions.device)
+            sinks = index[geometry.is_sink(index)]
+        band = {
+            "positions": positions,
+            "window": window or config.window,
+            "block": longest + slots_per_chunk * -(-longest // geometry.chunk_size),
+            "alignment": geometry.alignment,
+            "sinks": sinks,
+            "recorded": recorded,
+        }
+        if slots_per_chunk:
+            # Whole chunks per block, so that one block back always covers the window.
+            band["block"] = -(-longest // geometry.chunk_size) * (geometry.chunk_size + slots_per_chunk)
+        kinds: dict[Any, Span] = {"window": BandSpan(**band), "full": FullSpan(recorded)}
+        for level, settings in (memory or {}).items():
+            kinds[level] = MemorySpan(**band, **settings)
+        return [
+            kinds["full"]
+            if layer in config.full_attention_layers
+            else kinds[config.memory_level_of(layer) or "window"]
+            if memory is not None
+            else kinds["window"]
+            for layer in range(config.num_token_layers)
+        ]
+
+    def _lower_layers(self, embeds: torch.Tensor, window: int | None, trace: Trace | None) -> torch.Tensor:
+        decoder = self.levels[0].decoder
+        hidden = decoder.input_scale(embeds)
+        spans = self._spans(torch.arange(hidden.shape[1], device=hidden.device), window, trace)
+        return decoder(hidden, self._rotary(hidden), spans, stop=self.config.branch_layer)
+
+    def _upper_layers(self, hidden, window, trace, memory=None) -> torch.Tensor:
+        decoder = self.levels[0].decoder
+        if self.config.branch_layer == 0:
+            hidden = decoder.input_scale(hidden)
+        spans = self._spans(torch.arange(hidden.shape[1], device=hidden.device), window, trace, memory=memory)
+        return hidden, spans, decoder
+
+    def _residual_stream(self, branch, slots, length, window, trace) -> torch.Tensor:
+        hidden, spans, decoder = self._upper_layers(branch[:, :length], window, trace)
+        repeats = self.config.levels[0]["chunk_size"] // slots.shape[2]
+        hidden = hidden + slots.repeat_interleave(repeats, dim=2).flatten(1, 2)[:, :length]
+        return decoder(hidden, self._rotary(hidden), spans, start=self.config.branch_layer)
+
+    def _memory_stream(self, branch, states, window, trace) -> torch.Tensor:
+        device, length = branch.device, branch.shape[1]
+        token = torch.arange(length, device=device)
+        memory = {}
+        for level in set(self.config.memory_levels):
+            span = self.config.span(level)
+            count = length // span
+            last = (torch.arange(count, device=device) + 1) * span - 1
+            memory[level] = {
+                "pool": partial(
+                    self._pool,
+                    span=span,
+                    states=states[level - 1][:, :count],
+                    rotary=self._rotary(branch, last),
+                    excluded=(token[: count * span] < self.config.num_sinks).view(1, count, span),
+                ),
+                "unit_span": span,
+                "recorded_units": None if trace is None else trace.units,
+            }
+        hidden, spans, decoder = self._upper_layers(branch, window, trace, memory)
+        return decoder(hidden, self._rotary(hidden), spans, start=self.config.branch_layer)
+
+    def _pool(self, layer, key, value, *, span, states, rotary, excluded):
+        """Unit keys and values of memory layer `layer` from its own ``[B, Hkv, T, D]``."""
+        count = states.shape[1]
+        shape = (key.shape[0], key.shape[1], count, span, key.shape[3])
+        grouped = (tensor[:, :, : count * span].reshape(shape) for tensor in (key, value))
+        return self.levels[0].decoder.memory[str(layer)](*grouped, states, rotary, excluded)
+
+    def _slot_stream(self, embeds, slots, window, trace) -> torch.Tensor:
+        decoder, count = self.levels[0].decoder, slots.shape[2]
+        chunk = self.config.levels[0]["chunk_size"]
+        chunks = decoder.input_scale(embeds).unflatten(1, (-1, chunk))
+        sequence = torch.cat([slots, chunks], dim=2).flatten(1, 2)
+        first = torch.arange(0, embeds.shape[1], chunk, device=embeds.device)[:, None]
+        inside = torch.arange(chunk, device=embeds.device)
+        positions = torch.cat([first.expand(-1, count), first + inside], dim=1).flatten()
+        spans = self._spans(positions, window, trace, slots_per_chunk=count)
+        out = decoder(sequence, self._rotary(sequence, positions), spans)
+        return out.unflatten(1, (-1, count + chunk))[:, :, count:].flatten(1, 2)
+
+
+def _consistency(predicted: torch.Tensor, states: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
+    """Mean of 1 - cos over the first ``counts[b]`` units of ``[B, U, d]`` (paper, recursive consistency)."""
+    distance = 1 - F.cosine_similarity(predicted.float(), states.float(), dim=-1)
+    real = torch.arange(states.shape[1], device=states.device) < counts[:, None]
+    return (distance * real).sum() / real.sum().clamp(min=1)
+
+
+class PhotonForCausalLM(PhotonPreTrainedModel, GenerationMixin):
+    """PHOTON with a language-model head; position i of the logits predicts token i + 1.
+
+    Works with `generate` (greedy, sampling, beams), Trainer and peft like any causal LM of transformers. Any length
+    is accepted. Padding may be on the left or the right: chunks count from each row's own first token.
+    """
+
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
+    # Assisted decoding would have to take summaries apart: transformers then refuses it with a clear message.
+    _is_stateful = True
+
+    def __init__(self, config: PhotonConfig) -> None:
+        super().__init__(config)
+        self.model = PhotonModel(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.backend = "torch"
+        self.post_init()
+
+    def get_output_embeddings(self) -> nn.Linear:
+        return self.lm_head
+
+    def set_output_embeddings(self, value: nn.Linear) -> None:
+        self.lm_head = value
+
+    def new_module_names(self) -> list[str]:
+        """Names of the modules that a conversion adds, for peft's `modules_to_save`."""
+        new = (Chunker, Converter, StartState, InputScale, UnitMemory)
+        return [name for name, module in self.named_modules() if isinstance(module, new)]
+
+    def supports_dense_forward(self) -> bool:
+        """Whether the token decoder holds every dense layer in order, so that ``as_dense=True`` is the dense model."""
+        dense_layers = self.config.base_config.get("num_hidden_layers")
+        return self.config.layout == "stream" and self.config.num_token_layers == dense_layers
+
+    def set_backend(self, backend: str) -> None:
+        """Choose how cached decoding computes attention and chunkers: ``torch`` or ``triton``.
+
+        Raises:
+            ValueError: for another name.
+            ImportError: if ``triton`` is asked for and the kernels are not installed.
+        """
+        if backend not in BACKENDS:
+            raise ValueError(f"backend {backend!r} is not one of {', '.join(BACKENDS)}")
+        if backend == "triton":
+            load_kernels()
+        self.backend = backend
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        labels: torch.LongTensor | None = None,
+        past_key_values: PhotonCache | None = None,
+        use_cache: bool | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        as_dense: bool = False,
+        window: int | None = None,
+        **kwargs: Any,
+    ) -> PhotonCausalLMOutput:
+        """Logits, and the loss if `labels` are given.
+
+        Args:
+            input_ids: ``[B, T]``; or `inputs_embeds`, ``[B, T, d]``.
+            attention_mask: ``[B, T]`` (with a cache: ``[B, cached + T]``), 1 for tokens; each row's tokens adjoin.
+            labels: ``[B, T]``, -100 ignored; shifted inside.
+            past_key_values: Cache to go on from (filled in place).
+            use_cache: Return a cache; default: only if one is given.
+            logits_to_keep: Last columns (or their indices) to compute logits for; 0: all.
+            as_dense: Run the dense function (see `supports_dense_forward`): the teacher of distillation.
+            window: Overrides the config's window in this pass (window annealing).
+
+        Raises:
+            ValueError: for position_ids (rows count from their own first token), a mask with holes or an empty
+                row, and `as_dense` on a model that does not hold the dense layers in order.
+        """
+        if kwargs.pop("position_ids", None) is not None:
+            raise ValueError("PHOTON derives positions from attention_mask: leave position_ids out")
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("give either input_ids or inputs_embeds")
+        embeds = self.model.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        cache = past_key_values
+        if cache is None and use_cache:
+            cache = PhotonCache(self.config)
+        consistency = None
+        if cache is not None and not cache.is_empty:
+            hidden = self._decode(embeds, attention_mask, cache)
+        else:
+            hidden, consistency = self._whole(embeds, attention_mask, cache, as_dense, window)
+        keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.lm_head(self.model.norm(hidden[:, keep]))
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits, labels, vocab_size=self.config.vocab_size, **kwargs)
+            if self.training and consistency is not None and self.config.consistency_weight:
+                loss = loss + self.config.consistency_weight * consistency
+        return PhotonCausalLMOutput(loss=loss, logits=logits, past_key_values=cache, consistency_loss=consistency)
+
+    def _whole(self, embeds, attention_mask, cache, as_dense, window):
+        batch, columns = embeds.shape[:2]
+        lengths, shift = _row_extent(attention_mask, batch, columns, embeds.device)
+        column = torch.arange(columns, device=embeds.device)
+        if shift is not None:
+            aligned = (column + shift[:, None]).clamp(max=columns - 1)
+            embeds = embeds.gather(1, aligned[:, :, None].expand_as(embeds))
+        consistency = None
+        if as_dense:
+            if not self.supports_dense_forward():
+                raise ValueError("as_dense=True needs a model that keeps every dense layer in order (preset graft)")
+            hidden = self.model.dense_forward(embeds)
+        else:
+            trace = Trace.empty(self.config.num_levels) if cache is not None else None
+            hidden, consistency = self.model(embeds, lengths, window, trace)
+            if cache is not None:
+                fill_cache(cache, trace, lengths)
+                cache.columns = columns
+        if shift is not None:
+            source = (column - shift[:, None]).clamp(min=0)
+            hidden = hidden.gather(1, source[:, :, None].expand_as(hidden))
+        return hidden, consistency
+
+    def _decode(self, embeds, attention_mask, cache: PhotonCache) -> torch.Tensor:
+        batch, columns = embeds.shape[:2]
+        real = torch.ones(batch, columns, dtype=torch.bool, device=embeds.device)
+        if attention_mask is not None:
+            real = attention_mask[:, -columns:].bool()
+        hidden = torch.zeros_like(embeds)
+        for column in range(columns):
+            rows = real[:, column].nonzero()[:, 0]
+            if rows.numel():
+                stepper = TokenStepper(self.model, cache, rows, self.backend)
+                hidden[rows, column] = stepper.feed(embeds[rows, column]).to(hidden.dtype)
+        cache.columns += columns
+        return hidden
+
+    @classmethod
+    def _supports_default_dynamic_cache(cls) -> bool:
+        return False
+
+    def prepare_inputs_for_generation(self, input_ids, past_key_values=None, use_cache=True, **kwargs):
+        if use_cache and past_key_values is None:
+            past_key_values = PhotonCache(self.config)
+        return super().prepare_inputs_for_generation(
+            input_ids, past_key_values=past_key_values, use_cache=use_cache, **kwargs
+        )
+
+    def generate_batch(self, *args: Any, **kwargs: Any) -> None:
+        """Not supported: transformers' continuous batching does not know PHOTON's cache and would be silently wrong.
+
+        Raises:
+            NotImplementedError: always.
+        """
+        raise NotImplementedError("continuous batching of transformers does not support PHOTON's cache: use generate()")
+
+    init_continuous_batching = generate_batch
+
+
+def _row_extent(mask, batch: int, columns: int, device) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Tokens per row, and how far each row starts from column 0 (None if all start there)."""
+    if mask is None or bool(mask.all()):
+        return torch.full((batch,), columns, device=device), None
+    if mask.dim() != 2:
+        raise ValueError("PHOTON takes a 2-D attention_mask [batch, length]")
+    mask = mask[:, -columns:].long()
+    lengths, first = mask.sum(1), mask.argmax(1)
+    last = columns - 1 - mask.flip(1).argmax(1)
+    if bool((lengths == 0).any()):
+        raise ValueError("attention_mask has a row without tokens")
+    if bool((last - first + 1 != lengths).any()):
+        raise ValueError("attention_mask has holes: PHOTON takes padding on the left or the right of a row only")
+    return lengths, first if bool((first > 0).any()) else None
