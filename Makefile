@@ -14,17 +14,17 @@ TORCH_INDEX ?= $(if $(shell command -v nvidia-smi),,https://download.pytorch.org
 .PHONY: venv demo test lint format
 venv: $(VENV)/.installed
 
-# torch comes first: the packages after it then keep the build that was chosen here.
+# torch comes first and alone: its index holds nothing else, and what follows keeps the build chosen here.
 $(VENV)/.installed: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "photon-train needs Python >= 3.10: make PYTHON=/path/to/python3.10")'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet "pip>=22.3"
-	$(BIN)/python -m pip install --quiet -c constraints.txt $(addprefix --extra-index-url ,$(TORCH_INDEX)) torch
+	$(BIN)/python -m pip install --quiet --no-deps -c constraints.txt $(addprefix --extra-index-url ,$(TORCH_INDEX)) torch
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[train,serve,test]"
 	@touch $@
 
 demo: venv
-	$(BIN)/accelerate launch --config_file accelerate_configs/cpu.yaml recipes/convert_llama.py --output $(OUTPUT)
+	$(BIN)/accelerate launch --quiet --config_file accelerate_configs/cpu.yaml recipes/convert_llama.py --output $(OUTPUT)
 
 test: venv
 	$(BIN)/python -m pytest
