@@ -1,0 +1,67 @@
+"""Atomic writing: complete or invisible."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from photon_train.files import atomic_directory, atomic_write_text
+
+
+def names(directory: Path) -> list[str]:
+    return sorted(path.name for path in directory.iterdir())
+
+
+def test_text_is_written_and_replaced(tmp_path: Path) -> None:
+    atomic_write_text(tmp_path / "a.txt", "é1")
+    atomic_write_text(tmp_path / "a.txt", "é2")
+    assert (tmp_path / "a.txt").read_text(encoding="utf-8") == "é2"
+    assert names(tmp_path) == ["a.txt"]
+
+
+def test_failed_text_leaves_the_old(tmp_path: Path) -> None:
+    atomic_write_text(tmp_path / "a.txt", "old")
+    with pytest.raises(UnicodeEncodeError):
+        atomic_write_text(tmp_path / "a.txt", "new \ud800")
+    assert (tmp_path / "a.txt").read_text() == "old"
+    assert names(tmp_path) == ["a.txt"]
+
+
+def test_directory_appears_only_when_complete(tmp_path: Path) -> None:
+    with atomic_directory(tmp_path / "deep" / "stage") as temporary:
+        (temporary / "file").write_text("1")
+        assert not (tmp_path / "deep" / "stage").exists()
+        assert temporary.parent == tmp_path / "deep", "a rename needs the same file system"
+    assert (tmp_path / "deep" / "stage" / "file").read_text() == "1"
+    assert names(tmp_path / "deep") == ["stage"]
+
+
+def test_directory_is_replaced_whole(tmp_path: Path) -> None:
+    for name in ("old", "new"):
+        with atomic_directory(tmp_path / "stage") as temporary:
+            (temporary / name).write_text(name)
+    assert names(tmp_path / "stage") == ["new"]
+    assert names(tmp_path) == ["stage"]
+
+
+def test_failed_directory_leaves_the_old(tmp_path: Path) -> None:
+    with atomic_directory(tmp_path / "stage") as temporary:
+        (temporary / "file").write_text("old")
+    with pytest.raises(KeyboardInterrupt):
+        with atomic_directory(tmp_path / "stage") as temporary:
+            (temporary / "file").write_text("half")
+            raise KeyboardInterrupt
+    assert (tmp_path / "stage" / "file").read_text() == "old"
+    assert names(tmp_path) == ["stage"]
+
+
+def test_modes_follow_the_umask(tmp_path: Path) -> None:
+    """Others who may read a plain file of the user may read what was written atomically."""
+    (tmp_path / "plain.txt").write_text("")
+    (tmp_path / "plain").mkdir()
+    atomic_write_text(tmp_path / "a.txt", "text")
+    with atomic_directory(tmp_path / "stage"):
+        pass
+    assert (tmp_path / "a.txt").stat().st_mode == (tmp_path / "plain.txt").stat().st_mode
+    assert (tmp_path / "stage").stat().st_mode == (tmp_path / "plain").stat().st_mode
