@@ -80,4 +80,4 @@ def to_dict(config: RunConfig) -> dict[str, Any]:
 
 def to_yaml(config: RunConfig) -> str:
     """`config` as YAML that ``--config`` reads back to an equal configuration (the access token is left out)."""
-    return yaml.dump(to_dict(config), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120)
+    return yaml.dump(to_dict(config), Dumper=_Dumper, sort_keys=False, width=120)

@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 # Small shapes gain nothing from many threads, and tests that start processes would compete for the cores.
 os.environ.setdefault("OMP_NUM_THREADS", "2")
@@ -16,6 +17,9 @@ os.environ["HF_DATASETS_OFFLINE"] = "1"
 os.environ["WANDB_MODE"] = "offline"
 os.environ.pop("WANDB_API_KEY", None)
 os.environ.pop("HF_TOKEN", None)
+# The same examples in every run, on machines of any speed.
+settings.register_profile("suite", derandomize=True, deadline=None)
+settings.load_profile("suite")
 
 
 @pytest.fixture(autouse=True)

@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from photon_train import cli
@@ -237,6 +237,7 @@ def _strategy(kind):
     return values if inner is kind else st.none() | values
 
 
+@settings(max_examples=20)
 @given(_strategy(RunConfig))
 def test_yaml_round_trip(config: RunConfig) -> None:
     config.hub.token = None
