@@ -163,9 +163,7 @@ class Trace:
 
     @classmethod
     def empty(cls, num_levels: int) -> Trace:
-        return cls(
-            [], [None] * num_levels, [{} for _ in range(num_levels)], [{} for _ in range(num_levels)], {}
-        )
+        return cls([], [None] * num_levels, [{} for _ in range(num_levels)], [{} for _ in range(num_levels)], {})
 
 
 def _counted(counts: torch.Tensor, device: torch.device) -> torch.Tensor:
@@ -198,7 +196,7 @@ def fill_cache(cache: PhotonCache, trace: Trace, lengths: torch.Tensor) -> None:
     if config.layout == "stream":
         recorded = trace.decoders[0]
         cache.window.fill(recorded, cache.geometry.held(lengths))
-        cache.full.fill(recorded, _counted(lengths, device))
+        cache.full.fill(recorded, _counted(cache.geometry.num_elements(lengths), device))
     for level, stack in cache.memory.items():
         stack.fill(trace.units, _counted(lengths // config.span(level), device))
 
@@ -270,10 +268,8 @@ class TokenStepper:
         if cache.window.layers:
             spans["window"] = StepSpan(cache.window, **near, **shared, num_sinks=geometry.num_sinks)
         if cache.full.layers:
-            token = position[:, None]
-            spans["full"] = StepSpan(
-                cache.full, rows, token, token, torch.zeros_like(position), grows=True, backend=self.backend
-            )
+            everything = torch.zeros_like(position)
+            spans["full"] = StepSpan(cache.full, entries=order, first=everything, grows=True, **shared)
         for level, units in cache.memory.items():
             span = config.span(level)
             start = (position - config.window + 1).clamp(min=0) // config.window_alignment * config.window_alignment
@@ -323,9 +319,7 @@ class TokenStepper:
     def _run_group(self, level: int, rows: torch.Tensor, states: torch.Tensor, first: torch.Tensor) -> torch.Tensor:
         """Run ``states [n, q, d]`` as positions ``first ... first + q - 1`` of the open group; the last output."""
         order = first[:, None] + torch.arange(states.shape[1], device=rows.device)
-        span = StepSpan(
-            self.cache.groups[level], rows, order, order, torch.zeros_like(first), backend=self.backend
-        )
+        span = StepSpan(self.cache.groups[level], rows, order, order, torch.zeros_like(first), backend=self.backend)
         decoder = self.levels[level].decoder
         rotary = self.model.rotary_emb(states, order)
         return decoder(states, rotary, [span] * len(decoder.layers))[:, -1]
