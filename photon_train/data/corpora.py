@@ -1,0 +1,276 @@
+"""Text from where users keep it: files, directories, JSONL, Parquet, the hub, or the Python standard library."""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import io
+import json
+import logging
+import re
+import sysconfig
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from photon_train.config import DataSettings
+from photon_train.errors import PhotonError
+
+logger = logging.getLogger(__name__)
+
+JSONL_SUFFIXES = (".jsonl", ".jsonl.gz")
+PARQUET_SUFFIX = ".parquet"
+TEXT_SUFFIXES = (
+    *(".txt", ".text", ".md", ".rst", ".tex", ".html", ".xml", ".csv", ".org"),
+    *(".py", ".pyi", ".c", ".h", ".cc", ".cpp", ".hpp", ".cu", ".rs", ".go", ".java", ".kt", ".js", ".ts", ".rb"),
+    *(".sh", ".sql", ".toml", ".yaml", ".yml"),
+)
+
+# Left out of the embedded corpus. Packages of others and byte code are not the standard library; tests, code
+# tables (`encodings`, `_sysconfigdata*`) and the manual as one string (`pydoc_data`) are repetitive and would
+# dominate; the rest exists on some installations only (Linux distributions ship it apart, Python 3.12 and 3.13
+# removed some of it), so leaving it out keeps the corpus nearly the same everywhere.
+EXCLUDED_DIRECTORIES = frozenset(
+    {"site-packages", "dist-packages", "__pycache__", "test", "tests", "idle_test", "encodings", "pydoc_data"}
+    | {"idlelib", "lib2to3", "distutils", "tkinter", "turtledemo", "ensurepip"}
+)
+EXCLUDED_FILE_PREFIX = "_sysconfigdata"
+
+
+@dataclass(frozen=True)
+class Document:
+    """A text and the name that decides which split it falls in.
+
+    Attributes:
+        name: Unique within the source and independent of where the source lies on disk.
+        text: Not empty.
+    """
+
+    name: str
+    text: str
+
+
+def read_documents(source: str | None, settings: DataSettings, max_characters: int | None = None) -> Iterator[Document]:
+    """Read the documents of `source` one by one; documents of white space alone are left out.
+
+    Args:
+        source: None for the embedded corpus (the standard library of the running interpreter); a text file; a
+            `.jsonl`, `.jsonl.gz` or `.parquet` file; a directory of these (hidden names are left out); else the
+            id of a hub data set, which is streamed.
+        settings: Name of the text field, hub configuration and split, and the most documents to read.
+        max_characters: Stop after the document that reaches this many characters. It bounds what is read from a
+            hub data set larger than the run needs.
+
+    Raises:
+        PhotonError: here when nothing is found at `source`; while iterating when something in it cannot be read
+            or when it holds no text.
+    """
+    return _bounded(_open_source(source, settings), source or "the standard library", settings, max_characters)
+
+
+def split_documents(documents: Iterable[Document], held_out_fraction: float) -> tuple[list[Document], list[Document]]:
+    """Split into training and held-out documents by a hash of each name.
+
+    Where a document goes depends on its name alone, neither on order nor on the other documents, save that no side
+    is left empty: if the hash puts all on one side, the one nearest to the threshold changes it. A single
+    document is cut at a paragraph (or else a line) break instead, and its tail is held out.
+
+    Returns:
+        `(train, held_out)`, each in the order of `documents`.
+
+    Raises:
+        PhotonError: if the fraction is not in (0, 1), or one document without a line break is all there is.
+    """
+    if not 0 < held_out_fraction < 1:
+        raise PhotonError(f"dataset.held_out_fraction must be between 0 and 1 (exclusive), not {held_out_fraction}")
+    documents = list(documents)
+    if len(documents) == 1:
+        return _split_text(documents[0], held_out_fraction)
+    points = [_hash_point(document.name) for document in documents]
+    threshold = held_out_fraction
+    if len(documents) > 1:
+        ordered = sorted(points)
+        # At least the smallest point is below the threshold and at least the largest is not.
+        threshold = min(max(threshold, ordered[0] + 2.0**-52), ordered[-1])
+    train = [document for document, point in zip(documents, points, strict=True) if point >= threshold]
+    held_out = [document for document, point in zip(documents, points, strict=True) if point < threshold]
+    if not train or not held_out:
+        raise PhotonError(f"{len(documents)} documents cannot be split: give at least two with different names")
+    return train, held_out
+
+
+def _hash_point(name: str) -> float:
+    """A point in [0, 1) drawn by the name."""
+    # 52 bits: each value is exact in a double, and so is the next.
+    return (int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest(), "big") >> 12) / 2.0**52
+
+
+def _split_text(document: Document, held_out_fraction: float) -> tuple[list[Document], list[Document]]:
+    text = document.text.strip("\n")
+    target = int(len(text) * (1 - held_out_fraction))
+    for pattern in (r"\n\s*\n", r"\n"):
+        breaks = [match.end() for match in re.finditer(pattern, text)]
+        if breaks:
+            cut = min(breaks, key=lambda position: abs(position - target))
+            head, tail = Document(f"{document.name}#head", text[:cut]), Document(f"{document.name}#tail", text[cut:])
+            return [head], [tail]
+    raise PhotonError(
+        f"{document.name} is a single document without a line break, so no part of it can be held out: "
+        "give a second document or break its lines"
+    )
+
+
+def _bounded(
+    documents: Iterator[Document], source: str, settings: DataSettings, max_characters: int | None
+) -> Iterator[Document]:
+    read = kept = characters = 0
+    for document in documents:
+        read += 1
+        if document.text.strip():
+            kept += 1
+            characters += len(document.text)
+            yield document
+        if kept == settings.max_documents or (max_characters is not None and characters >= max_characters):
+            return
+    if not kept:
+        found = f"all {read} documents are empty" if read else "no documents found"
+        raise PhotonError(f"{source}: {found}; give a file or directory with text")
+
+
+def _open_source(source: str | None, settings: DataSettings) -> Iterator[Document]:
+    if source is None:
+        return _read_standard_library()
+    path = Path(source).expanduser()
+    if path.is_dir():
+        return _read_directory(path, settings)
+    if path.exists():
+        return _read_file(path, path.name, settings)
+    # A hub id has at most one slash and no path prefix: only then is it worth asking the hub.
+    if source.startswith(("/", ".", "~")) or source.count("/") > 1 or _is_data_file(path):
+        raise PhotonError(f"{source}: no such file or directory")
+    return _read_hub(source, settings)
+
+
+def _is_data_file(path: Path) -> bool:
+    return path.name.lower().endswith((*JSONL_SUFFIXES, PARQUET_SUFFIX, *TEXT_SUFFIXES))
+
+
+def _read_standard_library() -> Iterator[Document]:
+    root = Path(sysconfig.get_paths()["stdlib"])
+    for path in sorted(root.rglob("*.py")):
+        relative = path.relative_to(root)
+        if EXCLUDED_DIRECTORIES.intersection(relative.parts[:-1]) or relative.name.startswith(EXCLUDED_FILE_PREFIX):
+            continue
+        try:
+            yield Document(relative.as_posix(), path.read_text(encoding="utf-8"))
+        except (UnicodeDecodeError, OSError):
+            continue  # one odd or unreadable file of an installation must not stop the demo
+
+
+def _read_directory(root: Path, settings: DataSettings) -> Iterator[Document]:
+    for path in sorted(root.rglob("*")):
+        relative = path.relative_to(root)
+        if path.is_file() and _is_data_file(path) and not any(part.startswith(".") for part in relative.parts):
+            try:
+                yield from _read_file(path, relative.as_posix(), settings)
+            except _NotText as error:
+                logger.warning("left out: %s", error)
+
+
+class _NotText(PhotonError):
+    """A file that is not UTF-8: fatal when asked for by name, left out of a directory with a warning."""
+
+
+def _read_file(path: Path, name: str, settings: DataSettings) -> Iterator[Document]:
+    if path.name.lower().endswith(JSONL_SUFFIXES):
+        yield from _read_jsonl(path, name, settings.text_field)
+    elif path.name.lower().endswith(PARQUET_SUFFIX):
+        yield from _read_parquet(path, name, settings.text_field)
+    else:
+        with _readable(path):
+            text = path.read_text(encoding="utf-8")
+        yield Document(name, text)
+
+
+@contextmanager
+def _readable(path: Path) -> Iterator[None]:
+    """Turn what goes wrong when reading bytes as text into one message that names the file."""
+    try:
+        yield
+    except UnicodeDecodeError as error:
+        raise _NotText(f"{path}: not UTF-8 text (byte {error.start}); convert it to UTF-8") from error
+    except (OSError, EOFError) as error:
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else error
+        raise PhotonError(f"{path}: cannot be read: {reason}") from error
+
+
+def _read_jsonl(path: Path, name: str, text_field: str) -> Iterator[Document]:
+    raw = gzip.open(path, "rb") if path.suffix.lower() == ".gz" else open(path, "rb")
+    with raw, io.TextIOWrapper(raw, encoding="utf-8") as lines, _readable(path):
+        for number, line in enumerate(lines, start=1):
+            if not line.strip():
+                continue
+            try:
+                record = json.loads(line)
+            except json.JSONDecodeError as error:
+                raise PhotonError(f"{path}:{number}: not valid JSON: {error.msg} (column {error.colno})") from error
+            if not isinstance(record, dict):
+                raise PhotonError(f"{path}:{number}: expected a JSON object, got {type(record).__name__}")
+            yield Document(f"{name}:{number}", _text_of(record, text_field, f"{path}:{number}"))
+
+
+def _read_parquet(path: Path, name: str, text_field: str) -> Iterator[Document]:
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        with pyarrow.parquet.ParquetFile(path) as file:
+            columns = file.schema_arrow.names
+            if text_field not in columns:
+                raise _missing_field(str(path), text_field, columns)
+            row = 0
+            for batch in file.iter_batches(batch_size=1024, columns=[text_field]):
+                for text in batch.column(0).to_pylist():
+                    yield Document(f"{name}:{row}", _text_of({text_field: text}, text_field, f"{path}: row {row}"))
+                    row += 1
+    except (pyarrow.ArrowException, OSError) as error:
+        raise PhotonError(f"{path}: cannot be read as Parquet: {_first_line(error)}") from error
+
+
+def _read_hub(source: str, settings: DataSettings) -> Iterator[Document]:
+    where = f"hub data set {source!r}, split {settings.hub_split!r}"
+    try:
+        import datasets
+
+        rows = datasets.load_dataset(source, settings.hub_config, split=settings.hub_split, streaming=True)
+        for number, record in enumerate(rows):
+            text = _text_of(record, settings.text_field, f"{where}, row {number}")
+            yield Document(f"{source}/{settings.hub_split}:{number}", text)
+    except PhotonError:
+        raise
+    except Exception as error:  # the hub client raises many unrelated types: not found, gated, offline, bad split
+        raise PhotonError(
+            f"{source}: neither a file or directory here nor readable as {where}: "
+            f"{type(error).__name__}: {_first_line(error)}; check the path, dataset.hub_config and dataset.hub_split"
+        ) from error
+
+
+def _text_of(record: dict, text_field: str, where: str) -> str:
+    if text_field not in record:
+        raise _missing_field(where, text_field, record)
+    text = record[text_field]
+    if text is None:
+        return ""
+    if not isinstance(text, str):
+        raise PhotonError(f"{where}: {text_field!r} holds {type(text).__name__}, not text; set dataset.text_field")
+    return text
+
+
+def _missing_field(where: str, text_field: str, fields: Iterable[str]) -> PhotonError:
+    present = ", ".join(fields) or "none"
+    return PhotonError(f"{where}: no field {text_field!r} (present: {present}); set dataset.text_field")
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [repr(error)])[0]
