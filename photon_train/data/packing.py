@@ -1,0 +1,180 @@
+"""Documents to token sequences of one length, with document starts on chunk boundaries."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from itertools import islice
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from photon_train.data.corpora import Document
+from photon_train.data.progress import progress_bar
+from photon_train.errors import PhotonError
+
+IGNORED_LABEL = -100
+_BATCH_DOCUMENTS = 256
+_PIECE_CHARACTERS = 1_000_000
+
+
+class PackedDataset(torch.utils.data.Dataset):
+    """Sequences of `seq_len` tokens in one int32 tensor, with a mask of the positions that are not text.
+
+    Attributes:
+        tokens: `[sequences, seq_len]` int32.
+        filler: `[sequences, seq_len]` bool, true where the position is alignment or padding; None if nowhere.
+        num_tokens: Positions that hold text (including the end of each document).
+        num_documents: Documents that were packed.
+        packing_efficiency: `num_tokens` over all positions.
+    """
+
+    def __init__(self, tokens: Tensor, filler: Tensor, num_documents: int) -> None:
+        self.tokens = tokens
+        self.filler = filler if bool(filler.any()) else None
+        self.num_documents = num_documents
+        self.num_tokens = tokens.numel() - int(filler.sum())
+        self.packing_efficiency = self.num_tokens / tokens.numel()
+
+    def __len__(self) -> int:
+        return self.tokens.shape[0]
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        """One sequence: `input_ids` and `labels`, each `[seq_len]`, as `batch` gives them."""
+        if not -len(self) <= index < len(self):
+            raise IndexError(index)  # ends a plain `for` loop over the data set
+        return {name: rows[0] for name, rows in self.batch(torch.tensor([index])).items()}
+
+    def batch(self, indices: Tensor) -> dict[str, Tensor]:
+        """The sequences at `indices` (`[batch]`).
+
+        Returns:
+            `input_ids` and `labels`, each `[batch, seq_len]` int64. `labels[i]` is the token at position i (the
+            model shifts), or -100 on filler.
+        """
+        input_ids = self.tokens[indices].long()
+        labels = input_ids.clone()
+        if self.filler is not None:
+            labels.masked_fill_(self.filler[indices], IGNORED_LABEL)
+        return {"input_ids": input_ids, "labels": labels}
+
+
+def pack(
+    documents: Iterable[Document],
+    tokenizer: PreTrainedTokenizerBase,
+    seq_len: int,
+    align: int,
+    eos_id: int,
+    pad_id: int | None = None,
+    *,
+    pad_last: bool = False,
+    progress: bool = True,
+) -> PackedDataset:
+    """Tokenise and pack documents into sequences.
+
+    Each document is its tokens and `eos_id` (after a BOS token where the tokenizer puts one). Documents follow one
+    another; a document that does not fit goes on at position 0 of the next sequence. With `align` > 1 filler stands
+    between documents so that each starts on a multiple of `align`: no chunk holds parts of two documents.
+
+    Args:
+        documents: The text.
+        tokenizer: Any Hugging Face tokenizer.
+        seq_len: Tokens per sequence.
+        align: Span of the top unit, or 1 for no alignment.
+        eos_id: Token that ends a document.
+        pad_id: Token on filler positions; None takes `eos_id`. Their label is -100 in any case.
+        pad_last: Fill the last sequence up (evaluation) instead of dropping it (training). If not one sequence is
+            full, it is filled up in any case.
+        progress: Show a progress bar if standard error is a terminal; pass False on all but the main process.
+
+    Raises:
+        PhotonError: if `seq_len` is not a multiple of `align`, or there is no text.
+    """
+    if align < 1 or seq_len < 1 or seq_len % align:
+        raise PhotonError(
+            f"train.seq_len = {seq_len} must be a multiple of the top unit's span, {align} tokens: "
+            f"take {max(1, seq_len // align) * align}, or set dataset.align_documents to false"
+        )
+    pad_id = eos_id if pad_id is None else pad_id
+    parts: list[np.ndarray] = []
+    num_documents = length = 0
+    filler_ranges: list[tuple[int, int]] = []
+    for ids in _tokenize(documents, tokenizer, eos_id, progress):
+        parts.append(ids)
+        length += len(ids)
+        num_documents += 1
+        gap = -length % align
+        if gap:
+            parts.append(np.full(gap, pad_id, dtype=np.int32))
+            filler_ranges.append((length, length + gap))
+            length += gap
+    if not num_documents:
+        raise PhotonError("no text to pack: the data holds no document on this side of the split")
+    missing = -length % seq_len
+    if pad_last or length < seq_len:
+        parts.append(np.full(missing, pad_id, dtype=np.int32))
+        filler_ranges.append((length, length + missing))
+        length += missing
+    filler = np.zeros(length, dtype=bool)
+    for start, stop in filler_ranges:
+        filler[start:stop] = True
+    full = length // seq_len * seq_len
+    tokens = np.concatenate(parts)
+    shape = (-1, seq_len)
+    return PackedDataset(
+        torch.from_numpy(tokens[:full].reshape(shape)), torch.from_numpy(filler[:full].reshape(shape)), num_documents
+    )
+
+
+def check_tokenizer(tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> None:
+    """Check that every id the tokenizer knows has a row in the model's embedding.
+
+    Raises:
+        PhotonError: if the largest id (added tokens included) is not below `vocab_size`.
+    """
+    largest = max(tokenizer.get_vocab().values())
+    if largest >= vocab_size:
+        raise PhotonError(
+            f"the tokenizer has ids up to {largest} but the model's vocab_size is {vocab_size}: "
+            "they do not belong together, or tokens were added without resizing the embeddings"
+        )
+
+
+def _tokenize(
+    documents: Iterable[Document], tokenizer: PreTrainedTokenizerBase, eos_id: int, progress: bool
+) -> Iterator[np.ndarray]:
+    """Token ids of each document, int32, with BOS where the tokenizer puts one, and `eos_id`."""
+    bos_id = tokenizer.bos_token_id
+    starts_with_bos = bos_id is not None and tokenizer("a")["input_ids"][:1] == [bos_id]
+    head = [bos_id] if starts_with_bos else []
+    documents = iter(documents)
+    with progress_bar(progress, "tokens  {task.fields[rate]:,.0f}/s") as bar:
+        task = bar.add_task("tokenising", total=None, rate=0.0)
+        while batch := list(islice(documents, _BATCH_DOCUMENTS)):
+            pieces = [list(_pieces(document.text)) for document in batch]
+            # `verbose=False`: no warning that a document is longer than the model's context; it is cut by packing.
+            encoded = iter(
+                tokenizer(
+                    [piece for group in pieces for piece in group],
+                    add_special_tokens=False,
+                    return_attention_mask=False,
+                    verbose=False,
+                )["input_ids"]
+            )
+            for group in pieces:
+                ids = [head, *(next(encoded) for _ in group), [eos_id]]
+                row = np.fromiter((token for part in ids for token in part), dtype=np.int32)
+                bar.update(task, advance=len(row), rate=bar.tasks[task].speed or 0.0)
+                yield row
+
+
+def _pieces(text: str) -> Iterator[str]:
+    """Cut a very long text at line ends: some tokenizers need more than linear time and memory in its length."""
+    start = 0
+    while len(text) - start > _PIECE_CHARACTERS:
+        cut = text.rfind("\n", start, start + _PIECE_CHARACTERS) + 1
+        cut = cut if cut > start else start + _PIECE_CHARACTERS
+        yield text[start:cut]
+        start = cut
+    yield text[start:]
