@@ -1,0 +1,1 @@
+"""Dense checkpoints to PHOTON checkpoints: source -> presets -> plan -> apply -> calibrate -> verify."""

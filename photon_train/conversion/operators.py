@@ -1,0 +1,75 @@
+"""How a target tensor's values are made, piece by piece, so that no tensor has to fit in memory twice.
+
+Every operator takes the target's shape, its arguments and the streams of its sources, and yields the target's
+elements in order as flat pieces.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+
+from photon_train.conversion.safetensors_io import PIECE_BYTES
+
+Pieces = Iterator[torch.Tensor]
+Operator = Callable[[Sequence[int], dict[str, Any], Sequence[Pieces]], Pieces]
+
+
+def copy(shape: Sequence[int], arguments: dict[str, Any], sources: Sequence[Pieces]) -> Pieces:
+    """The one source as it is."""
+    (source,) = sources
+    yield from source
+
+
+def constant(shape: Sequence[int], arguments: dict[str, Any], sources: Sequence[Pieces]) -> Pieces:
+    """``arguments["value"]`` everywhere."""
+    for count in _counts(math.prod(shape)):
+        yield torch.full((count,), float(arguments["value"]))
+
+
+def normal(shape: Sequence[int], arguments: dict[str, Any], sources: Sequence[Pieces]) -> Pieces:
+    """Normal values of standard deviation ``arguments["std"]``, drawn from ``arguments["seed"]``."""
+    generator = torch.Generator().manual_seed(arguments["seed"])
+    for count in _counts(math.prod(shape)):
+        yield torch.randn(count, generator=generator) * arguments["std"]
+
+
+def mean_chunk(shape: Sequence[int], arguments: dict[str, Any], sources: Sequence[Pieces]) -> Pieces:
+    """A chunker ``[d, C * d]`` that returns the mean of its C inputs: C blocks I / C side by side."""
+    hidden, columns = shape
+    for begin, end in _rows(hidden, columns):
+        block = torch.zeros(end - begin, columns)
+        rows = torch.arange(begin, end)
+        for offset in range(0, columns, hidden):
+            block[rows - begin, offset + rows] = hidden / columns
+        yield block.flatten()
+
+
+def identity_slots(shape: Sequence[int], arguments: dict[str, Any], sources: Sequence[Pieces]) -> Pieces:
+    """A converter ``[R * d, d]`` that returns R copies of its input: R blocks I below each other."""
+    total, hidden = shape
+    for begin, end in _rows(total, hidden):
+        block = torch.zeros(end - begin, hidden)
+        rows = torch.arange(begin, end)
+        block[rows - begin, rows % hidden] = 1.0
+        yield block.flatten()
+
+
+def _counts(total: int) -> Iterator[int]:
+    step = PIECE_BYTES // 4
+    for begin in range(0, total, step):
+        yield min(step, total - begin)
+
+
+def _rows(total: int, columns: int) -> Iterator[tuple[int, int]]:
+    step = max(1, PIECE_BYTES // 4 // columns)
+    for begin in range(0, total, step):
+        yield begin, min(begin + step, total)
+
+
+OPERATORS: dict[str, Operator] = {
+    operator.__name__: operator for operator in (copy, constant, normal, mean_chunk, identity_slots)
+}

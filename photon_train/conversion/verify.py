@@ -1,0 +1,31 @@
+"""Does a converted model compute the dense function where its plan promises so?"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM
+
+from photon_train.models import PhotonForCausalLM
+
+
+@torch.no_grad()
+def verify_preserves(checkpoint_dir: Path, photon_dir: Path, length: int = 64, seed: int = 0) -> float:
+    """Largest difference between the logits of a dense model and of its conversion, in fp32.
+
+    The PHOTON model runs with a window that holds the whole text, where a plan with `preserves_dense` promises 0 up to
+    rounding (1e-4 for logits of order 1). Both models are loaded whole: meant for small ones.
+
+    Args:
+        checkpoint_dir: The dense checkpoint.
+        photon_dir: What `apply.convert` made of it.
+        length: Tokens of the two random sequences that are compared.
+        seed: Seed of the tokens.
+    """
+    dense = AutoModelForCausalLM.from_pretrained(checkpoint_dir, dtype=torch.float32).eval()
+    photon = PhotonForCausalLM.from_pretrained(photon_dir, dtype=torch.float32).eval()
+    generator = torch.Generator().manual_seed(seed)
+    tokens = torch.randint(dense.config.vocab_size, (2, length), generator=generator)
+    window = max(length, photon.config.window)
+    return (dense(tokens).logits - photon(tokens, window=window).logits).abs().max().item()
