@@ -7,6 +7,7 @@ import hashlib
 import io
 import json
 import logging
+import os
 import re
 import sysconfig
 from collections.abc import Iterable, Iterator
@@ -158,12 +159,15 @@ def _is_data_file(path: Path) -> bool:
 
 def _read_standard_library() -> Iterator[Document]:
     root = Path(sysconfig.get_paths()["stdlib"])
-    for path in sorted(root.rglob("*.py")):
-        relative = path.relative_to(root)
-        if EXCLUDED_DIRECTORIES.intersection(relative.parts[:-1]) or relative.name.startswith(EXCLUDED_FILE_PREFIX):
-            continue
+    found = []
+    for directory, subdirectories, files in os.walk(root):
+        # Pruned here, not filtered after: an installation may hold many gigabytes of other packages.
+        subdirectories[:] = set(subdirectories) - EXCLUDED_DIRECTORIES
+        names = (name for name in files if name.endswith(".py") and not name.startswith(EXCLUDED_FILE_PREFIX))
+        found += [Path(directory, name) for name in names]
+    for path in sorted(found):
         try:
-            yield Document(relative.as_posix(), path.read_text(encoding="utf-8"))
+            yield Document(path.relative_to(root).as_posix(), path.read_text(encoding="utf-8"))
         except (UnicodeDecodeError, OSError):
             continue  # one odd or unreadable file of an installation must not stop the demo
 
