@@ -9,7 +9,7 @@ import pytest
 from hypothesis import settings
 
 # Small shapes gain nothing from many threads, and tests that start processes would compete for the cores.
-os.environ.setdefault("OMP_NUM_THREADS", "2")
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 # No test may reach for the network or an account.
 os.environ["HF_HUB_OFFLINE"] = "1"
