@@ -1,0 +1,125 @@
+"""transformers' own `generate` on a PHOTON model, against a loop over the teacher-forced forward."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from tiny import HIERARCHIES, photon_model, tokens
+from transformers import StoppingCriteria, StoppingCriteriaList
+from transformers.generation.streamers import BaseStreamer
+
+NEW = 14
+NAMES = sorted(HIERARCHIES)
+
+
+@pytest.fixture(params=["block-2", "memory-2-sinks", "residual-1-change", "slots-2-decoder"])
+def model(request):
+    return photon_model(request.param)
+
+
+@torch.no_grad()
+def naive_greedy(model, prompt: torch.Tensor, steps: int) -> torch.Tensor:
+    ids = prompt
+    for _ in range(steps):
+        ids = torch.cat([ids, model(ids).logits[:, -1].argmax(-1, keepdim=True)], dim=1)
+    return ids
+
+
+def generate(model, ids, **settings):
+    settings = {"max_new_tokens": NEW, "min_new_tokens": NEW, "do_sample": False, **settings}
+    # Suppressing the end token is part of min_new_tokens: the naive loop must see the same scores.
+    model.generation_config.eos_token_id = None
+    settings.pop("min_new_tokens")
+    return model.generate(ids, **settings)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_greedy_equals_the_full_forward(name):
+    model = photon_model(name)
+    for length in (1, 7, 12):
+        prompt = tokens(2, length, seed=length)
+        assert torch.equal(generate(model, prompt), naive_greedy(model, prompt, NEW))
+
+
+def test_generate_without_cache_is_the_same(model):
+    prompt = tokens(2, 9)
+    assert torch.equal(generate(model, prompt, use_cache=False), generate(model, prompt))
+
+
+def test_left_padded_batch_equals_each_prompt_alone(model):
+    rows = [tokens(1, length, seed=length) for length in (3, 8, 11)]
+    ids, mask = torch.full((3, 11), 2), torch.zeros(3, 11, dtype=torch.long)
+    for index, row in enumerate(rows):
+        ids[index, -row.shape[1] :], mask[index, -row.shape[1] :] = row[0], 1
+    out = generate(model, ids, attention_mask=mask)
+    for index, row in enumerate(rows):
+        assert torch.equal(out[index, 11:], naive_greedy(model, row, NEW)[0, row.shape[1] :])
+
+
+def test_beam_search_finds_what_it_finds_without_a_cache(model):
+    prompt = tokens(2, 5)
+    with_cache = generate(model, prompt, num_beams=3)
+    assert torch.equal(with_cache, generate(model, prompt, num_beams=3, use_cache=False))
+    assert with_cache.shape == (2, 5 + NEW)
+
+
+def test_sampling_is_a_function_of_the_seed_and_returns_several_sequences(model):
+    prompt = tokens(2, 6)
+
+    def sample():
+        torch.manual_seed(7)
+        return generate(model, prompt, do_sample=True, top_k=20, temperature=0.8, num_return_sequences=3)
+
+    first = sample()
+    assert torch.equal(first, sample())
+    assert first.shape == (6, 6 + NEW) and len({tuple(row.tolist()) for row in first}) > 2
+
+
+def test_streamer_receives_every_token(model):
+    class Collect(BaseStreamer):
+        def __init__(self):
+            self.tokens, self.ended = [], False
+
+        def put(self, value):
+            self.tokens += value.flatten().tolist()
+
+        def end(self):
+            self.ended = True
+
+    streamer, prompt = Collect(), tokens(1, 6)
+    out = generate(model, prompt, streamer=streamer)
+    assert streamer.tokens == out[0].tolist() and streamer.ended
+
+
+def test_stopping_criteria_and_end_token_stop(model):
+    class After(StoppingCriteria):
+        def __call__(self, input_ids, scores, **kwargs):
+            return torch.full((input_ids.shape[0],), input_ids.shape[1] >= 10)
+
+    prompt = tokens(1, 6)
+    assert generate(model, prompt, stopping_criteria=StoppingCriteriaList([After()])).shape[1] == 10
+    free = generate(model, prompt)[0, 6:]
+    end = int(free[5])
+    stopped = model.generate(prompt, max_new_tokens=NEW, do_sample=False, eos_token_id=end)
+    assert int(stopped[0, -1]) == end and stopped.shape[1] == 6 + int((free == end).nonzero()[0]) + 1
+
+
+def test_going_on_from_a_cache_equals_generating_at_once(model):
+    prompt, more = tokens(2, 9), tokens(2, 5, seed=4)
+    out = generate(model, prompt, return_dict_in_generate=True)
+    # The last generated token has not been fed yet: the next call feeds it with the new text.
+    text = torch.cat([out.sequences, more], dim=1)
+    continued = generate(model, text, past_key_values=out.past_key_values)
+    assert torch.equal(continued, naive_greedy(model, text, NEW))
+
+
+def test_what_cannot_work_says_so(model):
+    prompt = tokens(1, 6)
+    with pytest.raises(ValueError, match="[Aa]ssisted|stateful|_is_stateful"):
+        generate(model, prompt, prompt_lookup_num_tokens=3)
+    with pytest.raises(NotImplementedError, match="continuous batching"):
+        model.generate_batch([prompt[0].tolist()])
+    with pytest.raises(ValueError, match="position_ids"):
+        model(prompt, position_ids=torch.arange(6)[None])
+    with pytest.raises(ValueError, match="holes"):
+        model(prompt, attention_mask=torch.tensor([[1, 1, 0, 1, 1, 1]]))
