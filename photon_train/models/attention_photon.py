@@ -90,16 +90,16 @@ def sdpa(
 
 
 def window_start(position: torch.Tensor, window: int, alignment: int) -> torch.Tensor:
-    """First token that a window of `window` tokens ending at `position` covers, moved back to a multiple of `alignment`.
+    """First token that a window of `window` tokens ending at `position` covers, moved back to a multiple.
 
-    With summaries every `alignment` tokens, the unit that holds the window's oldest token is covered whole, so each
+    With summaries every `alignment` tokens (1: not moved), the unit that holds the window's oldest token is covered whole, so each
     earlier token is either in the window or under a visible unit (DESIGN 3.2).
     """
     return (position - window + 1).clamp(min=0) // alignment * alignment
 
 
 def unit_log_count(num_units: int, span: int, num_sinks: int, device: torch.device) -> torch.Tensor:
-    """Log of the tokens that each unit's pooled entry stands for, ``[num_units]``; sinks are counted beside the units."""
+    """Log of the tokens that each unit's entry stands for, ``[num_units]``; sinks are counted beside the units."""
     sinks_inside = (num_sinks - torch.arange(num_units, device=device) * span).clamp(0, span)
     return torch.log((span - sinks_inside).float())
 

@@ -195,7 +195,7 @@ class PhotonCache(Cache):
         return self.lengths is None
 
     def kv_bytes(self) -> dict[str, int]:
-        """Bytes held for the whole batch: `growing`, `constant` (keys and values) and `buffers` (open chunks, slots)."""
+        """Bytes of the whole batch: keys and values `growing` and `constant`; `buffers`: open chunks and slots."""
         growing = [*self.memory.values(), self.full, *[e for e in self.encoders if e.capacity is None]]
         total = sum(stack.nbytes() for stack in self._stacks())
         grown = sum(stack.nbytes() for stack in growing)

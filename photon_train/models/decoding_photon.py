@@ -396,7 +396,7 @@ class TokenStepper:
     # --- top-down: condition what comes next ---
 
     def _descend(self, closed: dict) -> torch.Tensor | None:
-        """New slots at every closed level; with isolated chunks, the states that predict the next chunks' first tokens."""
+        """New slots at every closed level; with isolated chunks, the states that predict the next first tokens."""
         config, started = self.config, None
         for index in reversed(sorted(closed)):
             rows, unit, summary, state = closed[index]

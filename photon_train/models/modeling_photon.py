@@ -206,59 +206,51 @@ class PhotonModel(PhotonPreTrainedModel):
         positions: torch.Tensor,
         window: int | None,
         trace: Trace | None,
-        slots_per_chunk: int = 0,
         memory: dict[int, dict[str, Any]] | None = None,
     ) -> list[Span]:
         """One span per layer of the token decoder, for elements at token `positions [E]`."""
-        config = self.config
+        config, geometry = self.config, StreamGeometry.of(self.config)
+        window = window or config.window
         recorded = None if trace is None else trace.decoders[0]
-        geometry = StreamGeometry.of(config)
-        longest = (window or config.window) + geometry.alignment - 1
-        sinks = None
-        if config.num_sinks:
-            index = torch.arange(positions.shape[0], device=positions.device)
-            sinks = index[geometry.is_sink(index)]
+        index = torch.arange(positions.shape[0], device=positions.device)
+        # Whole chunks per block, so that the own block and the one before always hold the aligned window.
+        chunks = -(-(window + geometry.alignment - 1) // geometry.chunk_size)
         band = {
             "positions": positions,
-            "window": window or config.window,
-            "block": longest + slots_per_chunk * -(-longest // geometry.chunk_size),
+            "window": window,
+            "block": chunks * (geometry.chunk_size + geometry.num_slots),
             "alignment": geometry.alignment,
-            "sinks": sinks,
+            "sinks": index[geometry.is_sink(index)] if config.num_sinks else None,
             "recorded": recorded,
         }
-        if slots_per_chunk:
-            # Whole chunks per block, so that one block back always covers the window.
-            band["block"] = -(-longest // geometry.chunk_size) * (geometry.chunk_size + slots_per_chunk)
-        kinds: dict[Any, Span] = {"window": BandSpan(**band), "full": FullSpan(recorded)}
-        for level, settings in (memory or {}).items():
-            kinds[level] = MemorySpan(**band, **settings)
+        window_span, full_span = BandSpan(**band), FullSpan(recorded)
+        memory_spans = {level: MemorySpan(**band, **settings) for level, settings in (memory or {}).items()}
         return [
-            kinds["full"]
+            full_span
             if layer in config.full_attention_layers
-            else kinds[config.memory_level_of(layer) or "window"]
-            if memory is not None
-            else kinds["window"]
+            else memory_spans.get(config.memory_level_of(layer), window_span)
             for layer in range(config.num_token_layers)
         ]
 
     def _lower_layers(self, embeds: torch.Tensor, window: int | None, trace: Trace | None) -> torch.Tensor:
+        """The token decoder's layers below the point where the hierarchy reads and writes."""
         decoder = self.levels[0].decoder
         hidden = decoder.input_scale(embeds)
         spans = self._spans(torch.arange(hidden.shape[1], device=hidden.device), window, trace)
         return decoder(hidden, self._rotary(hidden), spans, stop=self.config.branch_layer)
 
     def _upper_layers(self, hidden, window, trace, memory=None) -> torch.Tensor:
-        decoder = self.levels[0].decoder
-        if self.config.branch_layer == 0:
-            hidden = decoder.input_scale(hidden)
-        spans = self._spans(torch.arange(hidden.shape[1], device=hidden.device), window, trace, memory=memory)
-        return hidden, spans, decoder
+        spans = self._spans(torch.arange(hidden.shape[1], device=hidden.device), window, trace, memory)
+        return self.levels[0].decoder(hidden, self._rotary(hidden), spans, start=self.config.branch_layer)
+
+    def _stream_input(self, branch: torch.Tensor) -> torch.Tensor:
+        return branch if self.config.branch_layer else self.levels[0].decoder.input_scale(branch)
 
     def _residual_stream(self, branch, slots, length, window, trace) -> torch.Tensor:
-        hidden, spans, decoder = self._upper_layers(branch[:, :length], window, trace)
         repeats = self.config.levels[0]["chunk_size"] // slots.shape[2]
-        hidden = hidden + slots.repeat_interleave(repeats, dim=2).flatten(1, 2)[:, :length]
-        return decoder(hidden, self._rotary(hidden), spans, start=self.config.branch_layer)
+        added = slots.repeat_interleave(repeats, dim=2).flatten(1, 2)
+        hidden = self._stream_input(branch[:, :length]) + added[:, :length]
+        return self._upper_layers(hidden, window, trace)
 
     def _memory_stream(self, branch, states, window, trace) -> torch.Tensor:
         device, length = branch.device, branch.shape[1]
@@ -279,8 +271,7 @@ class PhotonModel(PhotonPreTrainedModel):
                 "unit_span": span,
                 "recorded_units": None if trace is None else trace.units,
             }
-        hidden, spans, decoder = self._upper_layers(branch, window, trace, memory)
-        return decoder(hidden, self._rotary(hidden), spans, start=self.config.branch_layer)
+        return self._upper_layers(self._stream_input(branch), window, trace, memory)
 
     def _pool(self, layer, key, value, *, span, states, rotary, excluded):
         """Unit keys and values of memory layer `layer` from its own ``[B, Hkv, T, D]``."""
@@ -297,7 +288,7 @@ class PhotonModel(PhotonPreTrainedModel):
         first = torch.arange(0, embeds.shape[1], chunk, device=embeds.device)[:, None]
         inside = torch.arange(chunk, device=embeds.device)
         positions = torch.cat([first.expand(-1, count), first + inside], dim=1).flatten()
-        spans = self._spans(positions, window, trace, slots_per_chunk=count)
+        spans = self._spans(positions, window, trace)
         out = decoder(sequence, self._rotary(sequence, positions), spans)
         return out.unflatten(1, (-1, count + chunk))[:, :, count:].flatten(1, 2)
 
