@@ -92,7 +92,7 @@ def sdpa(
 def window_start(position: torch.Tensor, window: int, alignment: int) -> torch.Tensor:
     """First token that a window of `window` tokens ending at `position` covers, moved back to a multiple.
 
-    With summaries every `alignment` tokens (1: not moved), the unit that holds the window's oldest token is covered whole, so each
+    The unit that holds the oldest token of the window is then covered whole, so each
     earlier token is either in the window or under a visible unit (DESIGN 3.2).
     """
     return (position - window + 1).clamp(min=0) // alignment * alignment
