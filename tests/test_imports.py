@@ -1,0 +1,165 @@
+"""The directions of imports (DESIGN, section 7) and what may never be read, found in the syntax trees."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+PACKAGE = ROOT / "photon_train"
+# Importer -> what of ours it may import besides itself. Modules of one file go by their name.
+HELPERS = {"errors", "files", "config"}
+ALLOWED = {
+    "config": set(),
+    "errors": set(),
+    "files": set(),
+    "models": {"photon_kernels"},
+    "accounting": {"errors"},
+    "conversion": {"models", "accounting", "manifest", *HELPERS},
+    "data": {"models", "manifest", *HELPERS},
+    "training": {"models", "data", "accounting", "manifest", *HELPERS},
+    "export": {"models", "accounting", "manifest", *HELPERS},
+    "inference": {"models", "accounting", "manifest", "photon_kernels", *HELPERS},
+    "evaluation": {"models", "data", "accounting", "manifest", *HELPERS},
+}
+# Seen from any other file: the entry points, which nobody imports.
+ENTRY_POINTS = {"recipes", "tools", "tests"}
+LAZY = {"deepspeed", "wandb", "liger_kernel", "tensorboard", "tensorboardX", "datasets", "pyarrow"}
+
+
+def sources(folder: Path) -> list[Path]:
+    return sorted(folder.rglob("*.py"))
+
+
+def parse(path: Path) -> ast.Module:
+    return ast.parse(path.read_text(encoding="utf-8"), filename=str(path))
+
+
+def imported(tree: ast.AST, path: Path) -> Iterator[str]:
+    """Absolute dotted names of everything that is imported, wherever it stands; relative imports resolved."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = node.module or ""
+            if node.level:
+                parents = path.relative_to(ROOT).parts[: -node.level]
+                base = ".".join([*parents, *([base] if base else [])])
+            yield base
+            yield from (f"{base}.{alias.name}" for alias in node.names)
+
+
+def ours(name: str) -> str | None:
+    """The part of ours that a dotted name belongs to, else None."""
+    parts = name.split(".")
+    if parts[0] == "photon_kernels" or parts[0] in ENTRY_POINTS:
+        return parts[0]
+    return parts[1] if parts[0] == "photon_train" and len(parts) > 1 else None
+
+
+def part_of(path: Path) -> str:
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+def wrong_imports(tree: ast.AST, path: Path, own: str, allowed: set[str]) -> set[str]:
+    known = {part_of(other) for other in sources(PACKAGE)} | ENTRY_POINTS | {"photon_kernels"}
+    return {part for name in imported(tree, path) if (part := ours(name)) in known} - allowed - {own, "__init__"}
+
+
+def test_parts_import_only_what_they_may() -> None:
+    wrong = {}
+    for path in sources(PACKAGE):
+        # The command line and its helpers stand above the parts' foundations and import nothing but these.
+        allowed = ALLOWED.get(part_of(path), {"cli_help", "config_check", "config_values", "config_yaml", *HELPERS})
+        if found := wrong_imports(parse(path), path, part_of(path), allowed):
+            wrong[str(path.relative_to(ROOT))] = found
+    assert not wrong
+
+
+def test_kernels_import_nothing_of_ours() -> None:
+    folder = ROOT / "kernels"
+    assert sources(folder), "the kernels moved: mend this test"
+    for path in sources(folder):
+        names = {ours(name) for name in imported(parse(path), path)} - {None, "photon_kernels"}
+        assert not names, path
+
+
+def test_models_ship_alone() -> None:
+    """An export carries the files of `models` flat: they may import each other relatively and nothing else of ours."""
+    for path in sources(PACKAGE / "models"):
+        assert path.parent == PACKAGE / "models", f"{path} is in a subfolder"
+        for node in ast.walk(parse(path)):
+            if isinstance(node, ast.ImportFrom):
+                assert node.level <= 1, path
+                assert node.level == 1 or not (node.module or "").startswith("photon_train"), path
+            elif isinstance(node, ast.Import):
+                assert not any(alias.name.startswith("photon_train") for alias in node.names), path
+
+
+def test_optional_packages_are_imported_inside_functions() -> None:
+    for path in sources(PACKAGE):
+        top_level = parse(path)
+        for node in ast.walk(top_level):
+            if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+                node.body = []
+        found = {name.split(".")[0] for name in imported(top_level, path)} & LAZY
+        assert not found, f"{path} imports {found} when it is imported itself"
+
+
+def unsafe_reads(tree: ast.AST, path: Path) -> list[str]:
+    """Ways to unpickle: the pickle family, `torch.load` without weights_only=True, unsafe YAML."""
+    found = [name for name in imported(tree, path) if name.split(".")[0] in {"pickle", "dill", "joblib", "shelve"}]
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Call) and ast.unparse(node.func) == "torch.load":
+            options = {keyword.arg: ast.unparse(keyword.value) for keyword in node.keywords}
+            if options.get("weights_only") != "True":
+                found.append(ast.unparse(node))
+        if isinstance(node, ast.Call) and ast.unparse(node.func) in {"yaml.unsafe_load", "yaml.full_load"}:
+            found.append(ast.unparse(node))
+    return found
+
+
+def test_nothing_is_unpickled() -> None:
+    for folder in ("photon_train", "kernels", "recipes", "tools"):
+        for path in sources(ROOT / folder):
+            assert not unsafe_reads(parse(path), path), path
+
+
+def test_kernels_folder_is_no_package() -> None:
+    """A package named `kernels` would shadow the one of Hugging Face that transformers looks for."""
+    assert not (ROOT / "kernels" / "__init__.py").exists()
+
+
+@pytest.mark.parametrize(
+    ("own", "code", "found"),
+    [
+        ("training", "from photon_train.conversion import plan", {"conversion"}),
+        ("training", "def f():\n    from ..conversion.plan import x", {"conversion"}),
+        ("training", "from photon_train import conversion, models", {"conversion"}),
+        ("training", "import recipes.convert_llama", {"recipes"}),
+        ("training", "from .loop import x\nfrom ..models import y\nimport torch", set()),
+        ("models", "from ..errors import PhotonError", {"errors"}),
+        ("models", "import photon_kernels.chunker", set()),
+        ("config", "import photon_train.errors", {"errors"}),
+    ],
+)
+def test_the_walk_sees_what_it_must(own: str, code: str, found: set[str]) -> None:
+    path = PACKAGE / own / "file.py"
+    assert wrong_imports(ast.parse(code), path, own, ALLOWED[own]) == found
+
+
+@pytest.mark.parametrize(
+    ("code", "count"),
+    [
+        ("import pickle", 1),
+        ("torch.load(f)", 1),
+        ("torch.load(f, weights_only=False)", 1),
+        ("torch.load(f, weights_only=True)", 0),
+        ("yaml.unsafe_load(f)", 1),
+    ],
+)
+def test_unsafe_reads_are_seen(code: str, count: int) -> None:
+    assert len(unsafe_reads(ast.parse(code), PACKAGE / "file.py")) == count
