@@ -90,7 +90,8 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
     tensors = {}
     end_of_data = 0
     for name, (dtype, shape, begin, end) in entries.items():
-        if dtype is not None and end - begin != math.prod(shape) * dtype.itemsize:
+        size_fits = dtype is None or end - begin == math.prod(shape) * dtype.itemsize
+        if not size_fits or not 0 <= begin <= end:
             raise PhotonError(f"{path} has a corrupt safetensors header (tensor {name}): download it again")
         end_of_data = max(end_of_data, end)
         tensors[name] = TensorInfo(shape, dtype, path, 8 + length + begin)

@@ -1,0 +1,302 @@
+"""Conversions on disk: complete, loadable, the right values, or nothing at all."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections import namedtuple
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tiny_dense import FAMILY_NAMES, save_dense
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from photon_train.config import LevelOverrides, PhotonSettings, RunConfig
+from photon_train.conversion.apply import convert, parse_size, rewrite_new_tensors
+from photon_train.conversion.calibrate import calibrate, calibrate_directory
+from photon_train.conversion.plan import ConversionPlan, make_plan
+from photon_train.conversion.presets import layer_map, photon_config
+from photon_train.conversion.source import INDEX, DenseCheckpoint
+from photon_train.conversion.verify import verify_preserves
+from photon_train.errors import PhotonError
+from photon_train.manifest import verify_manifest
+from photon_train.models import PhotonForCausalLM
+
+ROPE = {
+    "rope_type": "llama3",
+    "rope_theta": 1e4,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 16,
+}
+
+
+def run_conversion(dense, output, settings: RunConfig | None = None, dtype: str = "auto", **options):
+    settings = settings or RunConfig()
+    checkpoint = DenseCheckpoint.open(str(dense))
+    config = photon_config(checkpoint.config, settings)
+    plan = make_plan(checkpoint, config, layer_map(checkpoint.config, settings), dtype)
+    convert(checkpoint, plan, config, output, progress=False, **options)
+    return plan
+
+
+def load(directory) -> PhotonForCausalLM:
+    model, info = AutoModelForCausalLM.from_pretrained(directory, output_loading_info=True)
+    assert not any(info.values()), info
+    return model.eval()
+
+
+@pytest.fixture(scope="module")
+def dense(tmp_path_factory):
+    return save_dense(tmp_path_factory.mktemp("dense") / "model", max_shard_size="30KB")
+
+
+@pytest.mark.parametrize(
+    ("preset", "photon"),
+    [
+        ("graft", {}),
+        ("graft", {"conditioning": "residual", "branch_layer": 2}),
+        ("graft", {"conditioning": "slots", "levels": [LevelOverrides(num_slots=3)]}),
+        ("graft", {"num_levels": 3, "full_attention_layers": [3]}),
+        ("hourglass", {}),
+        ("split", {}),
+        ("split", {"conditioning": "residual"}),
+        ("split", {"conditioning": "memory"}),
+        ("split", {"layout": "block"}),
+        ("paper", {}),
+    ],
+)
+def test_every_preset_and_conditioning_converts_loads_and_runs(dense, tmp_path, preset, photon):
+    output = tmp_path / "photon"
+    plan = run_conversion(dense, output, RunConfig(preset=preset, photon=PhotonSettings(**photon)))
+    model = load(output)
+    stored = {name: t for file in output.glob("*.safetensors") for name, t in load_file(file).items()}
+    weights = {name: t for file in dense.glob("*.safetensors") for name, t in load_file(file).items()}
+    for entry in plan.tensors:
+        if entry.operator == "copy":
+            assert torch.equal(stored[entry.target], weights[entry.sources[0]]), entry.target
+    tokens = torch.arange(40)[None]
+    loss = model(tokens, labels=tokens).loss
+    assert torch.isfinite(loss)
+    loss.backward()
+    assert ConversionPlan.from_json((output / "plan.json").read_text()) == plan
+    verify_manifest(output)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "changes"),
+    [
+        *((name, {}) for name in FAMILY_NAMES),
+        ("llama", {"tie_word_embeddings": True, "num_key_value_heads": 4}),
+        ("llama", {"attention_bias": True, "mlp_bias": True, "num_key_value_heads": 1}),
+        ("llama", {"rope_parameters": ROPE}),
+        ("qwen3", {"attention_bias": True, "head_dim": 16, "tie_word_embeddings": True}),
+        ("mistral", {"sliding_window": 128}),
+    ],
+)
+def test_graft_with_the_window_over_the_text_is_the_dense_model(tmp_path, model_type, changes):
+    dense = save_dense(tmp_path / "dense", model_type, **changes)
+    plan = run_conversion(dense, tmp_path / "photon")
+    assert plan.preserves_dense
+    assert verify_preserves(dense, tmp_path / "photon", length=90) <= 1e-4
+
+
+@pytest.mark.parametrize("photon", [{"conditioning": "residual", "branch_layer": 1}, {"full_attention_layers": [1]}])
+def test_graft_by_other_paths_is_the_dense_model_too(dense, tmp_path, photon):
+    assert run_conversion(dense, tmp_path / "photon", RunConfig(photon=PhotonSettings(**photon))).preserves_dense
+    assert verify_preserves(dense, tmp_path / "photon", length=90) <= 1e-4
+
+
+def test_plans_that_promise_nothing_do_change_the_function(dense, tmp_path):
+    for preset in ("hourglass", "split", "paper"):
+        assert not run_conversion(dense, tmp_path / preset, RunConfig(preset=preset)).preserves_dense
+        assert verify_preserves(dense, tmp_path / preset) > 1e-2
+
+
+def test_dense_tensors_and_new_tensors_lie_in_shards_of_their_own(dense, tmp_path):
+    plan = run_conversion(dense, tmp_path / "photon", max_shard_size="40KB")
+    index = json.loads((tmp_path / "photon" / INDEX).read_text())
+    names = sorted(set(index["weight_map"].values()))
+    assert names[0] == f"model-00001-of-{len(names):05d}.safetensors" and len(names) > 2
+    assert index["metadata"]["total_size"] == plan.num_bytes
+    new = {name for name, file in index["weight_map"].items() if file == names[-1]}
+    assert new == {entry.target for entry in plan.tensors if not entry.sources}
+    for name in names[:-1]:
+        assert (tmp_path / "photon" / name).stat().st_size < 50_000
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+def test_the_type_can_be_chosen(dense, tmp_path, dtype):
+    run_conversion(dense, tmp_path / "photon", dtype=dtype)
+    wanted = getattr(torch, dtype)
+    for file in (tmp_path / "photon").glob("*.safetensors"):
+        assert {tensor.dtype for tensor in load_file(file).values()} == {wanted}
+    assert AutoConfig.from_pretrained(tmp_path / "photon").dtype == wanted
+    source = DenseCheckpoint.open(str(dense)).load("lm_head.weight")
+    assert torch.equal(load(tmp_path / "photon").lm_head.weight, source.to(wanted))
+
+
+def test_tokenizer_and_generation_config_come_along(dense, tmp_path):
+    source = shutil.copytree(dense, tmp_path / "dense")
+    (source / "tokenizer.json").write_text(json.dumps({"model": {"vocab": {"a": 0}}, "added_tokens": []}))
+    (source / "tokenizer_config.json").write_text("{}")
+    (source / "generation_config.json").write_text('{"max_new_tokens": 7}')
+    (source / "README.md").write_text("not this")
+    run_conversion(source, tmp_path / "photon")
+    for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):
+        assert (tmp_path / "photon" / name).read_text() == (source / name).read_text()
+    assert not (tmp_path / "photon" / "README.md").exists()
+
+
+# --- bad input leaves nothing behind ---
+
+
+def fails_cleanly(tmp_path, message: str, dense, **options) -> None:
+    before = sorted(path.name for path in tmp_path.iterdir())
+    with pytest.raises(PhotonError, match=message) as error:
+        run_conversion(dense, tmp_path / "photon", **options)
+    assert "\n" not in str(error.value)
+    assert sorted(path.name for path in tmp_path.iterdir()) == before
+
+
+def broken_copy(dense, tmp_path, name: str, value: float):
+    source = shutil.copytree(dense, tmp_path / "dense")
+    file = source / json.loads((source / INDEX).read_text())["weight_map"][name]
+    weights = load_file(file)
+    weights[name].view(-1)[-1] = value
+    save_file(weights, file, metadata={"format": "pt"})
+    return source
+
+
+def test_a_weight_that_is_not_finite_leaves_nothing_behind(dense, tmp_path):
+    source = broken_copy(dense, tmp_path, "model.layers.3.mlp.down_proj.weight", float("nan"))
+    fails_cleanly(tmp_path, "layers.3.mlp.down_proj.weight holds NaN", source)
+
+
+def test_a_directory_that_is_not_empty_is_left_as_it_was(dense, tmp_path):
+    (tmp_path / "photon").mkdir()
+    (tmp_path / "photon" / "mine.txt").write_text("mine")
+    fails_cleanly(tmp_path, "photon is not empty", dense)
+    assert (tmp_path / "photon" / "mine.txt").read_text() == "mine"
+
+
+def test_a_full_disk_is_noticed_before_writing(dense, tmp_path, monkeypatch):
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(1, 1, 1000))
+    fails_cleanly(tmp_path, r"has 0\.0 GB free, the converted model needs", dense)
+
+
+def test_a_wrong_hash_is_noticed_before_writing(dense, tmp_path):
+    from photon_train.manifest import write_manifest
+
+    source = shutil.copytree(dense, tmp_path / "dense")
+    write_manifest(source, "dense", {}, {})
+    manifest = json.loads((source / "manifest.json").read_text())
+    shard = next(name for name in manifest["files"] if name.endswith("safetensors"))
+    manifest["files"][shard]["sha256"] = "0" * 64
+    (source / "manifest.json").write_text(json.dumps(manifest))
+    fails_cleanly(tmp_path, f"{shard}.*sha256", source)
+
+
+def test_a_tokenizer_that_does_not_fit_is_noticed_before_writing(dense, tmp_path):
+    source = shutil.copytree(dense, tmp_path / "dense")
+    (source / "tokenizer.json").write_text(json.dumps({"model": {"vocab": {"a": 64}}}))
+    fails_cleanly(tmp_path, "token ids up to 64", source)
+
+
+def test_a_head_that_is_called_tied_but_differs(tmp_path):
+    dense = save_dense(tmp_path / "dense")
+    config = json.loads((dense / "config.json").read_text())
+    (dense / "config.json").write_text(json.dumps({**config, "tie_word_embeddings": True}))
+    fails_cleanly(tmp_path, "lm_head.weight differs from the embedding", dense)
+
+
+def test_what_the_callback_raises_undoes_the_conversion(dense, tmp_path):
+    def fail(directory):
+        assert (directory / INDEX).is_file()
+        raise PhotonError("calibration failed")
+
+    fails_cleanly(tmp_path, "calibration failed", dense, on_written=fail)
+
+
+@pytest.mark.parametrize(("text", "size"), [("5GB", 5 * 10**9), ("200 MiB", 200 * 2**20), ("1000", 1000), (17, 17)])
+def test_sizes(text, size):
+    assert parse_size(text) == size
+
+
+@pytest.mark.parametrize("text", ["many", "GB", "0MB", "-1GB"])
+def test_sizes_that_are_none(text):
+    with pytest.raises(PhotonError, match="export.max_shard_size"):
+        parse_size(text)
+
+
+# --- calibration ---
+
+
+def text() -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randint(64, (2, 96), generator=generator), torch.randint(64, (1, 64), generator=generator)]
+
+
+def test_calibration_gives_units_the_norm_of_what_they_summarise(dense, tmp_path):
+    run_conversion(dense, tmp_path / "photon", RunConfig(preset="split"))
+    model = load(tmp_path / "photon")
+    scales = calibrate(model, text())
+    assert set(scales) == {
+        "model.levels.0.chunker.scale",
+        "model.levels.1.chunker.scale",
+        "model.levels.0.decoder.input_scale.weight",
+        "model.levels.1.decoder.input_scale.weight",
+    }
+    assert all(abs(scale - 1) > 0.01 for scale in scales.values())
+    # Measured anew, everything has the wanted norm: a second calibration changes nothing.
+    again = calibrate(model, text())
+    for name, scale in scales.items():
+        assert again[name] == pytest.approx(scale, rel=1e-4)
+    embeds = model.model.embed_tokens(text()[0])
+    units = model.model.levels[0].chunker(embeds.unflatten(1, (-1, 4)))
+    medians = [states.norm(dim=-1).median().item() for states in (units, embeds)]
+    assert medians[0] == pytest.approx(medians[1], rel=0.1)
+
+
+@pytest.mark.parametrize("photon", [{}, {"conditioning": "residual"}])
+def test_calibrated_graft_still_is_the_dense_model(dense, tmp_path, photon):
+    scales = {}
+    run_conversion(
+        dense,
+        tmp_path / "photon",
+        RunConfig(photon=PhotonSettings(**photon)),
+        on_written=lambda directory: scales.update(calibrate_directory(directory, text())),
+    )
+    assert set(scales) == {"model.levels.0.chunker.scale", "model.levels.1.chunker.scale"}
+    stored = dict(load(tmp_path / "photon").named_parameters())
+    for name, scale in scales.items():
+        assert stored[name].item() == pytest.approx(scale)
+    assert verify_preserves(dense, tmp_path / "photon") <= 1e-4
+    verify_manifest(tmp_path / "photon")
+
+
+@pytest.mark.parametrize(("preset", "count"), [("hourglass", 1), ("paper", 4)])
+def test_every_preset_can_be_calibrated(dense, tmp_path, preset, count):
+    run_conversion(dense, tmp_path / "photon", RunConfig(preset=preset))
+    assert len(calibrate(load(tmp_path / "photon"), text())) == count
+
+
+def test_split_with_memory_is_calibrated_on_the_encoders_states(dense, tmp_path):
+    settings = RunConfig(preset="split", photon=PhotonSettings(conditioning="memory"))
+    run_conversion(dense, tmp_path / "photon", settings)
+    assert "model.levels.0.decoder.input_scale.weight" in calibrate(load(tmp_path / "photon"), text())
+
+
+def test_calibration_needs_two_units_of_text(dense, tmp_path):
+    run_conversion(dense, tmp_path / "photon")
+    with pytest.raises(PhotonError, match="at least 32 tokens"):
+        calibrate(load(tmp_path / "photon"), [torch.zeros(1, 31, dtype=torch.long)])
+
+
+def test_only_new_tensors_can_be_rewritten(dense, tmp_path):
+    run_conversion(dense, tmp_path / "photon")
+    with pytest.raises(PhotonError, match="lm_head.weight"):
+        rewrite_new_tensors(tmp_path / "photon", {"lm_head.weight": torch.zeros(64, 32)})

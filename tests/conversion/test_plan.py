@@ -1,0 +1,144 @@
+"""The plan: complete, checked, readable, and the same after a round trip through JSON."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from rich.console import Console
+from tiny_dense import dense_config, save_dense
+
+from photon_train.config import PRESETS, RunConfig
+from photon_train.conversion.operators import OPERATORS
+from photon_train.conversion.plan import ConversionPlan, Dropped, make_plan, target_tensors
+from photon_train.conversion.presets import layer_map, photon_config
+from photon_train.conversion.safetensors_io import TensorInfo
+from photon_train.conversion.source import DenseCheckpoint
+from photon_train.errors import PhotonError
+from photon_train.models import PhotonForCausalLM
+
+
+def plan_for(checkpoint: DenseCheckpoint, preset: str = "graft", **settings):
+    run = RunConfig(preset=preset, **settings)
+    config = photon_config(checkpoint.config, run)
+    return make_plan(checkpoint, config, layer_map(checkpoint.config, run)), config
+
+
+def checkpoint_like(config, **extra) -> DenseCheckpoint:
+    """A checkpoint of which only names and shapes exist."""
+    from photon_train.conversion.families import dense_tensors
+
+    shapes = {**dense_tensors(config), **extra}
+    return DenseCheckpoint(None, config, {name: TensorInfo(s, torch.bfloat16, None) for name, s in shapes.items()})
+
+
+@pytest.fixture(scope="module")
+def case():
+    checkpoint = checkpoint_like(dense_config())
+    plan, config = plan_for(checkpoint)
+    return plan, target_tensors(config), {name: info.shape for name, info in checkpoint.tensors.items()}
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_every_preset_makes_a_complete_plan(preset):
+    plan, _ = plan_for(checkpoint_like(dense_config()), preset)
+    assert plan.dtype == "bfloat16"
+    assert plan.preserves_dense == (preset == "graft")
+    assert not plan.dropped
+
+
+def test_what_is_dropped_has_a_reason():
+    config = dense_config(tie_word_embeddings=True)
+    extra = {"lm_head.weight": (64, 32), "model.layers.0.self_attn.rotary_emb.inv_freq": (4,)}
+    plan, _ = plan_for(checkpoint_like(config, **extra))
+    assert {entry.source: entry.reason for entry in plan.dropped} == {
+        "lm_head.weight": "the head shares the embedding's weight",
+        "model.layers.0.self_attn.rotary_emb.inv_freq": "computed from the configuration",
+    }
+
+
+def test_a_source_that_no_rule_knows_is_an_error():
+    with pytest.raises(PhotonError, match="source model.extra.weight is dropped without a reason"):
+        plan_for(checkpoint_like(dense_config(), **{"model.extra.weight": (3,)}))
+
+
+def test_the_check_finds_every_kind_of_hole(case):
+    plan, targets, sources = case
+    first, last = plan.tensors[0], plan.tensors[-1]
+
+    def fails(message: str, **changes) -> None:
+        with pytest.raises(PhotonError, match=message):
+            replace(plan, **changes).check(targets, sources)
+
+    plan.check(targets, sources)
+    fails(f"{first.target} is written twice", tensors=(*plan.tensors, first))
+    fails(f"target {first.target} is not written", tensors=plan.tensors[1:])
+    fails("target unknown is not a tensor", tensors=(*plan.tensors, replace(first, target="unknown")))
+    fails(f"{first.target} has shape", tensors=(replace(first, shape=(1, 1)), *plan.tensors[1:]))
+    fails("unknown operator 'divide'", tensors=(replace(first, operator="divide"), *plan.tensors[1:]))
+    fails("cannot take 2 sources", tensors=(replace(first, sources=first.sources * 2), *plan.tensors[1:]))
+    fails("reads nothing, which", tensors=(replace(first, sources=("nothing",)), *plan.tensors[1:]))
+    fails("its source model.norm.weight", tensors=(replace(first, sources=("model.norm.weight",)), *plan.tensors[1:]))
+    fails(
+        f"source {last.sources[0]} is neither used nor dropped",
+        tensors=(*plan.tensors[:-1], replace(last, operator="constant", sources=(), arguments={"value": 0})),
+    )
+    fails("is dropped, but used", dropped=(Dropped(first.sources[0], "why"),))
+    fails("is dropped, but the checkpoint lacks it", dropped=(Dropped("nothing", "why"),))
+
+
+def test_json_round_trip(case):
+    plan = case[0]
+    assert ConversionPlan.from_json(plan.to_json()) == plan
+    for text in ("{", "[]", '{"preset": 1}'):
+        with pytest.raises(PhotonError, match="not a conversion plan"):
+            ConversionPlan.from_json(text)
+
+
+def test_the_table_of_eighty_layers_fits_a_screen():
+    plan, _ = plan_for(checkpoint_like(dense_config(num_hidden_layers=80)))
+    console = Console(width=120, record=True, file=open("/dev/null", "w"))
+    console.print(plan.table())
+    lines = console.export_text().splitlines()
+    assert len(lines) < 30
+    assert any("0-79" in line and "copy" in line for line in lines)
+    assert any("1, 3 ... 79" in line for line in lines)
+
+
+def run_operator(name: str, shape, **arguments):
+    return torch.cat(list(OPERATORS[name](shape, arguments, ()))).view(shape)
+
+
+def test_operators_make_what_an_untrained_model_starts_with(monkeypatch):
+    import photon_train.conversion.operators as operators
+
+    plan, config = plan_for(checkpoint_like(dense_config()), "paper")
+    torch.manual_seed(0)
+    fresh = PhotonForCausalLM(config).state_dict()
+    monkeypatch.setattr(operators, "PIECE_BYTES", 4 * 1000)  # several pieces per tensor
+    made = 0
+    for entry in plan.tensors:
+        if entry.operator in ("mean_chunk", "identity_slots", "constant"):
+            made += 1
+            value = run_operator(entry.operator, entry.shape, **entry.arguments)
+            torch.testing.assert_close(value, fresh[entry.target], msg=entry.target)
+    assert made == 11
+
+
+def test_normal_values_depend_on_the_seed_alone(monkeypatch):
+    import photon_train.conversion.operators as operators
+
+    monkeypatch.setattr(operators, "PIECE_BYTES", 4 * 1000)
+    first = run_operator("normal", (50, 80), std=0.02, seed=1)
+    assert torch.equal(first, run_operator("normal", (50, 80), std=0.02, seed=1))
+    assert not torch.equal(first, run_operator("normal", (50, 80), std=0.02, seed=2))
+    assert abs(first.std().item() - 0.02) < 0.002
+
+
+def test_an_unknown_dtype(tmp_path):
+    checkpoint = DenseCheckpoint.open(str(save_dense(tmp_path / "dense")))
+    run = RunConfig()
+    config = photon_config(checkpoint.config, run)
+    with pytest.raises(PhotonError, match="export.dtype='int4'"):
+        make_plan(checkpoint, config, layer_map(checkpoint.config, run), dtype="int4")

@@ -1,0 +1,242 @@
+"""Every kind of broken checkpoint is one clear error, found before a tensor is read where that is possible."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tiny_dense import save_dense
+
+from photon_train.conversion.source import INDEX, DenseCheckpoint
+from photon_train.errors import PhotonError
+from photon_train.manifest import write_manifest
+
+
+@pytest.fixture
+def single(tmp_path):
+    return save_dense(tmp_path / "single")
+
+
+@pytest.fixture
+def sharded(tmp_path):
+    return save_dense(tmp_path / "sharded", max_shard_size="30KB")
+
+
+def open_fails(directory, *words: str) -> None:
+    with pytest.raises(PhotonError) as error:
+        DenseCheckpoint.open(str(directory))
+    assert "\n" not in str(error.value)
+    for word in words:
+        assert word in str(error.value)
+
+
+def shards_of(directory):
+    return sorted(directory.glob("model-*.safetensors"))
+
+
+def edit_json(path, **changes):
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+@pytest.mark.parametrize("kind", ["single", "sharded"])
+def test_tensors_are_read_as_they_were_written(kind, request):
+    directory = request.getfixturevalue(kind)
+    checkpoint = DenseCheckpoint.open(str(directory))
+    stored = {name: t for file in directory.glob("*.safetensors") for name, t in load_file(file).items()}
+    assert set(checkpoint.tensors) == set(stored)
+    for name, tensor in stored.items():
+        assert torch.equal(checkpoint.load(name), tensor)
+
+
+def test_bfloat16_is_read_bit_for_bit(single):
+    weights = {name: tensor.bfloat16() for name, tensor in load_file(single / "model.safetensors").items()}
+    save_file(weights, single / "model.safetensors", metadata={"format": "pt"})
+    checkpoint = DenseCheckpoint.open(str(single))
+    assert checkpoint.dtype == torch.bfloat16
+    assert torch.equal(checkpoint.load("lm_head.weight"), weights["lm_head.weight"])
+
+
+def test_a_directory_that_does_not_exist(tmp_path):
+    open_fails(tmp_path / "nothing", "nothing", "no such directory")
+
+
+def test_a_file_instead_of_its_directory(single):
+    open_fails(single / "model.safetensors", "is a file", "directory")
+
+
+def test_an_unreachable_hub_id():
+    open_fails("nobody/nothing-at-all", "nobody/nothing-at-all", "neither a directory nor reachable on the hub")
+
+
+def test_no_config(single):
+    (single / "config.json").unlink()
+    open_fails(single, "no config.json")
+
+
+def test_config_that_is_not_json(single):
+    (single / "config.json").write_text("{")
+    open_fails(single, "config.json", "not valid JSON")
+
+
+def test_a_family_that_is_not_supported(single):
+    edit_json(single / "config.json", model_type="gpt2")
+    open_fails(single, "config.json", "gpt2", "llama, mistral, qwen2, qwen3")
+
+
+def test_a_quantised_checkpoint(single):
+    edit_json(single / "config.json", quantization_config={"quant_method": "gptq"})
+    open_fails(single, "quantised")
+
+
+def test_pickled_weights_are_refused(single):
+    (single / "model.safetensors").rename(single / "pytorch_model.bin")
+    open_fails(single, "pickle", "save_pretrained")
+
+
+def test_no_weights(single):
+    (single / "model.safetensors").unlink()
+    open_fails(single, "neither model.safetensors nor")
+
+
+def test_shards_without_index(sharded):
+    (sharded / INDEX).unlink()
+    open_fails(sharded, INDEX)
+
+
+def test_a_missing_shard(sharded):
+    shard = shards_of(sharded)[1]
+    shard.unlink()
+    open_fails(sharded, shard.name, "missing")
+
+
+@pytest.mark.parametrize("keep", [0, 4, 100, -1])
+def test_a_truncated_shard(sharded, keep):
+    shard = shards_of(sharded)[0]
+    shard.write_bytes(shard.read_bytes()[:keep])
+    open_fails(sharded, shard.name, "truncated")
+
+
+def test_a_shard_with_bytes_too_many(sharded):
+    shard = shards_of(sharded)[0]
+    shard.write_bytes(shard.read_bytes() + b"x")
+    open_fails(sharded, shard.name, "corrupt")
+
+
+def test_a_corrupt_header(single):
+    path = single / "model.safetensors"
+    content = bytearray(path.read_bytes())
+    content[8:12] = b"oops"
+    path.write_bytes(content)
+    open_fails(single, "model.safetensors", "corrupt")
+
+
+@pytest.mark.parametrize("offsets", [[0, 4], [-8, 0], "no"])
+def test_a_header_with_impossible_offsets(single, offsets):
+    header = json.dumps({"x": {"dtype": "F32", "shape": [2], "data_offsets": offsets}}).encode()
+    (single / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + bytes(8))
+    open_fails(single, "model.safetensors", "corrupt safetensors header")
+
+
+def test_a_git_lfs_pointer(single):
+    (single / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n")
+    open_fails(single, "git lfs pull")
+
+
+def test_an_index_that_names_the_wrong_shard(sharded):
+    index = json.loads((sharded / INDEX).read_text())["weight_map"]
+    other = next(shard for shard in index.values() if shard != index["model.norm.weight"])
+    edit_json(sharded / INDEX, weight_map={**index, "model.norm.weight": other})
+    open_fails(sharded, "model.norm.weight", other)
+
+
+def test_an_index_that_leads_outside(sharded):
+    index = json.loads((sharded / INDEX).read_text())["weight_map"]
+    edit_json(sharded / INDEX, weight_map={**index, "model.norm.weight": "../x.safetensors"})
+    open_fails(sharded, "outside")
+
+
+def test_a_tensor_in_two_shards(sharded):
+    first, second = shards_of(sharded)[:2]
+    name, tensor = next(iter(load_file(first).items()))
+    save_file({**load_file(second), name: tensor}, second, metadata={"format": "pt"})
+    open_fails(sharded, name, first.name, second.name, "twice")
+
+
+def test_a_missing_tensor(single):
+    path = single / "model.safetensors"
+    weights = load_file(path)
+    del weights["model.layers.2.mlp.up_proj.weight"]
+    save_file(weights, path, metadata={"format": "pt"})
+    open_fails(single, "model.layers.2.mlp.up_proj.weight")
+
+
+def test_a_config_with_another_vocabulary(single):
+    edit_json(single / "config.json", vocab_size=65)
+    open_fails(single, "model.embed_tokens.weight", "[64, 32]", "[65, 32]")
+
+
+def test_weights_of_a_type_that_is_not_a_float(single):
+    path = single / "model.safetensors"
+    weights = load_file(path)
+    weights["model.norm.weight"] = weights["model.norm.weight"].to(torch.int8)
+    save_file(weights, path, metadata={"format": "pt"})
+    open_fails(single, "model.norm.weight", "quantised")
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+def test_a_weight_that_is_not_finite(single, value):
+    path = single / "model.safetensors"
+    weights = load_file(path)
+    weights["model.layers.1.self_attn.k_proj.weight"][3, 5] = value
+    save_file(weights, path, metadata={"format": "pt"})
+    checkpoint = DenseCheckpoint.open(str(single))
+    checkpoint.load("model.layers.1.self_attn.q_proj.weight")
+    with pytest.raises(PhotonError, match="model.safetensors.*layers.1.self_attn.k_proj.weight.*NaN"):
+        checkpoint.load("model.layers.1.self_attn.k_proj.weight")
+
+
+def test_a_changed_file_is_found_by_the_manifest(single):
+    write_manifest(single, "dense", {}, {})
+    path = single / "model.safetensors"
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+    checkpoint = DenseCheckpoint.open(str(single))
+    with pytest.raises(PhotonError, match="model.safetensors.*sha256"):
+        checkpoint.check_hashes()
+
+
+def test_a_changed_file_is_found_by_the_name_it_has_in_the_hub_cache(single, tmp_path):
+    blob = tmp_path / ("0" * 64)
+    shutil.move(single / "model.safetensors", blob)
+    (single / "model.safetensors").symlink_to(blob)
+    checkpoint = DenseCheckpoint.open(str(single))
+    with pytest.raises(PhotonError, match="model.safetensors has a wrong sha256"):
+        checkpoint.check_hashes()
+
+
+def test_a_tokenizer_with_more_tokens_than_embeddings(single):
+    content = {"model": {"vocab": {"a": 0, "b": 63}}, "added_tokens": [{"id": 64, "content": "<new>"}]}
+    (single / "tokenizer.json").write_text(json.dumps(content))
+    with pytest.raises(PhotonError, match="ids up to 64.*vocab_size=64"):
+        DenseCheckpoint.open(str(single)).check_tokenizer()
+
+
+def test_only_small_files_are_asked_of_the_hub_for_an_estimate(single, monkeypatch):
+    import huggingface_hub
+
+    asked = {}
+
+    def download(model, **settings):
+        asked.update(settings, model=model)
+        (single / "model.safetensors").unlink()
+        return str(single)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    checkpoint = DenseCheckpoint.open("someone/model", revision="abc", token="secret", weights=False)
+    assert (asked["model"], asked["revision"], asked["token"]) == ("someone/model", "abc", "secret")
+    assert not any("safetensors" in pattern for pattern in asked["allow_patterns"])
+    assert checkpoint.tensors["lm_head.weight"].shape == (64, 32)

@@ -1,0 +1,233 @@
+"""The closed formulas against counted parameters, measured caches and counted work."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from rich.console import Console
+from tiny import HIERARCHIES, photon_config, photon_model, tokens
+from tiny_dense import FAMILY_NAMES, dense_config
+from transformers import AutoModelForCausalLM
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer
+
+from photon_train import accounting
+from photon_train.config import PRESETS, RunConfig
+from photon_train.conversion import presets
+from photon_train.models import PhotonForCausalLM
+from photon_train.training.lora import add_lora
+
+FAMILIES = [
+    *((name, {}) for name in FAMILY_NAMES),
+    ("llama", {"tie_word_embeddings": True}),
+    ("llama", {"attention_bias": True, "mlp_bias": True}),
+    ("qwen3", {"attention_bias": True}),
+]
+
+
+def counted(model: torch.nn.Module, trainable: bool = False) -> int:
+    return sum(p.numel() for p in model.parameters() if p.requires_grad or not trainable)
+
+
+def on_meta(config) -> PhotonForCausalLM:
+    with torch.device("meta"):
+        return PhotonForCausalLM(config)
+
+
+def graft(dense, preset: str = "graft"):
+    return presets.photon_config(dense, RunConfig(preset=preset))
+
+
+# --- parameters ---
+
+
+@pytest.mark.parametrize(("model_type", "changes"), FAMILIES)
+def test_parameters_of_every_family(model_type, changes):
+    dense = dense_config(model_type, **changes)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(dense)
+    assert accounting.dense_parameters(dense) == accounting.dense_parameters(dense.to_dict()) == counted(model)
+    assert accounting.photon_parameters(graft(dense)) == counted(on_meta(graft(dense)))
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_parameters_of_every_preset(preset):
+    config = graft(dense_config(num_hidden_layers=8), preset)
+    assert accounting.photon_parameters(config) == counted(on_meta(config))
+
+
+@pytest.mark.parametrize("name", HIERARCHIES)
+def test_parameters_of_every_hierarchy(name):
+    config = photon_config(name)
+    model = on_meta(config)
+    assert accounting.photon_parameters(config) == counted(model)
+    new = sum(counted(model.get_submodule(module)) for module in model.new_module_names())
+    assert accounting.new_parameters(config) == new
+
+
+@pytest.mark.parametrize("target_modules", [["q_proj", "down_proj"], list(accounting.TARGETS), ["v_proj", "lm_head"]])
+def test_what_lora_trains(target_modules):
+    settings = RunConfig().lora
+    settings.rank, settings.target_modules = 3, target_modules
+    for name in ("block-2", "residual-2-decoder", "memory-2-sinks"):
+        config = photon_config(name)
+        model = add_lora(PhotonForCausalLM(config), settings)
+        assert accounting.trainable_parameters(config, 3, target_modules) == counted(model, trainable=True)
+        assert accounting.trainable_parameters(config, 0) == accounting.photon_parameters(config)
+        # What `training_memory` counts as held: the originals of the new modules stay beside their copies.
+        memory = accounting.training_memory(config, 1, 3, target_modules, dtype_bytes=4)
+        assert memory.weights == 4 * counted(model)
+
+
+# --- caches ---
+
+
+@pytest.mark.parametrize("length", [1, 11, 40])
+@pytest.mark.parametrize("name", HIERARCHIES)
+def test_cache_bytes_are_those_of_the_cache(name, length):
+    model = photon_model(name)
+    cache = model(tokens(1, length), use_cache=True).past_key_values
+    expected = accounting.cache_bytes(model.config, length, 4)
+    assert cache.kv_bytes() == {
+        "growing": expected.growing,
+        "constant": expected.constant,
+        "buffers": expected.buffers,
+    }
+
+
+@pytest.mark.parametrize("name", ["memory-2-sinks", "slots-3", "block-2"])
+def test_cache_bytes_hold_after_decoding(name):
+    model = photon_model(name)
+    cache = model(tokens(1, 5), use_cache=True).past_key_values
+    for step in range(5, 38):
+        model(tokens(1, 1, seed=step), past_key_values=cache)
+    assert cache.kv_bytes()["growing"] == accounting.cache_bytes(model.config, 38, 4).growing
+    assert sum(cache.kv_bytes().values()) == accounting.cache_bytes(model.config, 38, 4).total
+
+
+@pytest.mark.parametrize("name", HIERARCHIES)
+def test_the_slope_is_what_is_added_per_token(name):
+    config = photon_config(name)
+    near, far = (accounting.cache_bytes(config, 144 * n) for n in (1, 11))
+    assert accounting.growing_bytes_per_token(config) == pytest.approx((far.growing - near.growing) / 1440)
+    assert (far.constant, far.buffers) == (near.constant, near.buffers)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "changes"), [*((n, {}) for n in FAMILY_NAMES), ("mistral", {"sliding_window": 16})]
+)
+def test_the_dense_cache(model_type, changes):
+    dense = dense_config(model_type, **changes)
+    model = AutoModelForCausalLM.from_config(dense)
+    cache = model(tokens(1, 40), use_cache=True).past_key_values
+    held = sum(t.numel() * t.element_size() for layer in cache.layers for t in (layer.keys, layer.values))
+    # transformers keeps one key less than the window: the next token brings its own.
+    slack = 4 * accounting.Shape.of(dense).kv * dense.num_hidden_layers if changes else 0
+    assert accounting.dense_cache_bytes(dense, 40, 4) == held + slack
+
+
+# --- work ---
+
+
+@pytest.mark.parametrize("name", HIERARCHIES)
+def test_layer_positions_are_those_that_run(name):
+    config = photon_config(name)
+    model = photon_model(name)
+    ran = []
+    for module in model.modules():
+        if isinstance(module, LlamaDecoderLayer):
+            module.register_forward_pre_hook(lambda _, inputs: ran.append(inputs[0].shape[0] * inputs[0].shape[1]))
+    # The forward pass pads to the end of the open meta-context: compare the slope.
+    counts = []
+    for length in (10 * config.top_span, 20 * config.top_span):
+        ran.clear()
+        model(tokens(1, length))
+        counts.append(sum(ran))
+    assert accounting.layer_positions(config) * 10 * config.top_span == pytest.approx(counts[1] - counts[0])
+
+
+def test_the_presets_cost_what_the_design_says():
+    dense = dense_config(num_hidden_layers=8)
+    positions = {preset: accounting.layer_positions(graft(dense, preset)) for preset in PRESETS}
+    assert positions["graft"] == 8 + 1 / 4 + 1 / 16
+    assert positions["hourglass"] == 4 + 4 / 4
+    assert positions["split"] < positions["paper"] < 8
+    growing = accounting.growing_bytes_per_token(graft(dense))
+    assert growing / (accounting.dense_cache_bytes(dense, 1)) == pytest.approx((4 + 1) / (8 * 16))
+
+
+def test_flops_of_the_dense_model_by_hand():
+    dense = dense_config(num_hidden_layers=2)
+    linear = 32 * 32 * 2 + 32 * 16 * 2 + 3 * 32 * 48
+    assert accounting.dense_flops(dense, 100) == 2 * (2 * linear + 64 * 32) + 4 * 2 * 100 * 32
+
+
+def test_flops_of_graft_grow_with_its_units_only():
+    dense = dense_config(num_hidden_layers=8)
+    config = graft(dense)
+    near, far = (accounting.photon_flops(config, n) for n in (1600, 3200))
+    # Per token: 4 memory layers see 100 units more, the top encoder's layer too, but once in 16 tokens.
+    assert far - near == pytest.approx(4 * 32 * (4 * 100 + 100 / 16))
+    assert accounting.dense_flops(dense, 3200) - accounting.dense_flops(dense, 1600) == 4 * 32 * 8 * 1600
+
+
+# --- training memory ---
+
+
+def test_what_sharding_divides():
+    config = photon_config("memory-2-sinks")
+    memory = {
+        stage: accounting.training_memory(config, 64, rank=4, dtype_bytes=2, zero_stage=stage, num_processes=4)
+        for stage in (0, 1, 2, 3)
+    }
+    trained = accounting.trainable_parameters(config, 4)
+    weights = 2 * (accounting.photon_parameters(config) + trained)
+    assert [memory[stage].weights for stage in memory] == [weights, weights, weights, weights // 4]
+    assert [memory[stage].gradients for stage in memory] == [2 * trained, 2 * trained, trained // 2, trained // 2]
+    # Plain AdamW keeps its moments in the weights' type; ZeRO keeps them and master weights in fp32.
+    assert [memory[stage].optimizer for stage in memory] == [4 * trained, 3 * trained, 3 * trained, 3 * trained]
+    assert len({memory[stage].activations for stage in memory}) == 1
+
+
+def test_offloading_moves_bytes_to_main_memory():
+    config = photon_config("memory-2-sinks")
+    for stage, moved in ((2, ("optimizer",)), (3, ("optimizer", "weights"))):
+        kept = accounting.training_memory(config, 64, zero_stage=stage, num_processes=2)
+        away = accounting.training_memory(config, 64, zero_stage=stage, num_processes=2, offload=True)
+        assert away.host == sum(getattr(kept, part) for part in moved)
+        assert away.optimizer == 0 and away.device < kept.device
+
+
+def test_checkpointing_keeps_less():
+    config = photon_config("memory-2-sinks")
+    full, less = (accounting.activation_bytes(config, 1024, gradient_checkpointing=on) for on in (False, True))
+    assert less < full
+
+
+def test_an_unknown_zero_stage():
+    with pytest.raises(ValueError, match="zero_stage=4"):
+        accounting.training_memory(photon_config("memory-1"), 1, zero_stage=4)
+
+
+# --- all of it ---
+
+
+def test_the_estimate_is_shown_and_saved():
+    dense = dense_config(num_hidden_layers=8)
+    result = accounting.estimate(dense, graft(dense), seq_len=2048, batch_size=2, zero_stage=3, num_processes=2)
+    content = json.loads(json.dumps(result.to_dict()))
+    assert content["dense_parameters"] == accounting.dense_parameters(dense)
+    assert content["added_parameters"] == content["photon_parameters"] - content["dense_parameters"] > 0
+    assert content["kv_ratio"] == pytest.approx((4 + 1) / (8 * 16))
+    assert content["memory"]["device"] == result.memory.device > 0
+    console = Console(width=100, record=True, file=open("/dev/null", "w"))
+    console.print(result.table())
+    shown = console.export_text()
+    for words in ("Cache per token", "3.9%", "trainable", "2 processes, ZeRO stage 3", "activations"):
+        assert words in shown
+
+
+@pytest.mark.parametrize(("count", "text"), [(0, "0 B"), (1023, "1023 B"), (1536, "1.50 KiB"), (3 * 2**40, "3.00 TiB")])
+def test_bytes_are_readable(count, text):
+    assert accounting.format_bytes(count) == text
