@@ -141,7 +141,7 @@ class MemoryStepSpan(StepSpan):
             return_lse=True,
             backend="triton",
         )
-        return kernels.merge_attention(near, far)
+        return kernels.merge_attention(near, far, return_lse=True)
 
 
 @dataclass

@@ -1,0 +1,39 @@
+"""The Triton backend against the torch backend and the teacher-forced forward (interpreter on CPU, or a GPU)."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from tiny import photon_model, tokens
+
+# One of each kind of path: rings with sinks, isolated groups, slots in a stream, memory at two levels, full layers.
+NAMES = ["block-2", "memory-2-sinks", "memory-two-levels", "memory-3-full", "residual-2", "slots-2-decoder"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+@torch.no_grad()
+def test_triton_logits_equal_torch_logits_and_the_training_forward(name, triton_device):
+    model = photon_model(name).to(triton_device)
+    rows = [tokens(1, 13 + length, seed=length).to(triton_device) for length in (3, 6)]
+    expected = [model(row).logits[0] for row in rows]
+    prompt = torch.full((2, 6), 2, device=triton_device)
+    mask = torch.zeros(2, 6, dtype=torch.long, device=triton_device)
+    for index, width in enumerate((3, 6)):
+        prompt[index, -width:], mask[index, -width:] = rows[index][0, :width], 1
+    logits = {}
+    for backend in ("torch", "triton"):
+        model.set_backend(backend)
+        cache = model(prompt, attention_mask=mask, use_cache=True).past_key_values
+        steps = []
+        for step in range(13):
+            column = torch.stack([row[0, width + step] for row, width in zip(rows, (3, 6), strict=True)])
+            steps.append(model(column[:, None], past_key_values=cache).logits[:, 0])
+        logits[backend] = torch.stack(steps, dim=1)
+    torch.testing.assert_close(logits["triton"], logits["torch"], atol=2e-4, rtol=0)
+    for index, width in enumerate((3, 6)):
+        torch.testing.assert_close(logits["triton"][index], expected[index][width:], atol=2e-4, rtol=0)
+
+
+def test_unknown_backend_is_refused():
+    with pytest.raises(ValueError, match="backend 'cuda' is not one of torch, triton"):
+        photon_model("memory-1").set_backend("cuda")
