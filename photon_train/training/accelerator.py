@@ -1,0 +1,74 @@
+"""The Accelerator of a run: devices, processes, precision, DeepSpeed and trackers."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from accelerate.utils import DistributedType, InitProcessGroupKwargs, ProjectConfiguration
+
+from photon_train.config import RunConfig
+from photon_train.errors import PhotonError
+from photon_train.training.tracking import require_tracker
+
+
+def make_accelerator(config: RunConfig, output_dir: str | os.PathLike[str]) -> Accelerator:
+    """Set up the processes of `accelerate launch` (or the one process of plain python) for `config`.
+
+    One Accelerator serves several `train` calls one after the other; each call releases what the call before
+    prepared. DeepSpeed's "auto" values and its accumulation and clipping come from `config`.
+
+    transformers would load every model sharded once a ZeRO-3 plugin exists, and a sharded model can neither be
+    converted nor given adapters. That is switched off: models are loaded whole on the CPU of every process and
+    sharded when training starts.
+
+    Raises:
+        PhotonError: for a precision that the hardware or the accelerate config cannot serve, or a tracker that is
+            not installed.
+    """
+    train = config.train
+    if train.mixed_precision not in ("no", "bf16", "fp16"):
+        raise PhotonError(f"train.mixed_precision={train.mixed_precision!r} is not one of bf16, fp16, no")
+    on_cpu = not torch.accelerator.is_available()
+    if on_cpu and train.mixed_precision == "fp16":
+        raise PhotonError("train.mixed_precision=fp16 needs a GPU: choose bf16 or no")
+    state = AcceleratorState._shared_state
+    if state and state.get("_mixed_precision") not in (None, train.mixed_precision):
+        raise PhotonError(
+            f"train.mixed_precision={train.mixed_precision!r}, but this process already runs an Accelerator with "
+            f"{state['_mixed_precision']!r}: use one precision per process"
+        )
+    uses_deepspeed = os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true"
+    is_launched = int(os.environ.get("LOCAL_RANK", -1)) != -1
+    tracker = require_tracker(config.tracking)
+    output_dir = Path(output_dir)
+    accelerator = Accelerator(
+        mixed_precision=train.mixed_precision,
+        gradient_accumulation_steps=train.gradient_accumulation_steps,
+        # Without a GPU only the explicit CPU mode joins the processes; DeepSpeed joins them itself.
+        cpu=on_cpu and not uses_deepspeed,
+        kwargs_handlers=[InitProcessGroupKwargs(backend="gloo")] if on_cpu and is_launched else None,
+        log_with=tracker,
+        project_config=ProjectConfiguration(project_dir=str(output_dir), logging_dir=str(output_dir / "tensorboard")),
+        # The schedule counts optimiser steps; accelerate would step it once per process.
+        step_scheduler_with_optimizer=False,
+    )
+    if accelerator.distributed_type == DistributedType.DEEPSPEED:
+        _fill_deepspeed(accelerator, config)
+    return accelerator
+
+
+def _fill_deepspeed(accelerator: Accelerator, config: RunConfig) -> None:
+    from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+
+    settings = accelerator.deepspeed_plugin.deepspeed_config
+    settings["train_micro_batch_size_per_gpu"] = config.train.batch_size
+    settings["gradient_accumulation_steps"] = config.train.gradient_accumulation_steps
+    settings["train_batch_size"] = (
+        config.train.batch_size * config.train.gradient_accumulation_steps * accelerator.num_processes
+    )
+    settings["gradient_clipping"] = config.train.max_grad_norm
+    unset_hf_deepspeed_config()

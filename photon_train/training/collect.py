@@ -1,0 +1,82 @@
+"""The trained model as plain tensors, whatever training sharded or wrapped."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+
+import torch
+from accelerate import Accelerator
+from peft.tuners.lora import LoraLayer
+from peft.utils import ModulesToSaveWrapper
+from torch import nn
+
+from photon_train.training.lora import base_model
+from photon_train.training.losses import TrainingObjective
+
+
+@contextmanager
+def _gathered(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
+    """Make ZeRO-3 shards whole inside the block (every process takes part); plain parameters are whole already."""
+    sharded = [parameter for parameter in parameters if hasattr(parameter, "ds_id")]
+    if not sharded:
+        yield
+        return
+    import deepspeed
+
+    with deepspeed.zero.GatheredParameters(sharded):
+        yield
+
+
+def _merged_tensors(module: nn.Module, prefix: str) -> Iterator[tuple[str, torch.Tensor]]:
+    """Entries of the state dict that `module` would have after merging, one gathered layer at a time."""
+    if isinstance(module, ModulesToSaveWrapper):
+        yield from _merged_tensors(module.modules_to_save[module.active_adapters[0]], prefix)
+    elif isinstance(module, LoraLayer):
+        with _gathered(module.parameters()):
+            base = module.get_base_layer()
+            weight = base.weight
+            for adapter in module.active_adapters:
+                weight = weight + module.get_delta_weight(adapter).to(weight.dtype)
+            yield f"{prefix}weight", weight
+            if base.bias is not None:
+                yield f"{prefix}bias", base.bias
+    else:
+        own = {name: parameter for name, parameter in module._parameters.items() if parameter is not None}
+        with _gathered(own.values()):
+            yield from ((f"{prefix}{name}", parameter) for name, parameter in own.items())
+        for name, buffer in module._buffers.items():
+            if buffer is not None and name not in module._non_persistent_buffers_set:
+                yield f"{prefix}{name}", buffer
+        for name, child in module._modules.items():
+            if child is not None:
+                yield from _merged_tensors(child, f"{prefix}{name}.")
+
+
+@torch.no_grad()
+def gather_full_model(accelerator: Accelerator, model: nn.Module) -> dict[str, torch.Tensor] | None:
+    """The state dict of the trained model with adapters merged, on the CPU of the main process.
+
+    Layers are gathered and merged one at a time, so that no device holds more than its share and one layer. The
+    names are the base model's own: `load_state_dict` of a fresh model takes them. Every process must call it.
+
+    Args:
+        accelerator: The one that trained the model.
+        model: `TrainResult.model`, or a model that no training has touched.
+
+    Returns:
+        The state dict on the main process (tied weights share one tensor), None on the others.
+    """
+    model = accelerator.unwrap_model(model)
+    if isinstance(model, TrainingObjective):
+        model = model.model
+    state: dict[str, torch.Tensor] = {}
+    copies: dict[int, torch.Tensor] = {}
+    for name, tensor in _merged_tensors(base_model(model), ""):
+        if accelerator.is_main_process:
+            if isinstance(tensor, nn.Parameter) and id(tensor) in copies:
+                state[name] = copies[id(tensor)]
+                continue
+            state[name] = tensor.detach().to("cpu", copy=True)
+            copies[id(tensor)] = state[name]
+    return state if accelerator.is_main_process else None

@@ -1,0 +1,311 @@
+"""The fine-tuning loop, for any causal LM of transformers."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedType, send_to_device, set_seed
+from torch import nn
+from torch.optim import AdamW
+from torch.optim.lr_scheduler import LambdaLR
+
+from photon_train.config import RunConfig
+from photon_train.data.loader import batches
+from photon_train.data.packing import PackedDataset
+from photon_train.errors import PhotonError
+from photon_train.training.accelerator import make_accelerator
+from photon_train.training.checkpoint import (
+    TrainingState,
+    checkpoint_dir,
+    latest_checkpoint,
+    load_checkpoint,
+    read_state,
+    run_settings,
+    save_checkpoint,
+)
+from photon_train.training.lora import base_model, parameter_groups
+from photon_train.training.losses import IGNORED, LossParts, TrainingObjective, num_target_tokens
+from photon_train.training.progress import MetricsLog, TrainingProgress
+from photon_train.training.settings import settings_hash
+from photon_train.training.tracking import tracked
+
+FINAL_LEARNING_RATE = 0.1
+_PARTS = ("total", "ce", "distill", "consistency")
+
+
+@dataclass
+class TrainResult:
+    """What a training leaves.
+
+    Attributes:
+        model: The model as training holds it (wrapped, perhaps sharded): for `collect.gather_full_model`, and valid
+            until the next `train` with the same accelerator.
+        history: The records of `metrics.jsonl`, with `step` and `train/...` or `eval/...` entries (main process).
+        metrics: The last of each: `eval/ce`, `eval/perplexity`, `train/...`.
+        initial_ce: Held-out cross-entropy before the first step (nats per token).
+        steps: Optimiser steps done.
+        tokens: Tokens read over all processes.
+        seconds: Time in training including evaluations, over all attempts.
+        checkpoint: The last checkpoint.
+    """
+
+    model: nn.Module
+    history: list[dict[str, Any]]
+    metrics: dict[str, float]
+    initial_ce: float
+    steps: int
+    tokens: int
+    seconds: float
+    checkpoint: Path
+
+
+def learning_rate_factor(step: int, warmup_steps: int, max_steps: int) -> float:
+    """Factor on the peak learning rate for optimiser step `step` (from 0): linear up, then a cosine to 10%."""
+    if step < warmup_steps:
+        return (step + 1) / (warmup_steps + 1)
+    progress = min(1.0, (step - warmup_steps) / max(1, max_steps - warmup_steps))
+    return FINAL_LEARNING_RATE + (1 - FINAL_LEARNING_RATE) * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+def _enable_checkpointing(model: nn.Module) -> None:
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    if base_model(model) is not model:
+        # With frozen embeddings nothing before the first adapter asks for a gradient.
+        model.enable_input_require_grads()
+
+
+@torch.no_grad()
+def evaluate(accelerator: Accelerator, objective: nn.Module, dataset: PackedDataset, config: RunConfig) -> float:
+    """Mean cross-entropy per target token of the first `train.eval_sequences` of `dataset`, over all processes.
+
+    Args:
+        accelerator: From `make_accelerator`.
+        objective: A `TrainingObjective`, prepared or not.
+        dataset: Held-out sequences.
+        config: Gives the number of sequences and the batch size.
+
+    Raises:
+        PhotonError: if no token of the sequences is a target.
+    """
+    count = min(config.train.eval_sequences, len(dataset))
+    size, processes = config.train.batch_size, accelerator.num_processes
+    one = torch.ones((), dtype=torch.long, device=accelerator.device)
+    sums = torch.zeros(2, device=accelerator.device)
+    was_training = objective.training
+    objective.eval()
+    # Every process runs every round, since sharded parameters are gathered in step; places past the end are masked.
+    for first in range(0, count, size * processes):
+        indices = first + accelerator.process_index * size + torch.arange(size)
+        batch = dataset.batch(indices.clamp(max=count - 1))
+        batch["labels"][indices >= count] = IGNORED
+        batch = send_to_device(batch, accelerator.device)
+        sums[0] += objective(**batch, target_tokens=one, sequences=one)["ce"]
+        sums[1] += num_target_tokens(batch["labels"])
+    objective.train(was_training)
+    total, tokens = accelerator.reduce(sums, "sum").tolist()
+    if not tokens:
+        raise PhotonError("evaluation: no token of the held-out sequences is a target; give more held-out text")
+    return total / tokens
+
+
+@dataclass
+class _Run:
+    """The objects of one training, prepared."""
+
+    accelerator: Accelerator
+    config: RunConfig
+    objective: nn.Module
+    optimizer: Any
+    scheduler: Any
+    trained: list[nn.Parameter] = field(default_factory=list)
+
+    def step(self, micro_batches: list[dict[str, torch.Tensor]], number: int) -> tuple[LossParts, float, int]:
+        """One optimiser step: the loss parts over all processes, the gradient norm and the tokens read."""
+        accelerator = self.accelerator
+        # One reduction gives what this step's sums are divided by, before anything is run.
+        counts = torch.stack(
+            [
+                sum(num_target_tokens(batch["labels"]) for batch in micro_batches),
+                torch.tensor(sum(batch["input_ids"].shape[0] for batch in micro_batches)),
+                torch.tensor(sum(batch["input_ids"].numel() for batch in micro_batches)),
+            ]
+        )
+        counts = accelerator.reduce(counts.to(accelerator.device), "sum")
+        target_tokens, sequences = counts[0].clamp(min=1), counts[1]
+        sums = torch.zeros(len(_PARTS), device=accelerator.device)
+        present: set[str] = set()
+        norm: torch.Tensor | float = 0.0
+        for batch in micro_batches:
+            with accelerator.accumulate(self.objective):
+                batch = send_to_device(batch, accelerator.device)
+                parts = self.objective(**batch, target_tokens=target_tokens, sequences=sequences)
+                # accelerate and DeepSpeed average over micro-batches and processes; the parts are shares of a sum.
+                scale = accelerator.gradient_accumulation_steps * accelerator.num_processes
+                accelerator.backward(parts["total"] * scale)
+                if accelerator.sync_gradients:
+                    norm = accelerator.clip_grad_norm_(self.trained, self.config.train.max_grad_norm or math.inf)
+                self.optimizer.step()
+                self.optimizer.zero_grad()
+            present |= set(parts)
+            sums += torch.stack(
+                [parts[name].detach().float() if name in parts else sums.new_zeros(()) for name in _PARTS]
+            )
+        if not accelerator.optimizer_step_was_skipped:
+            self.scheduler.step()
+        values = dict(zip(_PARTS, accelerator.reduce(sums, "sum").tolist(), strict=True))
+        loss = LossParts(**{name: values[name] for name in _PARTS if name in present})
+        norm = float(norm)
+        if not math.isfinite(loss.total) or not (math.isfinite(norm) or accelerator.mixed_precision == "fp16"):
+            raise PhotonError(
+                f"training diverged at step {number}: loss {loss.total}, gradient norm {norm}; lower "
+                "train.learning_rate and train.new_modules_learning_rate, or raise train.warmup_steps"
+            )
+        return loss, norm, int(counts[2])
+
+
+def _prepare(model: nn.Module, config: RunConfig, accelerator: Accelerator, teacher: nn.Module | None) -> _Run:
+    train = config.train
+    if train.gradient_checkpointing:
+        _enable_checkpointing(model)
+    objective = TrainingObjective(model, config.distill, config.consistency, teacher)
+    if accelerator.mixed_precision != "no" and accelerator.distributed_type != DistributedType.DEEPSPEED:
+        # bf16 has too few digits to add small updates to; DeepSpeed keeps its own fp32 copies.
+        for parameter in objective.parameters():
+            if parameter.requires_grad:
+                parameter.data = parameter.data.float()
+    optimizer = AdamW(parameter_groups(model, train), lr=train.learning_rate)
+    scheduler = LambdaLR(optimizer, lambda step: learning_rate_factor(step, train.warmup_steps, train.max_steps))
+    objective, optimizer, scheduler = accelerator.prepare(objective, optimizer, scheduler)
+    trained = [parameter for parameter in objective.parameters() if parameter.requires_grad]
+    return _Run(accelerator, config, objective, optimizer, scheduler, trained)
+
+
+def train(
+    model: nn.Module,
+    train_set: PackedDataset,
+    eval_set: PackedDataset,
+    config: RunConfig,
+    output_dir: str | Path,
+    *,
+    accelerator: Accelerator | None = None,
+    teacher: nn.Module | None = None,
+    name: str = "photon",
+    extra_log: dict[str, Any] | None = None,
+    on_step: Callable[[int], None] | None = None,
+) -> TrainResult:
+    """Train the parameters of `model` that require a gradient: AdamW, warm-up and cosine, evaluation, checkpoints.
+
+    With `config.resume` it goes on from the newest complete checkpoint of `name` in `output_dir`, if there is one:
+    on one machine the losses are then exactly those of an uninterrupted run.
+
+    Args:
+        model: A causal LM of transformers, with `lora.add_lora` applied.
+        train_set: Sequences, read in an order that depends on `config.seed` alone.
+        eval_set: Held-out sequences.
+        config: The run.
+        output_dir: Receives `metrics.jsonl`, `checkpoints/<name>/` and the tracker's files.
+        accelerator: From `make_accelerator`; what an earlier `train` prepared with it is released. Unset makes one.
+        teacher: The dense model for distillation, where `model` does not hold it.
+        name: Names this training among those of the run.
+        extra_log: Entries for the tracker's configuration and each evaluation, such as the KV ratio.
+        on_step: Called after each optimiser step (and its checkpoint) with the number of steps done.
+
+    Raises:
+        PhotonError: for settings that do not fit, a checkpoint of another run, and a loss that is not finite.
+    """
+    settings, output_dir = config.train, Path(output_dir)
+    for key in ("max_steps", "batch_size", "gradient_accumulation_steps", "log_every", "eval_sequences"):
+        if getattr(settings, key) < 1:
+            raise PhotonError(f"train.{key}={getattr(settings, key)} must be at least 1")
+    accelerator = accelerator or make_accelerator(config, output_dir)
+    accelerator.free_memory()
+    set_seed(config.seed, device_specific=True)
+    run = _prepare(model, config, accelerator, teacher)
+    bound = run_settings(config, name, accelerator.num_processes, len(train_set))
+    state = TrainingState(settings=bound, settings_hash=settings_hash(bound))
+    directory = checkpoint_dir(output_dir, name)
+    saved = latest_checkpoint(directory) if config.resume else None
+    if saved is not None:
+        state = read_state(saved, bound)
+        load_checkpoint(accelerator, saved)
+    is_main, start = accelerator.is_main_process, state.step
+    log = MetricsLog(output_dir, name, start, is_main)
+    progress = TrainingProgress(name, settings.max_steps, start, is_main)
+    began, seconds_before = time.perf_counter(), state.seconds
+
+    def record(values: dict[str, Any], seconds_left: float | None = None) -> None:
+        values = {key: value for key, value in values.items() if value is not None}
+        log.add({"step": state.step, **values})
+        accelerator.log(values, step=state.step)
+        progress.show({"step": state.step, **values}, seconds_left)
+        state.metrics.update(values)
+
+    def evaluation() -> float:
+        ce = evaluate(accelerator, run.objective, eval_set, config)
+        record({"eval/ce": ce, "eval/perplexity": math.exp(min(ce, 80.0)), **(extra_log or {})})
+        return ce
+
+    with tracked(accelerator, config, output_dir, name, extra_log), progress:
+        if saved is None:
+            state.initial_ce = evaluation()
+        run.objective.train()
+        data = batches(
+            train_set,
+            config.seed,
+            settings.batch_size,
+            settings.gradient_accumulation_steps,
+            accelerator.process_index,
+            accelerator.num_processes,
+            start,
+        )
+        window_began, window_tokens = time.perf_counter(), 0
+        while state.step < settings.max_steps:
+            rate = run.scheduler.get_last_lr()[0]
+            loss, norm, tokens = run.step(next(data), state.step + 1)
+            state.step += 1
+            state.tokens += tokens
+            window_tokens += tokens
+            progress.advance(state.step)
+            is_last = state.step == settings.max_steps
+            if state.step % settings.log_every == 0 or is_last:
+                elapsed = time.perf_counter() - window_began
+                record(
+                    {
+                        "train/loss": loss.total,
+                        **{f"train/{part}": value for part, value in asdict(loss).items() if part != "total"},
+                        "train/learning_rate": rate,
+                        "train/grad_norm": norm,
+                        "train/tokens_per_second": window_tokens / elapsed,
+                        "train/tokens": state.tokens,
+                    },
+                    (time.perf_counter() - began) / (state.step - start) * (settings.max_steps - state.step),
+                )
+                window_began, window_tokens = time.perf_counter(), 0
+            if is_last or (settings.eval_every and state.step % settings.eval_every == 0):
+                paused = time.perf_counter()
+                evaluation()
+                window_began += time.perf_counter() - paused
+            if is_last or (settings.save_every and state.step % settings.save_every == 0):
+                paused = time.perf_counter()
+                state.seconds = seconds_before + time.perf_counter() - began
+                saved = save_checkpoint(accelerator, directory, state, settings.keep_checkpoints)
+                window_began += time.perf_counter() - paused
+            if on_step is not None:
+                on_step(state.step)
+    return TrainResult(
+        model=run.objective,
+        history=log.history,
+        metrics=state.metrics,
+        initial_ce=state.initial_ce,
+        steps=state.step,
+        tokens=state.tokens,
+        seconds=seconds_before + time.perf_counter() - began,
+        checkpoint=saved,
+    )

@@ -1,0 +1,105 @@
+"""What is trained: LoRA adapters on the dense linears, and the new modules in full."""
+
+from __future__ import annotations
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch import nn
+from transformers import PreTrainedModel
+
+from photon_train.config import LoraSettings, TrainSettings
+from photon_train.errors import PhotonError
+
+
+def base_model(model: nn.Module) -> nn.Module:
+    """The transformers model inside `model`, which may or may not carry adapters."""
+    return model.get_base_model() if isinstance(model, PeftModel) else model
+
+
+def new_module_names(model: nn.Module) -> list[str]:
+    """Full names of the modules that no dense checkpoint had (none for a dense model)."""
+    names = getattr(model, "new_module_names", None)
+    return list(names()) if callable(names) else []
+
+
+def _inside(name: str, modules: list[str]) -> bool:
+    return any(name == module or name.startswith(f"{module}.") for module in modules)
+
+
+def lora_targets(model: nn.Module, settings: LoraSettings) -> list[str]:
+    """Full names of the linear layers that get an adapter: the named ones outside the new modules.
+
+    Raises:
+        PhotonError: if one of `lora.target_modules` names no linear layer of the model.
+    """
+    new = new_module_names(model)
+    linears = [
+        name for name, module in model.named_modules() if isinstance(module, nn.Linear) and not _inside(name, new)
+    ]
+    found = {name.rpartition(".")[2] for name in linears}
+    unknown = [target for target in settings.target_modules if target not in found]
+    if unknown or not settings.target_modules:
+        raise PhotonError(
+            f"lora.target_modules: {', '.join(unknown) or 'the empty list'} names no linear layer of "
+            f"{type(model).__name__}; it has {', '.join(sorted(found))}"
+        )
+    return [name for name in linears if name.rpartition(".")[2] in settings.target_modules]
+
+
+def add_lora(model: PreTrainedModel, settings: LoraSettings, seed: int = 0) -> PeftModel | PreTrainedModel:
+    """Freeze the dense weights, put LoRA (arXiv 2106.09685) on the named linears, keep new modules trainable.
+
+    The function of the model is unchanged: LoRA's second factor starts at zero and the new modules are
+    trained as copies.
+
+    Args:
+        model: Any causal LM of transformers; one with `new_module_names()` has these trained in full.
+        settings: Rank 0 returns `model` itself with every weight trainable.
+        seed: Seed of the adapters' first factor; the same on every process. The global generator is left as it was.
+
+    Raises:
+        PhotonError: for settings that fit no layer of the model.
+    """
+    if settings.rank < 0:
+        raise PhotonError(f"lora.rank={settings.rank} is negative: give a rank, or 0 to train every weight")
+    if settings.rank == 0:
+        return model.requires_grad_(True)
+    config = LoraConfig(
+        task_type="CAUSAL_LM",
+        r=settings.rank,
+        lora_alpha=settings.alpha,
+        lora_dropout=settings.dropout,
+        target_modules=lora_targets(model, settings),
+        modules_to_save=new_module_names(model) or None,
+    )
+    with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
+        torch.manual_seed(seed)
+        return get_peft_model(model, config)
+
+
+def merge_lora(model: PeftModel | PreTrainedModel) -> PreTrainedModel:
+    """The transformers model with the adapters added into its weights and the trained new modules in place.
+
+    `model` is used up. For a model that training has sharded, see `photon_train.training.collect`.
+    """
+    return model.merge_and_unload() if isinstance(model, PeftModel) else model
+
+
+def parameter_groups(model: nn.Module, settings: TrainSettings) -> list[dict]:
+    """AdamW groups of the trainable parameters: two learning rates, and weight decay on matrices only."""
+    new = [f"{name}." for name in new_module_names(model)]
+    groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            is_new = ".modules_to_save." in name or name.startswith(tuple(new))
+            groups.setdefault((is_new, parameter.ndim >= 2), []).append(parameter)
+    if not groups:
+        raise PhotonError("nothing to train: no parameter of the model requires a gradient")
+    return [
+        {
+            "params": parameters,
+            "lr": settings.new_modules_learning_rate if is_new else settings.learning_rate,
+            "weight_decay": settings.weight_decay if is_matrix else 0.0,
+        }
+        for (is_new, is_matrix), parameters in groups.items()
+    ]

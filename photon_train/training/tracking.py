@@ -1,0 +1,111 @@
+"""Experiment tracking through accelerate's trackers. It never asks anything and never stops a run for a login."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from accelerate import Accelerator
+
+from photon_train.config import RunConfig, TrackingSettings
+from photon_train.errors import PhotonError
+from photon_train.training.settings import flat_config
+
+TRACKERS = {"wandb": ("wandb",), "tensorboard": ("tensorboard", "tensorboardX"), "none": ()}
+WANDB_MODES = ("online", "offline", "disabled")
+
+
+def require_tracker(settings: TrackingSettings) -> str | None:
+    """The name that accelerate knows the chosen tracker by, or None for `none`.
+
+    Raises:
+        PhotonError: for an unknown tracker, one that is not installed, or W&B settings that cannot work.
+    """
+    if settings.tracker not in TRACKERS:
+        raise PhotonError(f"tracking.tracker={settings.tracker!r} is not one of {', '.join(TRACKERS)}")
+    packages = TRACKERS[settings.tracker]
+    if packages and not any(importlib.util.find_spec(package) for package in packages):
+        raise PhotonError(
+            f"tracking.tracker={settings.tracker} needs the package {packages[-1]}: pip install 'photon-train[train]', "
+            "or set tracking.tracker=none"
+        )
+    if settings.tracker == "wandb":
+        wandb_mode(settings)
+    return None if settings.tracker == "none" else settings.tracker
+
+
+def has_wandb_key() -> bool:
+    """Whether W&B finds credentials (environment, its settings, netrc) without asking or contacting anyone."""
+    import wandb
+
+    return bool(os.environ.get("WANDB_API_KEY")) or bool(wandb.login(prompt=False, verify=False))
+
+
+def wandb_mode(settings: TrackingSettings) -> str:
+    """The W&B mode of a run: the setting, else WANDB_MODE, else online with a key and offline without.
+
+    Raises:
+        PhotonError: for an unknown mode, or `online` without a key (W&B would ask for one).
+    """
+    source, mode = "tracking.mode", settings.mode
+    if mode == "auto":
+        source, mode = "WANDB_MODE", os.environ.get("WANDB_MODE") or "auto"
+    if mode == "auto":
+        return "online" if has_wandb_key() else "offline"
+    if mode not in WANDB_MODES:
+        raise PhotonError(f"{source}={mode!r} is not one of auto, {', '.join(WANDB_MODES)}")
+    if mode == "online" and not has_wandb_key():
+        raise PhotonError(f"{source}=online needs a key: set WANDB_API_KEY or run `wandb login`, or choose offline")
+    return mode
+
+
+def _init_kwargs(config: RunConfig, output_dir: Path, name: str) -> dict[str, Any]:
+    settings = config.tracking
+    if settings.tracker != "wandb":
+        return {}
+    return {
+        "wandb": {
+            "mode": wandb_mode(settings),
+            "dir": str(output_dir),
+            "name": f"{settings.run_name}-{name}" if settings.run_name else None,
+            "group": settings.group,
+            "job_type": name,
+            # A second training in this process is a second run.
+            "reinit": "finish_previous",
+        }
+    }
+
+
+@contextmanager
+def tracked(
+    accelerator: Accelerator, config: RunConfig, output_dir: Path, name: str, extra: dict[str, Any] | None = None
+) -> Iterator[None]:
+    """Track what `accelerator.log` gets in the block as one run of the chosen tracker.
+
+    Args:
+        accelerator: From `make_accelerator`.
+        config: Logged as the run's configuration.
+        output_dir: Where W&B and tensorboard write.
+        name: What is trained (`photon`, `dense`): part of the run's name and W&B's job type.
+        extra: More entries of the run's configuration, such as the KV ratio.
+    """
+    rows = {**flat_config(config), **(extra or {}), "stage": name}
+    # tensorboard's table of hyperparameters takes scalars only.
+    rows = {
+        key: value if isinstance(value, (bool, int, float, str)) else json.dumps(value) for key, value in rows.items()
+    }
+    project = config.tracking.project if config.tracking.tracker == "wandb" else name
+    output_dir.mkdir(parents=True, exist_ok=True)
+    accelerator.init_trackers(project, config=rows, init_kwargs=_init_kwargs(config, output_dir, name))
+    try:
+        yield
+    finally:
+        # `accelerator.end_training` would also take the process group down.
+        for tracker in accelerator.trackers:
+            tracker.finish()
+        accelerator.trackers.clear()

@@ -1,0 +1,228 @@
+"""The loop: that it learns, that accumulation and resuming change nothing, and that it stops when it must."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+
+import pytest
+import torch
+from tiny_training import losses, tiny_data, tiny_model, tiny_run
+
+from photon_train.config import DistillSettings, RunConfig
+from photon_train.errors import PhotonError
+from photon_train.training.accelerator import make_accelerator
+from photon_train.training.checkpoint import checkpoint_dir, latest_checkpoint
+from photon_train.training.collect import gather_full_model
+from photon_train.training.loop import TrainResult, learning_rate_factor, train
+from photon_train.training.lora import add_lora
+
+TRAIN, EVAL = tiny_data(14, seed=1), tiny_data(7, seed=2)
+
+
+class Crash(Exception):
+    """Stands for whatever ends a process."""
+
+
+def run(config: RunConfig, output, model: str = "llama", seed: int = 0, **kwargs) -> TrainResult:
+    student = add_lora(tiny_model(model, seed=seed), config.lora, config.seed)
+    return train(student, TRAIN, EVAL, config, output, **kwargs)
+
+
+def crash_at(last: int):
+    def on_step(step: int) -> None:
+        if step == last:
+            raise Crash
+
+    return on_step
+
+
+def test_schedule_rises_linearly_and_falls_to_a_tenth():
+    factors = [learning_rate_factor(step, 4, 100) for step in range(101)]
+    assert factors[:5] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0])
+    assert factors[52] == pytest.approx(0.55)
+    assert factors[100] == pytest.approx(0.1)
+    assert all(a > b for a, b in zip(factors[4:], factors[5:], strict=False))
+    assert learning_rate_factor(0, 0, 10) == 1.0
+
+
+@pytest.mark.parametrize("model", ["llama", "memory-2-sinks", "block-2"])
+def test_training_lowers_the_loss_and_writes_what_it_says(model, tmp_path):
+    config = tiny_run(max_steps=20, save_every=0, eval_every=10)
+    config.distill = DistillSettings(weight=0.1 if model == "memory-2-sinks" else 0.0)
+    result = run(config, tmp_path, model, name="student", extra_log={"kv_ratio": 0.125})
+    seen = losses(result.history, "eval/ce")
+    assert [r["step"] for r in result.history if "eval/ce" in r] == [0, 10, 20]
+    assert seen[0] == result.initial_ce and seen[-1] == result.metrics["eval/ce"] < seen[0]
+    assert result.metrics["eval/perplexity"] == pytest.approx(math.exp(seen[-1]))
+    assert result.metrics["kv_ratio"] == 0.125
+    assert len(losses(result.history)) == 20
+    assert ("train/distill" in result.metrics) == (model == "memory-2-sinks")
+    assert {"train/ce", "train/grad_norm", "train/learning_rate", "train/tokens_per_second"} <= result.metrics.keys()
+    assert (result.steps, result.tokens) == (20, 20 * 4 * 24) and result.seconds > 0
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert lines == result.history and all(line["name"] == "student" for line in lines)
+    assert result.checkpoint == tmp_path / "checkpoints" / "student" / "step_000020"
+
+
+@pytest.mark.parametrize(
+    "changes", [{"gradient_checkpointing": True}, {"batch_size": 1, "gradient_accumulation_steps": 4}]
+)
+@pytest.mark.parametrize("model", ["llama", "memory-2-sinks"])
+def test_how_a_step_is_computed_does_not_change_it(model, changes, tmp_path):
+    """Recomputed activations, and accumulation over sequences with unequal numbers of targets."""
+    plain = run(tiny_run(save_every=0), tmp_path / "plain", model)
+    other = run(tiny_run(save_every=0, **changes), tmp_path / "other", model)
+    for key in ("train/loss", "train/grad_norm", "eval/ce"):
+        assert losses(other.history, key) == pytest.approx(losses(plain.history, key), rel=1e-5), key
+
+
+def test_full_fine_tuning(tmp_path):
+    result = run(tiny_run({"rank": 0}, max_steps=8), tmp_path, "block-2")
+    assert result.metrics["eval/ce"] < result.initial_ce
+
+
+@pytest.mark.parametrize("model", ["llama", "block-2"])
+def test_bf16_trains_fp32_copies_of_bf16_weights(model, tmp_path, fresh_accelerator):
+    config = tiny_run(mixed_precision="bf16", max_steps=10)
+    student = add_lora(tiny_model(model).bfloat16(), config.lora)
+    result = train(student, TRAIN, EVAL, config, tmp_path)
+    assert {p.dtype for p in student.parameters() if p.requires_grad} == {torch.float32}
+    assert {p.dtype for p in student.parameters() if not p.requires_grad} == {torch.bfloat16}
+    assert result.metrics["eval/ce"] < result.initial_ce
+
+
+def test_one_accelerator_serves_one_training_after_another(tmp_path):
+    config = tiny_run(max_steps=3)
+    accelerator = make_accelerator(config, tmp_path)
+    dense = run(config, tmp_path, "llama", name="dense", accelerator=accelerator)
+    photon = run(config, tmp_path, "block-2", accelerator=accelerator)
+    alone = run(config, tmp_path / "alone", "block-2")
+    assert losses(photon.history) == losses(alone.history) != losses(dense.history)
+    state = gather_full_model(accelerator, photon.model)
+    assert state.keys() == tiny_model("block-2").state_dict().keys()
+    names = [json.loads(line)["name"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert names == ["dense"] * len(dense.history) + ["photon"] * len(photon.history)
+
+
+@pytest.mark.parametrize("model", ["llama", "memory-2-sinks"])
+def test_a_resumed_run_is_bit_identical(model, tmp_path):
+    """Three steps, a crash, new objects, three steps: the same numbers as six steps (dropout draws included)."""
+    config = tiny_run({"dropout": 0.2})
+    straight = run(config, tmp_path / "straight", model)
+    with pytest.raises(Crash):
+        run(config, tmp_path / "resumed", model, on_step=crash_at(5))
+    config.resume = True
+    resumed = run(config, tmp_path / "resumed", model)
+    for key in ("train/loss", "train/grad_norm", "train/learning_rate", "eval/ce", "train/tokens"):
+        assert losses(resumed.history, key) == losses(straight.history, key), key
+    assert [r["step"] for r in resumed.history] == [r["step"] for r in straight.history]
+    assert (resumed.initial_ce, resumed.tokens) == (straight.initial_ce, straight.tokens)
+    states = [result.model.state_dict() for result in (resumed, straight)]
+    assert all(torch.equal(value, states[1][key]) for key, value in states[0].items())
+
+
+def test_resuming_a_finished_run_trains_nothing(tmp_path):
+    config = tiny_run()
+    first = run(config, tmp_path)
+    config.resume = True
+    again = run(config, tmp_path, seed=0, on_step=crash_at(1))
+    assert again.metrics == first.metrics and again.history == first.history
+    states = [result.model.state_dict() for result in (first, again)]
+    assert all(torch.equal(value, states[1][key]) for key, value in states[0].items())
+
+
+def test_checkpoints_hold_trained_weights_only_and_the_newest_are_kept(tmp_path):
+    from safetensors.torch import load_file
+
+    config = tiny_run(save_every=2, keep_checkpoints=2)
+    result = run(config, tmp_path)
+    directory = checkpoint_dir(tmp_path, "photon")
+    assert sorted(path.name for path in directory.iterdir()) == ["step_000004", "step_000006"]
+    trained = {name for name, p in result.model.named_parameters() if p.requires_grad}
+    assert load_file(directory / "step_000006" / "model.safetensors").keys() == trained
+
+
+def test_an_incomplete_checkpoint_is_passed_over(tmp_path):
+    config = tiny_run(save_every=2)
+    run(config, tmp_path)
+    directory = checkpoint_dir(tmp_path, "photon")
+    (directory / "step_000006" / "training_state.json").unlink()
+    (directory / ".step_000008.abc").mkdir()
+    assert latest_checkpoint(directory) == directory / "step_000004"
+    assert latest_checkpoint(tmp_path / "nowhere") is None
+
+
+def test_a_crash_while_saving_leaves_the_checkpoint_before(tmp_path, monkeypatch):
+    config = tiny_run(save_every=2)
+    import accelerate
+
+    save, calls = accelerate.Accelerator.save_state, []
+
+    def failing(self, directory, **kwargs):
+        save(self, directory, **kwargs)
+        calls.append(directory)
+        if len(calls) == 2:
+            raise Crash
+
+    monkeypatch.setattr(accelerate.Accelerator, "save_state", failing)
+    with pytest.raises(Crash):
+        run(config, tmp_path)
+    directory = checkpoint_dir(tmp_path, "photon")
+    assert [path.name for path in directory.iterdir()] == ["step_000002"]
+    config.resume = True
+    assert run(config, tmp_path).steps == 6
+
+
+def test_resuming_with_other_settings_names_them(tmp_path):
+    run(tiny_run(max_steps=3), tmp_path)
+    config = tiny_run({"rank": 2}, max_steps=3, learning_rate=0.5, log_every=2)
+    config.resume, config.seed = True, 7
+    with pytest.raises(PhotonError) as caught:
+        run(config, tmp_path)
+    message = str(caught.value)
+    assert "lora.rank (checkpoint: 4, now: 2)" in message and "\n" not in message
+    assert "train.learning_rate (checkpoint: 0.01, now: 0.5)" in message and "seed (checkpoint: 0, now: 7)" in message
+    assert "log_every" not in message and "warmup" not in message
+
+
+def test_resuming_with_another_model_or_a_broken_state_is_refused(tmp_path):
+    config = tiny_run(max_steps=3)
+    run(config, tmp_path)
+    config.resume = True
+    with pytest.raises(PhotonError, match="model.safetensors does not fit the model"):
+        run(config, tmp_path, "block-2")
+    (checkpoint_dir(tmp_path, "photon") / "step_000003" / "training_state.json").write_text('{"step": 3')
+    with pytest.raises(PhotonError, match="training_state.json cannot be read"):
+        run(config, tmp_path)
+
+
+def test_a_loss_that_is_not_finite_ends_the_run_with_one_line(tmp_path):
+    model = add_lora(tiny_model("llama"), tiny_run().lora)
+    with torch.no_grad():
+        next(p for p in model.parameters() if p.requires_grad).fill_(math.nan)
+    with pytest.raises(PhotonError, match=r"diverged at step 1: loss nan.*train.learning_rate") as caught:
+        train(model, TRAIN, EVAL, tiny_run(), tmp_path)
+    assert "\n" not in str(caught.value)
+    assert latest_checkpoint(checkpoint_dir(tmp_path, "photon")) is None
+
+
+@pytest.mark.parametrize(
+    "key, value", [("max_steps", 0), ("batch_size", 0), ("log_every", 0), ("mixed_precision", "fp8")]
+)
+def test_settings_out_of_range_are_named(key, value, tmp_path):
+    config = tiny_run()
+    config.train = dataclasses.replace(config.train, **{key: value})
+    with pytest.raises(PhotonError, match=f"train.{key}"):
+        run(config, tmp_path)
+
+
+@pytest.fixture
+def fresh_accelerator():
+    """Another precision than the other tests': accelerate keeps one per process."""
+    from accelerate.state import AcceleratorState
+
+    AcceleratorState._reset_state(reset_partial_state=True)
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)

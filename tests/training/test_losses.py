@@ -1,0 +1,165 @@
+"""The objective: each part against a plain formula, and one big batch against the same sequences in pieces."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from tiny import shake
+from tiny_training import tiny_data, tiny_model
+
+from photon_train.config import ConsistencySettings, DistillSettings, LoraSettings
+from photon_train.errors import PhotonError
+from photon_train.training.lora import add_lora
+from photon_train.training.losses import IGNORED, TrainingObjective, distillation_kl, num_target_tokens
+
+LORA = LoraSettings(rank=4, alpha=8)
+
+
+def _plain_kl(student, teacher, labels, temperature):
+    target = F.pad(labels[:, 1:], (0, 1), value=IGNORED) != IGNORED
+    p, q = (torch.log_softmax(logits.double() / temperature, -1) for logits in (teacher, student))
+    return ((p.exp() * (p - q)).sum(-1) * target).sum() * temperature**2
+
+
+def _example(sequences: int = 4) -> dict[str, torch.Tensor]:
+    return tiny_data(sequences).batch(torch.arange(sequences))
+
+
+def _trained(name: str) -> torch.nn.Module:
+    """A model whose adapters and new modules differ from the frozen weights."""
+    model = add_lora(tiny_model(name), LORA)
+    moved = shake(add_lora(tiny_model(name), LORA), seed=4).state_dict()
+    with torch.no_grad():
+        for key, parameter in model.named_parameters():
+            if parameter.requires_grad:
+                parameter.copy_(parameter + 0.3 * (moved[key] - parameter))
+    return model
+
+
+@pytest.mark.parametrize("temperature", [1.0, 2.5])
+@pytest.mark.parametrize("chunk", [1, 7, 256])
+def test_kl_and_its_gradient_equal_the_formula(temperature, chunk):
+    batch = _example(3)
+    generator = torch.Generator().manual_seed(1)
+    student, teacher = (torch.randn(3, 24, 11, generator=generator).requires_grad_() for _ in range(2))
+    expected = _plain_kl(student, teacher.detach(), batch["labels"], temperature)
+    (gradient,) = torch.autograd.grad(expected, student)
+    value = distillation_kl(student, teacher, batch["labels"], temperature, chunk_size=chunk)
+    value.backward()
+    assert teacher.grad is None
+    assert torch.allclose(value.double(), expected, rtol=1e-5)
+    assert torch.allclose(student.grad, gradient, rtol=1e-4, atol=1e-6)
+
+
+def test_kl_keeps_no_fp32_copy_of_the_logits():
+    """What autograd stores, beside the logits themselves, is less than one fp32 copy of them."""
+    student = torch.randn(2, 512, 64, dtype=torch.bfloat16).requires_grad_()
+    teacher, labels = torch.randn(2, 512, 64, dtype=torch.bfloat16), torch.zeros(2, 512, dtype=torch.long)
+    own = {tensor.untyped_storage().data_ptr() for tensor in (student, teacher)}
+    stored = 0
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        nonlocal stored
+        if tensor.untyped_storage().data_ptr() not in own:
+            stored += tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        distillation_kl(student, teacher, labels, chunk_size=32)
+    assert stored < student.numel() * 4 / 10
+
+
+@pytest.mark.parametrize("name", ["llama", "memory-2-sinks"])
+def test_cross_entropy_is_the_mean_over_target_tokens(name):
+    model, batch = tiny_model(name), _example()
+    logits = model(batch["input_ids"]).logits[:, :-1]
+    expected = F.cross_entropy(logits.flatten(0, 1), batch["labels"][:, 1:].flatten(), ignore_index=IGNORED)
+    parts = TrainingObjective(model)(
+        **batch, target_tokens=num_target_tokens(batch["labels"]), sequences=torch.tensor(4)
+    )
+    assert parts.keys() == {"total", "ce"}
+    assert torch.allclose(parts["total"], expected) and torch.allclose(parts["ce"], expected)
+
+
+def test_the_models_own_dense_function_teaches_with_adapters_off():
+    dense = tiny_model("memory-2-sinks")
+    batch = _example()
+    with torch.no_grad():
+        teacher = dense(batch["input_ids"], as_dense=True).logits
+    model = _trained("memory-2-sinks")
+    trained = [name for name, p in model.named_parameters() if p.requires_grad]
+    objective = TrainingObjective(model, DistillSettings(weight=0.5, temperature=2.0)).train()
+    tokens = num_target_tokens(batch["labels"])
+    parts = objective(**batch, target_tokens=tokens, sequences=torch.tensor(4))
+    expected = _plain_kl(model(batch["input_ids"]).logits, teacher, batch["labels"], 2.0) / tokens
+    assert expected > 0.01
+    assert torch.allclose(parts["distill"].double(), expected, rtol=1e-4)
+    assert torch.allclose(parts["total"], parts["ce"] + 0.5 * parts["distill"])
+    # Switching the adapters off and on again leaves the model trainable and in its mode.
+    assert [name for name, p in model.named_parameters() if p.requires_grad] == trained
+    assert model.training and model.get_base_model().training
+    parts["total"].backward()
+    assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
+
+
+def test_a_separate_teacher_is_neither_trained_nor_saved():
+    teacher, model, batch = tiny_model("llama", seed=3), _trained("block-2"), _example()
+    objective = TrainingObjective(model, DistillSettings(weight=1.0), teacher=teacher).train()
+    assert not any(p is t for p in objective.parameters() for t in teacher.parameters())
+    tokens = num_target_tokens(batch["labels"])
+    parts = objective(**batch, target_tokens=tokens, sequences=torch.tensor(4))
+    expected = (
+        _plain_kl(model(batch["input_ids"]).logits, teacher(batch["input_ids"]).logits, batch["labels"], 1.0) / tokens
+    )
+    assert torch.allclose(parts["distill"].double(), expected, rtol=1e-4)
+    parts["total"].backward()
+    assert all(p.grad is None for p in teacher.parameters())
+
+
+def test_consistency_is_reported_apart_from_cross_entropy():
+    model, batch = tiny_model("block-2"), _example()
+    objective = TrainingObjective(model, consistency=ConsistencySettings(weight=0.25)).train()
+    parts = objective(**batch, target_tokens=num_target_tokens(batch["labels"]), sequences=torch.tensor(4))
+    expected = model(batch["input_ids"], labels=batch["labels"])
+    assert expected.consistency_loss > 0.1
+    assert torch.allclose(parts["consistency"], expected.consistency_loss)
+    assert torch.allclose(parts["total"], expected.loss)
+    assert torch.allclose(parts["ce"], expected.loss - 0.25 * expected.consistency_loss)
+    assert objective.eval()(
+        **batch, target_tokens=num_target_tokens(batch["labels"]), sequences=torch.tensor(4)
+    ).keys() == {"total", "ce"}
+
+
+@pytest.mark.parametrize("name", ["llama", "memory-2-sinks", "block-2"])
+def test_pieces_of_a_batch_sum_to_the_batch(name):
+    """Unequal target counts, one micro-batch without any target: losses and gradients add up to the big batch's."""
+    distill = DistillSettings(weight=0.5) if name == "memory-2-sinks" else None
+    objective = TrainingObjective(_trained(name), distill, ConsistencySettings(weight=0.3)).train()
+    batch = _example(6)
+    batch["labels"][2:4] = IGNORED
+    counts = {"target_tokens": num_target_tokens(batch["labels"]), "sequences": torch.tensor(6)}
+    whole = objective(**batch, **counts)
+    whole["total"].backward()
+    gradients = {key: p.grad.clone() for key, p in objective.named_parameters() if p.grad is not None}
+    objective.zero_grad()
+    summed: dict[str, torch.Tensor] = {}
+    for rows in (slice(0, 2), slice(2, 4), slice(4, 6)):
+        parts = objective(**{key: value[rows] for key, value in batch.items()}, **counts)
+        parts["total"].backward()
+        for key, value in parts.items():
+            summed[key] = summed.get(key, 0) + value.detach()
+    assert summed.keys() == whole.keys()
+    for key, value in summed.items():
+        assert torch.allclose(value, whole[key], rtol=1e-5), key
+    for key, parameter in objective.named_parameters():
+        if parameter.requires_grad:
+            assert torch.allclose(parameter.grad, gradients[key], rtol=1e-3, atol=1e-6), key
+
+
+def test_distillation_without_a_teacher_is_refused():
+    for model in (tiny_model("memory-2-sinks"), add_lora(tiny_model("block-2"), LORA)):
+        with pytest.raises(PhotonError, match="distill.weight"):
+            TrainingObjective(model, DistillSettings(weight=1.0))
+    with pytest.raises(PhotonError, match="99 tokens"):
+        TrainingObjective(tiny_model("llama"), DistillSettings(weight=1.0), teacher=tiny_model("llama", vocab_size=99))
