@@ -29,7 +29,7 @@ def choose_attention_config(num_entries: int, group: int, head_dim: int, element
     longest = 64 if half_precision and block_d <= 128 else 16
     block_n = min(longest, max(16, next_power_of_2(num_entries)))
     if half_precision:
-        num_warps = 4 if block_g * block_d <= 4096 else 8
+        num_warps = 4 if block_g * block_d < 4096 else 8
     else:
         num_warps = 8
     return AttentionConfig(
