@@ -25,6 +25,8 @@ ALLOWED = {
     "inference": {"models", "accounting", "manifest", "photon_kernels", *HELPERS},
     "evaluation": {"models", "data", "accounting", "manifest", *HELPERS},
 }
+# The stages put together, as the recipes call them.
+ALLOWED["pipeline"] = {"cli", "manifest", *ALLOWED}
 # Seen from any other file: the entry points, which nobody imports.
 ENTRY_POINTS = {"recipes", "tools", "tests"}
 LAZY = {"deepspeed", "wandb", "liger_kernel", "tensorboard", "tensorboardX", "datasets", "pyarrow"}
