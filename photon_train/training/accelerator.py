@@ -43,6 +43,8 @@ def make_accelerator(config: RunConfig, output_dir: str | os.PathLike[str]) -> A
         )
     uses_deepspeed = os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true"
     is_launched = int(os.environ.get("LOCAL_RANK", -1)) != -1
+    if on_cpu and uses_deepspeed:
+        _use_gloo_alone()
     tracker = require_tracker(config.tracking)
     output_dir = Path(output_dir)
     accelerator = Accelerator(
@@ -59,6 +61,17 @@ def make_accelerator(config: RunConfig, output_dir: str | os.PathLike[str]) -> A
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
         _fill_deepspeed(accelerator, config)
     return accelerator
+
+
+def _use_gloo_alone() -> None:
+    """Keep DeepSpeed from compiling its shared-memory collectives for CPU processes.
+
+    They need a C++ compiler and minutes, and a build that is killed leaves a lock on which later runs wait for ever.
+    """
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    import deepspeed
+
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
 
 def _fill_deepspeed(accelerator: Accelerator, config: RunConfig) -> None:
