@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import netrc
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 from accelerate import Accelerator
 
@@ -40,10 +42,22 @@ def require_tracker(settings: TrackingSettings) -> str | None:
 
 
 def has_wandb_key() -> bool:
-    """Whether W&B finds credentials (environment, its settings, netrc) without asking or contacting anyone."""
-    import wandb
+    """Whether the environment or netrc holds credentials for W&B.
 
-    return bool(os.environ.get("WANDB_API_KEY")) or bool(wandb.login(prompt=False, verify=False))
+    W&B's own `login(prompt=False)` is not asked: it contacts the server.
+    """
+    if os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_IDENTITY_TOKEN_FILE"):
+        return True
+    host = urlsplit(os.environ.get("WANDB_BASE_URL") or "https://api.wandb.ai").netloc
+    candidates = [os.environ.get("NETRC"), "~/.netrc", "~/_netrc"]
+    path = next((path for name in candidates if name and (path := Path(name).expanduser()).is_file()), None)
+    if path is None:
+        return False
+    try:
+        entry = netrc.netrc(path).authenticators(host)
+    except (netrc.NetrcParseError, OSError):
+        return False
+    return bool(entry and entry[2])
 
 
 def wandb_mode(settings: TrackingSettings) -> str:
