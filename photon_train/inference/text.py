@@ -1,0 +1,91 @@
+"""Prompts to text with a PHOTON checkpoint, on the torch or the Triton backend."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from photon_train.errors import PhotonError
+from photon_train.manifest import FILE_NAME, verify_manifest
+from photon_train.models import PhotonConfig, PhotonForCausalLM
+from photon_train.models.decoding_photon import BACKENDS
+
+
+def load_for_inference(
+    directory: str | Path, backend: str = "torch", device: str | None = None, dtype: str = "auto"
+) -> tuple[PhotonForCausalLM, PreTrainedTokenizerBase]:
+    """Load an exported (or converted) PHOTON checkpoint and its tokenizer, ready to generate.
+
+    Args:
+        directory: What an export wrote; its hashes are checked.
+        backend: How cached decoding computes attention and chunkers: `torch` or `triton`.
+        device: Default: a GPU if there is one.
+        dtype: Type of the weights; `auto` takes the checkpoint's.
+
+    Raises:
+        PhotonError: naming what is missing, damaged or cannot run here.
+    """
+    directory = Path(directory)
+    if not (directory / "config.json").is_file():
+        raise PhotonError(f"{directory} holds no config.json: give the export/ directory of a run")
+    if (directory / FILE_NAME).is_file():
+        verify_manifest(directory)
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    check_backend(backend, device)
+    try:
+        config = PhotonConfig.from_pretrained(directory)
+    except ValueError as error:
+        raise PhotonError(f"{directory / 'config.json'}: {error}") from error
+    if PhotonConfig.get_config_dict(directory)[0].get("model_type") != PhotonConfig.model_type:
+        raise PhotonError(f"{directory} is no PHOTON model: convert it first with recipes/convert_llama.py")
+    model = PhotonForCausalLM.from_pretrained(directory, config=config, dtype=dtype).to(device).eval()
+    model.set_backend(backend)
+    return model, AutoTokenizer.from_pretrained(directory)
+
+
+def check_backend(backend: str, device: str) -> None:
+    """Check that `backend` can run on `device`.
+
+    Raises:
+        PhotonError: for an unknown name, or Triton on a CPU without its interpreter.
+    """
+    if backend not in BACKENDS:
+        raise PhotonError(f"--backend {backend!r} is not one of {', '.join(BACKENDS)}")
+    if backend == "triton" and device == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
+        raise PhotonError(
+            "--backend triton needs a GPU: use --backend torch, or set TRITON_INTERPRET=1 to run the kernels "
+            "in Triton's (slow) interpreter on the CPU"
+        )
+
+
+@torch.no_grad()
+def generate_text(
+    model: PhotonForCausalLM,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: list[str],
+    max_new_tokens: int = 128,
+    **settings: Any,
+) -> list[str]:
+    """Continue each prompt; returns the new text alone.
+
+    Args:
+        prompts: Texts of any lengths; a batch is padded on the left.
+        max_new_tokens: Bound on the new tokens.
+        **settings: Passed to transformers' `generate` (`do_sample`, `temperature`, `num_beams`, ...).
+
+    Raises:
+        PhotonError: if a prompt has no token.
+    """
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    tokenizer.padding_side = "left"
+    batch = tokenizer(prompts, return_tensors="pt", padding=True, return_token_type_ids=False)
+    if not batch["attention_mask"].shape[1] or not bool(batch["attention_mask"].any(dim=1).all()):
+        raise PhotonError("a prompt is empty: give at least one token of text")
+    batch = batch.to(model.device)
+    out = model.generate(**batch, max_new_tokens=max_new_tokens, pad_token_id=tokenizer.pad_token_id, **settings)
+    return tokenizer.batch_decode(out[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)

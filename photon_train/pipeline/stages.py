@@ -1,0 +1,89 @@
+"""What a run has finished: `stages.json` in its output directory, so that a resumed run goes on where it stopped."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from photon_train.cli import to_yaml
+from photon_train.config import RunConfig
+from photon_train.errors import PhotonError
+from photon_train.files import atomic_write_text
+from photon_train.training.settings import binding_settings
+
+FILE_NAME = "stages.json"
+
+
+class Stages:
+    """Results of finished stages, by name.
+
+    Args:
+        config: The run; `output` and `resume` decide what is found.
+        writes: Whether this process keeps the record (the main process).
+
+    Raises:
+        PhotonError: if the output directory holds anything and the run does not resume it, or it belongs to a run
+            with other settings.
+    """
+
+    def __init__(self, config: RunConfig, writes: bool) -> None:
+        self.path = Path(config.output) / FILE_NAME
+        self._writes, self._begun = writes, False
+        self.done: dict[str, dict[str, Any]] = {}
+        directory, settings = self.path.parent, binding_settings(config)
+        if directory.exists() and not directory.is_dir():
+            raise PhotonError(f"output {directory} is a file: give a directory")
+        if not directory.exists() or not any(directory.iterdir()):
+            self._settings = settings
+            return
+        if not config.resume:
+            raise PhotonError(f"output {directory} is not empty: add --resume to go on with that run, or give another")
+        if not self.path.is_file():
+            raise PhotonError(
+                f"output {directory} is not empty and holds no {FILE_NAME} of a run: give another directory"
+            )
+        try:
+            record = json.loads(self.path.read_text(encoding="utf-8"))
+            self._settings, self.done = record["settings"], record["done"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise PhotonError(f"{self.path} is damaged: give another output directory") from error
+        changed = sorted(
+            key for key in settings.keys() | self._settings.keys() if settings.get(key) != self._settings.get(key)
+        )
+        if changed:
+            raise PhotonError(
+                f"output {directory} belongs to a run with another {', '.join(changed)}: "
+                "use the same settings to resume it, or give another directory"
+            )
+
+    def begin(self, config: RunConfig) -> None:
+        """Create the output directory with `config.yaml` and the record; what was recorded before is kept too."""
+        self._begun = True
+        if self._writes:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self._save()
+            atomic_write_text(self.path.parent / "config.yaml", to_yaml(config))
+
+    def run(self, name: str, stage: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        """The result of `stage`: recorded earlier, or computed now and recorded with its `seconds`.
+
+        A training adds up the seconds of all its attempts itself; its own count then stands.
+        """
+        if name not in self.done:
+            began = time.perf_counter()
+            result = stage()
+            self.done[name] = {"seconds": time.perf_counter() - began, **result}
+            self._save()
+        return self.done[name]
+
+    def seconds(self) -> dict[str, float]:
+        """Time of each finished stage."""
+        return {name: result["seconds"] for name, result in self.done.items()}
+
+    def _save(self) -> None:
+        if self._writes and self._begun:
+            text = json.dumps({"settings": self._settings, "done": self.done}, indent=1)
+            atomic_write_text(self.path, text + "\n")

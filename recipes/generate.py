@@ -1,0 +1,48 @@
+"""Write text with an exported PHOTON model.
+
+python recipes/generate.py --model runs/demo/export --prompt "def main" --backend torch|triton
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+
+from photon_train.cli import main_wrapper
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument("--model", required=True, help="directory of an exported checkpoint")
+    parser.add_argument("--prompt", required=True, nargs="+", help="one or more prompts, continued as one batch")
+    parser.add_argument("--backend", default="torch", help="torch, or triton (a GPU, or TRITON_INTERPRET=1 on the CPU)")
+    parser.add_argument("--max-new-tokens", type=int, default=128, help="new tokens per prompt")
+    parser.add_argument("--temperature", type=float, default=0.0, help="sampling temperature; 0 is greedy")
+    parser.add_argument("--top-p", type=float, default=1.0, help="nucleus of the sampling")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the sampling")
+    parser.add_argument("--device", default=None, help="cpu, cuda, ...; default: a GPU if there is one")
+    parser.add_argument("--dtype", default="auto", help="auto (the checkpoint's), float32, bfloat16 or float16")
+    return parser.parse_args()
+
+
+def main() -> None:
+    options = arguments()
+    from transformers import set_seed
+
+    from photon_train.inference.text import generate_text, load_for_inference
+
+    model, tokenizer = load_for_inference(options.model, options.backend, options.device, options.dtype)
+    set_seed(options.seed)
+    sampling = {"do_sample": options.temperature > 0}
+    if options.temperature > 0:
+        sampling.update(temperature=options.temperature, top_p=options.top_p)
+    began = time.perf_counter()
+    texts = generate_text(model, tokenizer, options.prompt, options.max_new_tokens, **sampling)
+    for prompt, text in zip(options.prompt, texts, strict=True):
+        print(f"--- {prompt}\n{text}")
+    seconds = time.perf_counter() - began
+    print(f"--- {len(texts)} x up to {options.max_new_tokens} tokens in {seconds:.1f} s ({options.backend})")
+
+
+if __name__ == "__main__":
+    main_wrapper(main)
