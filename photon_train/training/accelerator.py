@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from pathlib import Path
 
 import torch
@@ -85,3 +86,5 @@ def _fill_deepspeed(accelerator: Accelerator, config: RunConfig) -> None:
     )
     settings["gradient_clipping"] = config.train.max_grad_norm
     unset_hf_deepspeed_config()
+    # DeepSpeed 0.19 calls collectives that torch 2.13 has renamed; one warning per call and process hides the log.
+    warnings.filterwarnings("ignore", message="`torch.distributed", category=FutureWarning)
