@@ -1,4 +1,4 @@
-"""Settings of every test run; they are made before torch, transformers or wandb are imported."""
+"""Settings of every test run; they are made before transformers or wandb are imported."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from hypothesis import settings
 
 # Small shapes gain nothing from many threads, and tests that start processes would compete for the cores.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 # Triton's interpreter must be chosen before anything imports triton, and transformers' models do.
 if not torch.cuda.is_available():

@@ -28,7 +28,6 @@ SETTINGS = {
     "--train.learning_rate": 1e-2,
     "--train.new_modules_learning_rate": 1e-2,
     "--lora.rank": 4,
-    "--photon.window": 16,
     "--export.sample_tokens": 8,
 }
 
@@ -68,7 +67,7 @@ def convert(directory: Path, output: Path, accelerate_config: str = "cpu.yaml", 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory) -> tuple[Path, dict]:
     directory = tmp_path_factory.mktemp("run")
-    return directory / "out", convert(tiny_checkpoint(directory / "dense"), directory / "out")
+    return directory / "out", convert(tiny_checkpoint(directory / "dense"), directory / "out", **{"photon.window": 16})
 
 
 @pytest.mark.distributed
@@ -125,7 +124,9 @@ def test_the_export_writes_text_on_both_backends(run):
 def test_zero_3_on_two_processes_exports_what_one_process_exports(run, tmp_path):
     """The same global batch; sharded training, gathered and merged, gives the same weights up to rounding."""
     output, report = run
-    sharded = convert(output.parent / "dense", tmp_path / "out", "cpu_zero3.yaml", **{"train.batch_size": 2})
+    sharded = convert(
+        output.parent / "dense", tmp_path / "out", "cpu_zero3.yaml", **{"train.batch_size": 2, "photon.window": 16}
+    )
     assert sharded["tuned_ce"] == pytest.approx(report["tuned_ce"], rel=1e-3)
     assert sharded["dense_tuned_ce"] == pytest.approx(report["dense_tuned_ce"], rel=1e-3)
     expected, weights = (load_file(path / "export" / "model.safetensors") for path in (output, tmp_path / "out"))
