@@ -3,21 +3,14 @@
 from __future__ import annotations
 
 import torch
-from tiny import VOCABULARY, photon_model
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
+from tiny import photon_model
+from tiny_tokenizer import word_tokenizer
 
 from photon_train.evaluation.sample import sample_text
 
 
-def make_tokenizer() -> PreTrainedTokenizerFast:
-    words = Tokenizer(models.WordLevel({f"t{index:02d}": index for index in range(VOCABULARY)}, unk_token="t00"))
-    words.pre_tokenizer = pre_tokenizers.Whitespace()
-    return PreTrainedTokenizerFast(tokenizer_object=words, eos_token="t01")
-
-
 def test_continues_the_prompt_the_same_way_each_time() -> None:
-    model, tokenizer = photon_model("memory-1"), make_tokenizer()
+    model, tokenizer = photon_model("memory-1"), word_tokenizer()
     state = torch.random.get_rng_state()
     text = sample_text(model, tokenizer, "t05 t06", 12)
     words = text.split()
@@ -28,6 +21,6 @@ def test_continues_the_prompt_the_same_way_each_time() -> None:
 
 
 def test_without_a_prompt_or_tokens() -> None:
-    model, tokenizer = photon_model("memory-1"), make_tokenizer()
+    model, tokenizer = photon_model("memory-1"), word_tokenizer()
     assert sample_text(model, tokenizer, "", 8)
     assert sample_text(model, tokenizer, "t05", 0) == ""
