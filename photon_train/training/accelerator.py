@@ -75,9 +75,14 @@ def _use_gloo_alone() -> None:
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
 
-def _fill_deepspeed(accelerator: Accelerator, config: RunConfig) -> None:
+def load_models_whole() -> None:
+    """Have transformers load models unsharded; accelerate asks for shards at set-up and again at each `prepare`."""
     from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
+    unset_hf_deepspeed_config()
+
+
+def _fill_deepspeed(accelerator: Accelerator, config: RunConfig) -> None:
     settings = accelerator.deepspeed_plugin.deepspeed_config
     settings["train_micro_batch_size_per_gpu"] = config.train.batch_size
     settings["gradient_accumulation_steps"] = config.train.gradient_accumulation_steps
@@ -85,6 +90,6 @@ def _fill_deepspeed(accelerator: Accelerator, config: RunConfig) -> None:
         config.train.batch_size * config.train.gradient_accumulation_steps * accelerator.num_processes
     )
     settings["gradient_clipping"] = config.train.max_grad_norm
-    unset_hf_deepspeed_config()
+    load_models_whole()
     # DeepSpeed 0.19 calls collectives that torch 2.13 has renamed; one warning per call and process hides the log.
     warnings.filterwarnings("ignore", message="`torch.distributed", category=FutureWarning)

@@ -35,10 +35,9 @@ def _merged_tensors(module: nn.Module, prefix: str) -> Iterator[tuple[str, torch
     elif isinstance(module, LoraLayer):
         with _gathered(module.parameters()):
             base = module.get_base_layer()
-            weight = base.weight
-            for adapter in module.active_adapters:
-                weight = weight + module.get_delta_weight(adapter).to(weight.dtype)
-            yield f"{prefix}weight", weight
+            # Summed in fp32 and rounded once.
+            deltas = [module.get_delta_weight(adapter).float() for adapter in module.active_adapters]
+            yield f"{prefix}weight", sum(deltas, base.weight.float()).to(base.weight.dtype)
             if base.bias is not None:
                 yield f"{prefix}bias", base.bias
     else:
