@@ -483,7 +483,6 @@ def format_bytes(count: float) -> str:
     return f"{count:.2f} {('B', 'KiB', 'MiB', 'GiB', 'TiB')[power]}" if power else f"{count:.0f} B"
 
 
-
 def estimate(
     dense: Any,
     photon: Any,

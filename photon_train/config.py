@@ -104,7 +104,7 @@ class TrainSettings:
         weight_decay: AdamW weight decay (matrices only).
         warmup_steps: Linear warm-up steps; a cosine to 10% follows.
         max_grad_norm: Gradient clipping by global norm.
-        mixed_precision: `bf16`, `fp16` or `no`.
+        mixed_precision: `bf16`, `fp16`, `no`, or `auto`: bf16 where the hardware multiplies it natively, else no.
         gradient_checkpointing: Recompute activations in the backward pass.
         eval_every: Optimiser steps between evaluations; 0 evaluates at the start and the end only.
         eval_sequences: Held-out sequences per evaluation.
@@ -123,7 +123,7 @@ class TrainSettings:
     weight_decay: float = 0.0
     warmup_steps: int = 20
     max_grad_norm: float = 1.0
-    mixed_precision: str = "bf16"
+    mixed_precision: str = "auto"
     gradient_checkpointing: bool = False
     eval_every: int = 200
     eval_sequences: int = 64

@@ -13,7 +13,7 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "photon.layout": LAYOUTS,
     "photon.conditioning": CONDITIONINGS,
     "photon.unit_positions": ("index", "scaled"),
-    "train.mixed_precision": ("bf16", "fp16", "no"),
+    "train.mixed_precision": ("auto", "bf16", "fp16", "no"),
     "tracking.tracker": ("wandb", "tensorboard", "none"),
     "tracking.mode": ("auto", "online", "offline", "disabled"),
     "export.dtype": ("auto", "float32", "bfloat16", "float16"),

@@ -12,6 +12,7 @@ from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType, InitProcessGroupKwargs, ProjectConfiguration
 
 from photon_train.config import RunConfig
+from photon_train.data.pretrain import fast_dtype
 from photon_train.errors import PhotonError
 from photon_train.training.tracking import require_tracker
 
@@ -31,15 +32,19 @@ def make_accelerator(config: RunConfig, output_dir: str | os.PathLike[str]) -> A
             not installed.
     """
     train = config.train
-    if train.mixed_precision not in ("no", "bf16", "fp16"):
-        raise PhotonError(f"train.mixed_precision={train.mixed_precision!r} is not one of bf16, fp16, no")
+    precision = train.mixed_precision
+    if precision not in ("auto", "no", "bf16", "fp16"):
+        raise PhotonError(f"train.mixed_precision={precision!r} is not one of auto, bf16, fp16, no")
     on_cpu = not torch.accelerator.is_available()
-    if on_cpu and train.mixed_precision == "fp16":
+    if precision == "auto":
+        device = torch.device("cpu" if on_cpu else torch.accelerator.current_accelerator().type)
+        precision = "bf16" if fast_dtype(device) is torch.bfloat16 else "no"
+    if on_cpu and precision == "fp16":
         raise PhotonError("train.mixed_precision=fp16 needs a GPU: choose bf16 or no")
     state = AcceleratorState._shared_state
-    if state and state.get("_mixed_precision") not in (None, train.mixed_precision):
+    if state and state.get("_mixed_precision") not in (None, precision):
         raise PhotonError(
-            f"train.mixed_precision={train.mixed_precision!r}, but this process already runs an Accelerator with "
+            f"train.mixed_precision={precision!r}, but this process already runs an Accelerator with "
             f"{state['_mixed_precision']!r}: use one precision per process"
         )
     uses_deepspeed = os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true"
@@ -49,7 +54,7 @@ def make_accelerator(config: RunConfig, output_dir: str | os.PathLike[str]) -> A
     tracker = require_tracker(config.tracking)
     output_dir = Path(output_dir)
     accelerator = Accelerator(
-        mixed_precision=train.mixed_precision,
+        mixed_precision=precision,
         gradient_accumulation_steps=train.gradient_accumulation_steps,
         # Without a GPU only the explicit CPU mode joins the processes; DeepSpeed joins them itself.
         cpu=on_cpu and not uses_deepspeed,
