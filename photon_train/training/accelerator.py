@@ -23,9 +23,9 @@ def make_accelerator(config: RunConfig, output_dir: str | os.PathLike[str]) -> A
     One Accelerator serves several `train` calls one after the other; each call releases what the call before
     prepared. DeepSpeed's "auto" values and its accumulation and clipping come from `config`.
 
-    transformers would load every model sharded once a ZeRO-3 plugin exists, and a sharded model can neither be
-    converted nor given adapters. That is switched off: models are loaded whole on the CPU of every process and
-    sharded when training starts.
+    transformers would load every model sharded once a ZeRO-3 plugin exists, which all processes must do together; the
+    main process loads some alone (calibration, export) and would wait for ever. That is switched off: every process
+    loads the whole model on the CPU, and it is sharded when training starts.
 
     Raises:
         PhotonError: for a precision that the hardware or the accelerate config cannot serve, or a tracker that is
@@ -80,14 +80,9 @@ def _use_gloo_alone() -> None:
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
 
-def load_models_whole() -> None:
-    """Have transformers load models unsharded; accelerate asks for shards at set-up and again at each `prepare`."""
+def _fill_deepspeed(accelerator: Accelerator, config: RunConfig) -> None:
     from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
-    unset_hf_deepspeed_config()
-
-
-def _fill_deepspeed(accelerator: Accelerator, config: RunConfig) -> None:
     settings = accelerator.deepspeed_plugin.deepspeed_config
     settings["train_micro_batch_size_per_gpu"] = config.train.batch_size
     settings["gradient_accumulation_steps"] = config.train.gradient_accumulation_steps
@@ -95,6 +90,6 @@ def _fill_deepspeed(accelerator: Accelerator, config: RunConfig) -> None:
         config.train.batch_size * config.train.gradient_accumulation_steps * accelerator.num_processes
     )
     settings["gradient_clipping"] = config.train.max_grad_norm
-    load_models_whole()
+    unset_hf_deepspeed_config()
     # DeepSpeed 0.19 calls collectives that torch 2.13 has renamed; one warning per call and process hides the log.
     warnings.filterwarnings("ignore", message="`torch.distributed", category=FutureWarning)

@@ -20,7 +20,7 @@ from photon_train.config import RunConfig
 from photon_train.data.loader import batches
 from photon_train.data.packing import PackedDataset
 from photon_train.errors import PhotonError
-from photon_train.training.accelerator import load_models_whole, make_accelerator
+from photon_train.training.accelerator import make_accelerator
 from photon_train.training.checkpoint import (
     TrainingState,
     checkpoint_dir,
@@ -184,7 +184,6 @@ def _prepare(model: nn.Module, config: RunConfig, accelerator: Accelerator, teac
     optimizer = AdamW(parameter_groups(model, train), lr=train.learning_rate)
     scheduler = LambdaLR(optimizer, lambda step: learning_rate_factor(step, train.warmup_steps, train.max_steps))
     objective, optimizer, scheduler = accelerator.prepare(objective, optimizer, scheduler)
-    load_models_whole()
     trained = [parameter for parameter in objective.parameters() if parameter.requires_grad]
     return _Run(accelerator, config, objective, optimizer, scheduler, trained)
 

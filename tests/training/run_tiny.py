@@ -46,12 +46,14 @@ def main(output: Path, batch_size: int, names: list[str]) -> None:
     def run(name: str, resume: bool = False) -> TrainResult:
         config = run_config(name, batch_size)
         config.resume = resume
-        # As in a real run: loaded once the Accelerator, and for the second model an engine, exists.
+        # As in a real run: loaded once the Accelerator exists.
         source = output / "models" / name
         if accelerator.is_main_process and not source.exists():
             tiny_model(name).save_pretrained(source)
         accelerator.wait_for_everyone()
-        model = add_lora(type(tiny_model(name)).from_pretrained(source), config.lora, config.seed)
+        model = type(tiny_model(name)).from_pretrained(source)
+        assert all(parameter.numel() for parameter in model.parameters()), "loaded in shards"
+        model = add_lora(model, config.lora, config.seed)
         sets = tiny_data(20, seed=1), tiny_data(7, seed=2)
         return train(model, *sets, config, output, accelerator=accelerator, name=name)
 
