@@ -90,9 +90,6 @@ def test_two_trainings_are_two_offline_wandb_runs(no_key):
         assert b"hf_secret" not in file.read_bytes()
 
 
-@pytest.mark.skipif(
-    not any(importlib.util.find_spec(name) for name in ("tensorboard", "tensorboardX")), reason="no tensorboard"
-)
 def test_tensorboard_writes_events(tmp_path):
     _train(TrackingSettings(tracker="tensorboard"), tmp_path)
     (events, *_) = (tmp_path / "tensorboard" / "photon").glob("events.out.tfevents.*")
