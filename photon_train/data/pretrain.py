@@ -46,9 +46,9 @@ class DemoSettings:
     held_out_fraction: float = 0.05
     seq_len: int = 512
     batch_size: int = 2
-    steps: int = 300
+    steps: int = 80
     learning_rate: float = 3e-3
-    warmup_steps: int = 30
+    warmup_steps: int = 10
     weight_decay: float = 0.1
     seed: int = 0
 
