@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import re
 from typing import Any
 
 from photon_train.config import CONDITIONINGS, LAYOUTS, PRESETS, RunConfig
 from photon_train.errors import PhotonError
+from photon_train.files import parse_size
 
 _CHOICES: dict[str, tuple[str, ...]] = {
     "preset": PRESETS,
@@ -43,7 +43,7 @@ _AT_LEAST: dict[str, float] = {
     "lora.dropout": 0,
     "distill.weight": 0,
     "consistency.weight": 0,
-    "export.sample_tokens": 0,
+    "export.sample_tokens": 1,
 }
 _LEVEL_AT_LEAST = {"chunk_size": 1, "num_slots": 1, "encoder_layers": 0, "encoder_window": 0, "decoder_layers": 0}
 _ABOVE: dict[str, float] = {
@@ -86,10 +86,7 @@ def validate(config: RunConfig) -> None:
         raise PhotonError(
             f"photon.levels sets {len(levels)} levels but photon.num_levels is {num_levels}: raise it or drop levels"
         )
-    if not re.fullmatch(r"\d+(\.\d+)?\s*([KMGT]i?B)", config.export.max_shard_size, re.IGNORECASE):
-        raise PhotonError(
-            f"export.max_shard_size is {config.export.max_shard_size!r}; give a size such as 5GB or 500MB"
-        )
+    parse_size(config.export.max_shard_size)
     if not config.output:
         raise PhotonError("output is empty; name the directory to write")
 

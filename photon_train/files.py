@@ -1,4 +1,4 @@
-"""Writing that is complete or invisible: a temporary name in the same directory, then a rename."""
+"""Writing that is complete or invisible, and the checks that can be made before it."""
 
 from __future__ import annotations
 
@@ -8,6 +8,51 @@ import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+from photon_train.errors import PhotonError
+
+_UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+_UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40, "B": 1}
+_SPARE_BYTES = 64 * 2**20  # tokenizer, configuration, code, and what else wants to be written meanwhile
+
+
+def parse_size(size: str | int, key: str = "export.max_shard_size") -> int:
+    """Bytes of ``5GB``, ``200MiB``, ...
+
+    Raises:
+        PhotonError: naming `key`, if the text is no size.
+    """
+    if isinstance(size, int):
+        return size
+    text = size.strip().upper()
+    unit = next((unit for unit in sorted(_UNITS, key=len, reverse=True) if text.endswith(unit)), "")
+    try:
+        result = int(float(text.removesuffix(unit)) * _UNITS.get(unit, 1))
+    except (ValueError, OverflowError):
+        raise PhotonError(f"{key} is {size!r}, which is no size: write for example 5GB or 200MiB") from None
+    if result < 1:
+        raise PhotonError(f"{key} is {size!r}; it must be positive")
+    return result
+
+
+def check_can_write(directory: Path, num_bytes: int, what: str) -> None:
+    """Check that a new `directory` can take `num_bytes`; costs nothing, so callers may ask early.
+
+    Args:
+        what: Names what is to be written, for the message.
+
+    Raises:
+        PhotonError: if the directory exists and is not empty, is a file, or the disk has too little space.
+    """
+    if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
+        raise PhotonError(f"{directory} is not empty: give a new output directory, or delete it")
+    parent = next(path for path in directory.absolute().parents if path.exists())
+    needed, free = num_bytes + _SPARE_BYTES, shutil.disk_usage(parent).free
+    if needed > free:
+        raise PhotonError(
+            f"{parent} has {free / 1e9:.1f} GB free, {what} needs {needed / 1e9:.1f} GB: free some, or give an output "
+            "directory on another disk"
+        )
 
 
 def atomic_write_text(path: str | os.PathLike[str], text: str) -> None:

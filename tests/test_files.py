@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from photon_train.files import atomic_directory, atomic_write_text
+from photon_train.errors import PhotonError
+from photon_train.files import atomic_directory, atomic_write_text, parse_size
 
 
 def names(directory: Path) -> list[str]:
@@ -65,3 +66,14 @@ def test_modes_follow_the_umask(tmp_path: Path) -> None:
         pass
     assert (tmp_path / "a.txt").stat().st_mode == (tmp_path / "plain.txt").stat().st_mode
     assert (tmp_path / "stage").stat().st_mode == (tmp_path / "plain").stat().st_mode
+
+
+@pytest.mark.parametrize(("text", "size"), [("5GB", 5 * 10**9), ("200 MiB", 200 * 2**20), ("1000", 1000), (17, 17)])
+def test_sizes(text: str | int, size: int) -> None:
+    assert parse_size(text) == size
+
+
+@pytest.mark.parametrize("text", ["many", "GB", "0MB", "-1GB", "nanGB", "infGB"])
+def test_sizes_that_are_none(text: str) -> None:
+    with pytest.raises(PhotonError, match="export.max_shard_size"):
+        parse_size(text)

@@ -19,37 +19,11 @@ from photon_train.conversion.plan import ConversionPlan, TensorPlan
 from photon_train.conversion.safetensors_io import ShardWriter
 from photon_train.conversion.source import INDEX, TOKENIZER_FILES, DenseCheckpoint
 from photon_train.errors import PhotonError
-from photon_train.files import atomic_directory
+from photon_train.files import atomic_directory, check_can_write, parse_size
 from photon_train.manifest import write_manifest
 from photon_train.models.configuration_photon import PhotonConfig
 
 PLAN = "plan.json"
-_UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "B": 1}
-_SPARE_BYTES = 64 * 2**20  # tokenizer, configuration, and what else wants to be written meanwhile
-
-
-def parse_size(size: str | int, key: str = "export.max_shard_size") -> int:
-    """Bytes of ``5GB``, ``200MiB``, ...
-
-    Raises:
-        PhotonError: naming `key`, if the text is no size.
-    """
-    if isinstance(size, int):
-        return size
-    text = size.strip().upper()
-    for unit, factor in sorted(_UNITS.items(), key=lambda item: -len(item[0])):
-        if text.endswith(unit):
-            text, scale = text[: -len(unit)].strip(), factor
-            break
-    else:
-        scale = 1
-    try:
-        result = int(float(text) * scale)
-    except ValueError:
-        raise PhotonError(f"{key}={size!r} is not a size: write for example 5GB or 200MB") from None
-    if result < 1:
-        raise PhotonError(f"{key}={size!r} must be positive")
-    return result
 
 
 def convert(
@@ -83,7 +57,7 @@ def convert(
             wrong or the tokenizer does not fit the vocabulary; while writing, at a weight that is not finite.
     """
     output_dir = Path(output_dir)
-    check_output(output_dir, plan)
+    check_can_write(output_dir, plan.num_bytes, "the converted model")
     checkpoint.check_tokenizer()
     checkpoint.check_hashes()
     shards = _shards(plan, parse_size(max_shard_size))
@@ -94,23 +68,6 @@ def convert(
         if on_written is not None:
             on_written(directory)
         write_manifest(directory, "converted", run_config or {}, {"model": checkpoint.directory})
-
-
-def check_output(output_dir: Path, plan: ConversionPlan) -> None:
-    """Check that the output can be written; costs nothing, so callers may ask early.
-
-    Raises:
-        PhotonError: if the directory exists and is not empty, is a file, or the disk has too little space.
-    """
-    if output_dir.exists() and (not output_dir.is_dir() or any(output_dir.iterdir())):
-        raise PhotonError(f"{output_dir} is not empty: give a new output directory, or delete it")
-    parent = next(path for path in output_dir.absolute().parents if path.exists())
-    needed, free = plan.num_bytes + _SPARE_BYTES, shutil.disk_usage(parent).free
-    if needed > free:
-        raise PhotonError(
-            f"{parent} has {free / 1e9:.1f} GB free, the converted model needs {needed / 1e9:.1f} GB: free some, or "
-            "give an output directory on another disk"
-        )
 
 
 def _is_new(entry: TensorPlan) -> bool:

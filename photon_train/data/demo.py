@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import logging
 import os
 from dataclasses import asdict
 from pathlib import Path
@@ -15,8 +14,6 @@ from photon_train.data.packing import pack
 from photon_train.data.pretrain import DemoSettings, pretrain, train_tokenizer
 from photon_train.errors import PhotonError
 from photon_train.files import atomic_directory
-
-logger = logging.getLogger(__name__)
 
 # Raise it when the code of the recipe changes what it makes, so that older caches are not taken for it.
 RECIPE_VERSION = 1
@@ -43,8 +40,8 @@ def demo_dense_model(
 
     Args:
         cache_dir: Where models are cached; None is `default_cache_dir()`.
-        progress: Show the loss, the speed and the remaining time if standard error is a terminal.
-        settings: The recipe; None is the default one.
+        progress: Show the loss, the speed and the remaining time.
+        settings: The recipe; None is `DemoSettings.for_machine()`.
 
     Returns:
         A directory with `model.safetensors`, `config.json`, `generation_config.json` and the tokenizer's files.
@@ -52,12 +49,11 @@ def demo_dense_model(
     Raises:
         PhotonError: if there is no standard library source to read, or the cache cannot be written.
     """
-    settings = settings or DemoSettings()
+    settings = settings or DemoSettings.for_machine()
     documents = list(read_documents(None, DataSettings()))
     path = (cache_dir or default_cache_dir()) / f"demo-dense-{_fingerprint(settings, documents)}"
     if path.is_dir():
         return path
-    logger.info("pretraining the demo's dense model (once); it is kept in %s", path)
     train, _ = split_documents(documents, settings.held_out_fraction)
     tokenizer = train_tokenizer((document.text for document in train), settings.vocab_size)
     tokenizer.model_max_length = settings.max_positions

@@ -86,7 +86,7 @@ def pack(
         pad_id: Token on filler positions; None takes `eos_id`. Their label is -100 in any case.
         pad_last: Fill the last sequence up (evaluation) instead of dropping it (training). If not one sequence is
             full, it is filled up in any case.
-        progress: Show a progress bar if standard error is a terminal; pass False on all but the main process.
+        progress: Show progress; pass False on all but the main process.
 
     Raises:
         PhotonError: if `seq_len` is not a multiple of `align`, or there is no text.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 
 import torch
@@ -51,6 +51,13 @@ class DemoSettings:
     warmup_steps: int = 10
     weight_decay: float = 0.1
     seed: int = 0
+
+    @classmethod
+    def for_machine(cls) -> DemoSettings:
+        """The default recipe, six times as long where bf16 is native: about two minutes on two cores either way."""
+        settings = cls()
+        native = fast_dtype(torch.device("cuda" if torch.cuda.is_available() else "cpu")) == torch.bfloat16
+        return replace(settings, steps=6 * settings.steps) if native else settings
 
     def model_config(self, eos_id: int) -> LlamaConfig:
         """The Llama's configuration."""

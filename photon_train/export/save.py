@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import math
 import os
-import shutil
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -18,13 +17,12 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from photon_train.config import ExportSettings
 from photon_train.errors import PhotonError
-from photon_train.files import atomic_directory
+from photon_train.files import atomic_directory, check_can_write, parse_size
 from photon_train.manifest import write_manifest
 from photon_train.models import PhotonConfig, PhotonForCausalLM
 
 STAGE = "export"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-_SPARE_BYTES = 64 * 2**20  # tokenizer, code, card, and what else wants to be written meanwhile
 
 
 def export_model(
@@ -69,8 +67,8 @@ def export_model(
     output_dir = Path(output_dir)
     skeleton = _skeleton(model.config, settings.dtype)
     generation_config = generation_config or getattr(model, "generation_config", None) or skeleton.generation_config
-    shard_bytes = _shard_bytes(settings.max_shard_size)
-    check_output(output_dir, num_bytes(skeleton))
+    shard_bytes = parse_size(settings.max_shard_size)
+    check_can_write(output_dir, num_bytes(skeleton), "the export")
     weights = _cast_weights(skeleton, dict(model.state_dict()) if state_dict is None else state_dict)
     try:
         with atomic_directory(output_dir) as directory:
@@ -91,23 +89,6 @@ def num_bytes(model: PhotonForCausalLM) -> int:
     return sum(math.prod(parameter.shape) * parameter.element_size() for parameter in model.parameters())
 
 
-def check_output(output_dir: Path, needed: int) -> None:
-    """Check that `needed` bytes of weights can be written; costs nothing, so callers may ask early.
-
-    Raises:
-        PhotonError: if the directory exists and is not empty, is a file, or the disk has too little space.
-    """
-    if output_dir.exists() and (not output_dir.is_dir() or any(output_dir.iterdir())):
-        raise PhotonError(f"{output_dir} is not empty: give a new output directory, or delete it")
-    parent = next(path for path in output_dir.absolute().parents if path.exists())
-    needed, free = needed + _SPARE_BYTES, shutil.disk_usage(parent).free
-    if needed > free:
-        raise PhotonError(
-            f"{parent} has {free:,} bytes free, the export needs {needed:,}: free some, or give an output directory on "
-            "another disk"
-        )
-
-
 def _skeleton(config: PhotonConfig, dtype: str) -> PhotonForCausalLM:
     """The model without weights, in the type that is written."""
     if dtype == "auto":
@@ -116,15 +97,6 @@ def _skeleton(config: PhotonConfig, dtype: str) -> PhotonForCausalLM:
         raise PhotonError(f"export.dtype={dtype!r} is not one of auto, {', '.join(DTYPES)}")
     with torch.device("meta"):
         return PhotonForCausalLM(copy.deepcopy(config)).to(DTYPES[dtype])
-
-
-def _shard_bytes(size: str) -> int:
-    from accelerate.utils import convert_file_size_to_int
-
-    try:
-        return convert_file_size_to_int(size)
-    except ValueError:
-        raise PhotonError(f"export.max_shard_size={size!r} is not a size: write for example 5GB or 200MiB") from None
 
 
 def _cast_weights(skeleton: PhotonForCausalLM, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

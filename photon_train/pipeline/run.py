@@ -16,15 +16,16 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from photon_train.cli import to_dict
 from photon_train.config import RunConfig
-from photon_train.conversion.apply import check_output, convert
+from photon_train.conversion.apply import convert
 from photon_train.conversion.calibrate import calibrate_directory
 from photon_train.conversion.source import DenseCheckpoint
 from photon_train.data.demo import demo_dense_model
+from photon_train.evaluation.plots import plot_losses
 from photon_train.evaluation.report import Report, machine, print_report, write_report
 from photon_train.export.card import model_card
 from photon_train.export.save import export_model
 from photon_train.export.validate import validate_export
-from photon_train.files import atomic_write_text
+from photon_train.files import atomic_write_text, check_can_write
 from photon_train.inference.text import generate_text, load_for_inference
 from photon_train.manifest import read_manifest, verify_manifest
 from photon_train.models import PhotonForCausalLM
@@ -43,9 +44,11 @@ from photon_train.training.collect import gather_full_model
 from photon_train.training.loop import TrainResult, evaluate, train
 from photon_train.training.lora import add_lora
 from photon_train.training.losses import TrainingObjective
+from photon_train.training.progress import METRICS_FILE
 
 _CALIBRATION_SEQUENCES = 4
 _SAMPLE_PROMPT = 64  # tokens of held-out text that the sample goes on from
+_SAMPLING = {"do_sample": True, "temperature": 0.8, "top_p": 0.95}  # greedy small models repeat themselves
 
 
 def run_conversion(config: RunConfig) -> None:
@@ -92,7 +95,7 @@ class _Run:
         span = conversion.config.top_span
         text = load_text(self.config, tokenizer, span, self.accelerator.num_processes, self.is_main)
         if "convert" not in self.stages.done:
-            check_output(self.converted, conversion.plan)
+            check_can_write(self.converted, conversion.plan.num_bytes, "the converted model")
         self.accelerator.wait_for_everyone()
         self.stages.begin(self.config)
         self._convert(conversion, text)
@@ -188,7 +191,19 @@ class _Run:
         state = gather_full_model(self.accelerator, result.model)
         if self.is_main:
             self._export(state, text, conversion, outcome)
+            check = validate_export(self.exported, self._reference(result.model), device=self.accelerator.device)
+            outcome["export_check"] = check.to_dict()
         return outcome
+
+    def _reference(self, trained: torch.nn.Module) -> torch.nn.Module | None:
+        """The trained model, to compare its export with; None where it cannot run alone.
+
+        That is where its weights are sharded (ZeRO-3), or of several types that only autocast reconciles.
+        """
+        model = self.accelerator.unwrap_model(trained).model
+        parameters = list(model.parameters())
+        sharded = any(hasattr(parameter, "ds_id") for parameter in parameters)
+        return None if sharded or len({parameter.dtype for parameter in parameters}) > 1 else model
 
     def _train(self, model: PreTrainedModel, config: RunConfig, text: Text, **settings: Any) -> TrainResult:
         return train(model, text.train, text.held_out, config, self.output, accelerator=self.accelerator, **settings)
@@ -205,7 +220,8 @@ class _Run:
             model,
             text.tokenizer,
             self.exported,
-            settings=self.config.export,
+            # The type that the plan resolved: the model's own may be what it was loaded in.
+            settings=dataclasses.replace(self.config.export, dtype=conversion.plan.dtype),
             card=model_card(self._make_report(conversion, self.stages.done["dense"], outcome).to_dict()),
             state_dict=state,
             run_config=to_dict(self.config),
@@ -214,13 +230,15 @@ class _Run:
 
     def _write_sample(self, text: Text) -> dict[str, Any]:
         """Reload the export and let it write."""
-        check = validate_export(self.exported)
         model, tokenizer = load_for_inference(self.exported)
         prompt = self.config.export.sample_prompt
         if prompt is None:
             prompt = tokenizer.decode(text.held_out.tokens[0, :_SAMPLE_PROMPT].tolist(), skip_special_tokens=True)
-        written = generate_text(model, tokenizer, [prompt], max_new_tokens=self.config.export.sample_tokens)[0]
-        return {"prompt": prompt, "text": written, "check": check.to_dict()}
+        with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
+            torch.manual_seed(self.config.seed)
+            settings = {"max_new_tokens": self.config.export.sample_tokens, **_SAMPLING}
+            written = generate_text(model, tokenizer, [prompt], **settings)[0]
+        return {"prompt": prompt, "text": written}
 
     def _make_report(self, conversion: Conversion, dense: dict, photon: dict, sample: dict | None = None) -> Report:
         config, numbers = self.config, conversion.estimate
@@ -246,7 +264,7 @@ class _Run:
         if sample is not None:
             report.seconds = self.stages.seconds()
             report.sample_prompt, report.sample_text = sample["prompt"], sample["text"]
-            report.export_check = sample["check"]
+            report.export_check = photon["export_check"]
             report.versions = read_manifest(self.exported)["versions"]
             report.paths = {
                 "dense model": str(conversion.checkpoint.directory),
@@ -255,12 +273,14 @@ class _Run:
                 "checkpoints": str(self.output / "checkpoints"),
                 "exported model": str(self.exported),
                 "settings": str(self.output / "config.yaml"),
-                "metrics": str(self.output / "metrics.jsonl"),
+                "metrics": str(self.output / METRICS_FILE),
+                "loss curves": str(self.output / "losses.png"),
             }
         return report
 
     def _report(self, conversion: Conversion, dense: dict, photon: dict, sample: dict) -> None:
         report = self._make_report(conversion, dense, photon, sample)
+        plot_losses(self.output / METRICS_FILE, self.output / "losses.png")
         write_report(report, self.output)
         print_report(report)
 

@@ -13,7 +13,7 @@ from tiny_dense import FAMILY_NAMES, save_dense
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from photon_train.config import LevelOverrides, PhotonSettings, RunConfig
-from photon_train.conversion.apply import convert, parse_size, rewrite_new_tensors
+from photon_train.conversion.apply import convert, rewrite_new_tensors
 from photon_train.conversion.calibrate import calibrate, calibrate_directory
 from photon_train.conversion.plan import ConversionPlan, make_plan
 from photon_train.conversion.presets import layer_map, photon_config
@@ -219,17 +219,6 @@ def test_what_the_callback_raises_undoes_the_conversion(dense, tmp_path):
         raise PhotonError("calibration failed")
 
     fails_cleanly(tmp_path, "calibration failed", dense, on_written=fail)
-
-
-@pytest.mark.parametrize(("text", "size"), [("5GB", 5 * 10**9), ("200 MiB", 200 * 2**20), ("1000", 1000), (17, 17)])
-def test_sizes(text, size):
-    assert parse_size(text) == size
-
-
-@pytest.mark.parametrize("text", ["many", "GB", "0MB", "-1GB"])
-def test_sizes_that_are_none(text):
-    with pytest.raises(PhotonError, match="export.max_shard_size"):
-        parse_size(text)
 
 
 # --- calibration ---

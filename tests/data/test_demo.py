@@ -126,3 +126,11 @@ def test_default_recipe_has_about_five_million_parameters() -> None:
     with torch.device("meta"):
         model = pretrain.LlamaForCausalLM(DemoSettings().model_config(0))
     assert 4.5e6 < model.num_parameters() < 6e6
+
+
+def test_recipe_is_longer_where_bf16_is_native(monkeypatch: pytest.MonkeyPatch) -> None:
+    steps = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        monkeypatch.setattr(pretrain, "fast_dtype", lambda device, dtype=dtype: dtype)
+        steps[dtype] = DemoSettings.for_machine().steps
+    assert steps[torch.float32] == DemoSettings().steps < steps[torch.bfloat16]

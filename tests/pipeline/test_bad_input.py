@@ -22,7 +22,9 @@ def checkpoint(tmp_path) -> Path:
 
 def run(monkeypatch, capsys, *arguments: object) -> str:
     """Run the recipe with `arguments`; the one line that it printed to stderr."""
-    monkeypatch.setattr(sys, "argv", ["convert_llama.py", *map(str, arguments)])
+    # One process has one precision, and other tests of it have chosen.
+    precision = ("--train.mixed_precision", "no")
+    monkeypatch.setattr(sys, "argv", ["convert_llama.py", *precision, *map(str, arguments)])
     spec = importlib.util.spec_from_file_location("convert_llama", RECIPE)
     recipe = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(recipe)

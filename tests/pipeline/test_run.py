@@ -80,6 +80,7 @@ def test_the_output_directory_holds_every_stage(run):
     for stage in ("converted", "export"):
         verify_manifest(output / stage)
     assert list((output / "checkpoints" / "photon").iterdir()) and list(output.glob("wandb/offline-run-*/*.wandb"))
+    assert (output / "losses.png").read_bytes().startswith(b"\x89PNG")
     assert set(report["seconds"]) == {"convert", "dense", "photon", "sample"}
 
 
@@ -92,6 +93,7 @@ def test_the_report_shows_that_fine_tuning_helped(run):
     assert loss["tuned"] < loss["converted"] - 0.05 and loss["dense_tuned"] < loss["dense"] - 0.05
     assert 0 < report["kv_ratio"] < 0.1
     assert report["export_check"]["parameters"] == report["parameters"]
+    assert report["export_check"]["max_logit_difference"] < 2e-4
 
 
 @pytest.mark.distributed

@@ -1,0 +1,35 @@
+"""Plots for the report."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+
+def plot_losses(metrics: Path, output: Path) -> None:
+    """Draw the training loss and the held-out cross-entropy of every training of a run against its steps.
+
+    Args:
+        metrics: `metrics.jsonl` of the run.
+        output: PNG to write; it appears when it is complete.
+    """
+    # matplotlib picks a window system where there is one unless it is asked for a canvas alone.
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    records = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
+    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    axes = FigureCanvasAgg(figure).figure.subplots()
+    for index, name in enumerate(dict.fromkeys(record["name"] for record in records)):
+        for key, style in (("train/loss", {"alpha": 0.4}), ("eval/ce", {"marker": "o"})):
+            points = [(r["step"], r[key]) for r in records if r["name"] == name and key in r]
+            if points:
+                label = f"{name}, {'training loss' if key == 'train/loss' else 'held-out cross-entropy'}"
+                axes.plot(*zip(*points, strict=True), color=f"C{index}", label=label, **style)
+    axes.set_xlabel("optimiser step")
+    axes.set_ylabel("nats per token")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    temporary = output.with_name(f".{output.name}")
+    figure.savefig(temporary, format="png", dpi=120)
+    temporary.replace(output)
