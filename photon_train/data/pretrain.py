@@ -1,26 +1,26 @@
-"""A short pretraining of a small dense Llama: the model that the demo converts."""
+"""Pretraining of small dense Llamas: the one that the demo converts, and those of quality studies."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
+from typing import Protocol
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from photon_train.data.loader import batches
-from photon_train.data.packing import IGNORED_LABEL, PackedDataset
 from photon_train.data.progress import progress_bar
 
 END_OF_TEXT = "<|endoftext|>"
 
 
 @dataclass(frozen=True)
-class DemoSettings:
-    """The recipe of the demo's dense model; a change of any value makes another model.
+class PretrainSettings:
+    """The recipe of a small dense model, by default the demo's; a change of any value makes another model.
 
     Attributes:
         vocab_size: Entries of the byte-level BPE tokenizer.
@@ -53,7 +53,7 @@ class DemoSettings:
     seed: int = 0
 
     @classmethod
-    def for_machine(cls) -> DemoSettings:
+    def for_machine(cls) -> PretrainSettings:
         """The default recipe, six times as long where bf16 is native: about two minutes on two cores either way."""
         settings = cls()
         native = fast_dtype(torch.device("cuda" if torch.cuda.is_available() else "cpu")) == torch.bfloat16
@@ -103,11 +103,41 @@ def fast_dtype(device: torch.device) -> torch.dtype:
     return torch.bfloat16 if native else torch.float32
 
 
-def pretrain(settings: DemoSettings, dataset: PackedDataset, eos_id: int, progress: bool = True) -> LlamaForCausalLM:
-    """Train a Llama from scratch for `settings.steps` steps; the result is in float32 on the CPU.
+class Sequences(Protocol):
+    """What is trained on: `PackedDataset`, or a data set that changes its sequences."""
+
+    def __len__(self) -> int: ...
+
+    def batch(self, indices: torch.Tensor) -> dict[str, torch.Tensor]: ...
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A part of a pretraining: `steps` optimiser steps of `batch_size` sequences of `dataset`."""
+
+    dataset: Sequences
+    batch_size: int
+    steps: int
+
+
+def pretrain(
+    settings: PretrainSettings,
+    stages: Sequence[Stage],
+    eos_id: int,
+    progress: bool = True,
+    on_step: Callable[[int, LlamaForCausalLM], None] | None = None,
+) -> LlamaForCausalLM:
+    """Train a Llama from scratch, stage after stage under one schedule; the result is in float32 on the CPU.
 
     Runs on a GPU if there is one. The number of steps is fixed, so a slower machine takes longer and gets the same
     model (to rounding).
+
+    Args:
+        settings: The model and the schedule; `steps`, `batch_size` and `seq_len` are the stages' own.
+        stages: What to train on.
+        eos_id: Token that ends a text.
+        progress: Show the loss, the speed and the remaining time.
+        on_step: Called after every optimiser step with the number of steps done and the model.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = fast_dtype(device)
@@ -118,15 +148,19 @@ def pretrain(settings: DemoSettings, dataset: PackedDataset, eos_id: int, progre
         {"params": [p for p in model.parameters() if p.ndim > 1], "weight_decay": settings.weight_decay},
         {"params": [p for p in model.parameters() if p.ndim == 1], "weight_decay": 0.0},
     ]
+    total = sum(stage.steps for stage in stages)
     optimizer = torch.optim.AdamW(groups, lr=settings.learning_rate, betas=(0.9, 0.95), fused=True)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _rate(step, settings))
-    tokens_per_step = settings.batch_size * settings.seq_len
-    steps = islice(batches(dataset, settings.seed, settings.batch_size), settings.steps)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _rate(step, settings.warmup_steps, total))
+    data = (
+        batch
+        for stage in stages
+        for (batch,) in islice(batches(stage.dataset, settings.seed, stage.batch_size), stage.steps)
+    )
     model.train()
-    detail = f"of {settings.steps} steps  loss {{task.fields[loss]:.3f}}  {{task.fields[rate]:,.0f}} tokens/s"
+    detail = f"of {total} steps  loss {{task.fields[loss]:.3f}}  {{task.fields[rate]:,.0f}} tokens/s"
     with progress_bar(progress, detail) as bar:
-        task = bar.add_task("pretraining", total=settings.steps, loss=math.nan, rate=0.0)
-        for (batch,) in steps:
+        task = bar.add_task("pretraining", total=total, loss=math.nan, rate=0.0)
+        for step, batch in enumerate(data, start=1):
             with torch.autocast(device.type, dtype=torch.bfloat16, enabled=dtype == torch.bfloat16):
                 loss = model(**{name: rows.to(device) for name, rows in batch.items()}, use_cache=False).loss
             loss.backward()
@@ -134,25 +168,14 @@ def pretrain(settings: DemoSettings, dataset: PackedDataset, eos_id: int, progre
             optimizer.step()
             schedule.step()
             optimizer.zero_grad()
-            rate = tokens_per_step * (bar.tasks[task].speed or 0.0)
+            rate = batch["input_ids"].numel() * (bar.tasks[task].speed or 0.0)
             bar.update(task, advance=1, loss=loss.item(), rate=rate)
+            if on_step is not None:
+                on_step(step, model)
     return model.eval().cpu()
 
 
-@torch.no_grad()
-def cross_entropy(model: LlamaForCausalLM, dataset: PackedDataset, batch_size: int = 4) -> float:
-    """Mean cross-entropy, in nats per predicted token, over the whole data set."""
-    total, count = 0.0, 0
-    for indices in torch.arange(len(dataset)).split(batch_size):
-        batch = dataset.batch(indices)
-        tokens = int((batch["labels"][:, 1:] != IGNORED_LABEL).sum())
-        total += model(**batch, use_cache=False).loss.item() * tokens
-        count += tokens
-    return total / count
-
-
-def _rate(step: int, settings: DemoSettings) -> float:
-    if step < settings.warmup_steps:
-        return (step + 1) / settings.warmup_steps
-    done = (step - settings.warmup_steps) / max(1, settings.steps - settings.warmup_steps)
-    return 0.5 * (1 + math.cos(math.pi * done))
+def _rate(step: int, warmup_steps: int, total: int) -> float:
+    if step < warmup_steps:
+        return (step + 1) / warmup_steps
+    return 0.5 * (1 + math.cos(math.pi * (step - warmup_steps) / max(1, total - warmup_steps)))

@@ -20,7 +20,7 @@ from photon_train.conversion.safetensors_io import TensorInfo
 from photon_train.conversion.source import DenseCheckpoint
 from photon_train.data.corpora import read_documents, split_documents
 from photon_train.data.packing import PackedDataset, check_tokenizer, pack
-from photon_train.data.pretrain import DemoSettings
+from photon_train.data.pretrain import PretrainSettings
 from photon_train.errors import PhotonError
 from photon_train.models import PhotonConfig
 
@@ -40,7 +40,7 @@ class Conversion:
 
 def demo_checkpoint() -> DenseCheckpoint:
     """The demo's dense model as configuration alone, for an estimate before it is trained."""
-    config = DemoSettings().model_config(eos_id=0)
+    config = PretrainSettings().model_config(eos_id=0)
     tensors = {name: TensorInfo(shape, torch.float32, None) for name, shape in dense_tensors(config).items()}
     return DenseCheckpoint(Path("demo"), config, tensors)
 
