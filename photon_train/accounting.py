@@ -130,6 +130,8 @@ def new_parameters(photon: Any) -> int:
         total += int(level["decoder_layers"] > 0)
     for level in photon.memory_levels:
         total += 2 * shape.kv_heads * (photon.span(level) + 1) + 2 * hidden * keys
+        if photon.memory_pooling == "linear":
+            total += 2 * shape.kv_heads * photon.span(level) * shape.head_dim**2
     return total + (0 if photon.conditioning == "memory" else hidden)
 
 

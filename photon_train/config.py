@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 PRESETS = ("graft", "hourglass", "split", "paper")
 CONDITIONINGS = ("slots", "residual", "memory")
 LAYOUTS = ("stream", "block")
+MEMORY_POOLINGS = ("mean", "linear")
 
 
 @dataclass
@@ -47,6 +48,7 @@ class PhotonSettings:
         branch_layer: Token-decoder layers below the point where the hierarchy reads and writes.
         memory_layers: Token-decoder layers that also attend to completed units (`memory`).
         memory_level: Level (1 is the lowest) whose units the memory layers attend to.
+        memory_pooling: How a unit's key and value are made of its tokens': `mean`, or `linear` (a matrix per place).
         full_attention_layers: Token-decoder layers kept at full attention (growing KV each).
         unit_positions: Rotary positions of units: `index`, or `scaled` by the tokens under a unit.
         calibrate: Set the scales of new paths from norms measured on text at conversion.
@@ -61,6 +63,7 @@ class PhotonSettings:
     branch_layer: int | None = None
     memory_layers: list[int] | None = None
     memory_level: int | None = None
+    memory_pooling: str | None = None
     full_attention_layers: list[int] = field(default_factory=list)
     unit_positions: str = "index"
     calibrate: bool = True

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from photon_train.config import CONDITIONINGS, LAYOUTS, PRESETS, RunConfig
+from photon_train.config import CONDITIONINGS, LAYOUTS, MEMORY_POOLINGS, PRESETS, RunConfig
 from photon_train.errors import PhotonError
 from photon_train.files import parse_size
 
@@ -12,6 +12,7 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "preset": PRESETS,
     "photon.layout": LAYOUTS,
     "photon.conditioning": CONDITIONINGS,
+    "photon.memory_pooling": MEMORY_POOLINGS,
     "photon.unit_positions": ("index", "scaled"),
     "train.mixed_precision": ("auto", "bf16", "fp16", "no"),
     "tracking.tracker": ("wandb", "tensorboard", "none"),

@@ -10,21 +10,18 @@ copy gain is watched on the way. Two runs with the same settings and packages gi
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
-import sysconfig
-from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 
 import torch
 
 from photon_train.cli import main_wrapper
-from photon_train.config import DataSettings
-from photon_train.data.corpora import Document, read_documents, split_documents
+from photon_train.data.corpora import split_documents
 from photon_train.data.packing import pack
 from photon_train.data.pretrain import PretrainSettings, Stage, pretrain, train_tokenizer
 from photon_train.data.repeats import Repeats
+from photon_train.data.study import study_documents
 from photon_train.evaluation.copying import copy_gain
 from photon_train.evaluation.perplexity import evaluate_loss
 from photon_train.files import atomic_directory, atomic_write_text
@@ -50,30 +47,6 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--probe-every", type=int, default=200, help="steps between measurements of the copy gain")
     parser.add_argument("--seed", type=int, default=0)
     return parser.parse_args()
-
-
-def study_documents(characters: float) -> list[Document]:
-    """Sources of the standard library and then of the installed packages in the order of a hash, without doubles."""
-    found, seen, total = [], set(), 0
-    for document in (*read_documents(None, DataSettings()), *_installed_sources()):
-        digest = hashlib.sha256(document.text.encode()).digest()
-        if digest not in seen:
-            seen.add(digest)
-            found.append(document)
-            total += len(document.text)
-        if total >= characters:
-            break
-    return found
-
-
-def _installed_sources() -> Iterator[Document]:
-    root = Path(sysconfig.get_paths()["purelib"])
-    files = [path for path in root.rglob("*.py") if 2_000 < path.stat().st_size < 200_000]
-    for path in sorted(files, key=lambda file: hashlib.sha256(str(file.relative_to(root)).encode()).digest()):
-        try:
-            yield Document(f"site-packages/{path.relative_to(root).as_posix()}", path.read_text(encoding="utf-8"))
-        except (UnicodeDecodeError, OSError):
-            continue
 
 
 def main() -> None:

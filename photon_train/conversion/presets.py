@@ -30,7 +30,7 @@ from typing import Any
 
 from transformers import PretrainedConfig
 
-from photon_train.config import CONDITIONINGS, PRESETS, LevelOverrides, PhotonSettings, RunConfig
+from photon_train.config import CONDITIONINGS, MEMORY_POOLINGS, PRESETS, LevelOverrides, PhotonSettings, RunConfig
 from photon_train.conversion.families import attention_span, family_of
 from photon_train.errors import PhotonError
 from photon_train.models.configuration_photon import PhotonConfig
@@ -334,7 +334,7 @@ def _stream_settings(
     """Window, sinks and the layers with memory or full attention."""
     photon, depth = settings.photon, len(layers.decoders[0])
     if layout == "block":
-        for key in ("window", "num_sinks", "full_attention_layers", "memory_layers", "memory_level"):
+        for key in ("window", "num_sinks", "full_attention_layers", "memory_layers", "memory_level", "memory_pooling"):
             if getattr(photon, key):
                 raise PhotonError(f"photon.{key} has no effect with layout block: drop it, or use preset split")
         return {}
@@ -355,7 +355,7 @@ def _stream_settings(
     _check_layers("photon.full_attention_layers", full, depth)
     result: dict[str, Any] = {"window": window, "num_sinks": sinks, "full_attention_layers": full}
     if conditioning != "memory":
-        for key in ("memory_layers", "memory_level"):
+        for key in ("memory_layers", "memory_level", "memory_pooling"):
             if getattr(photon, key):
                 raise PhotonError(f"photon.{key} needs photon.conditioning=memory: set that, or drop it")
         return result
@@ -388,7 +388,8 @@ def _memory_settings(
         raise PhotonError(
             f"photon.memory_level={level} leaves the levels above it unused: set photon.num_levels={level}"
         )
-    return {"memory_layers": memory, "memory_levels": [level] * len(memory)}
+    pooling = photon.memory_pooling or MEMORY_POOLINGS[0]
+    return {"memory_layers": memory, "memory_levels": [level] * len(memory), "memory_pooling": pooling}
 
 
 def _check_layers(key: str, layers: Sequence[int], depth: int) -> None:

@@ -10,6 +10,7 @@ from transformers import AutoConfig, PretrainedConfig
 LAYOUTS = ("stream", "block")
 CONDITIONINGS = ("slots", "residual", "memory")
 SUMMARIES = ("state", "change")
+MEMORY_POOLINGS = ("mean", "linear")
 UNIT_POSITIONS = ("index", "scaled")
 LEVEL_DEFAULTS = {
     "chunk_size": 4,
@@ -41,6 +42,8 @@ class PhotonConfig(PretrainedConfig):
         branch_layer: Token-decoder layers below the point where level 1 reads states and conditioning enters.
         memory_layers: Token-decoder layers that attend to completed units.
         memory_levels: The level (1 ... L) whose units each of `memory_layers` attends to.
+        memory_pooling: How a memory layer makes a unit's key and value from its tokens': a weighted ``mean`` (with a
+            correction by the encoder's state), or also a ``linear`` map per head and place, as the paper's chunker.
         full_attention_layers: Token-decoder layers at full causal attention.
         summary: What the top encoder hands down: its ``state`` or the ``change`` it made (output - input).
         unit_positions: Rotary position of a unit: its ``index``, or ``scaled`` by the tokens under it.
@@ -65,6 +68,7 @@ class PhotonConfig(PretrainedConfig):
         branch_layer: int = 0,
         memory_layers: list[int] | None = None,
         memory_levels: list[int] | None = None,
+        memory_pooling: str = "mean",
         full_attention_layers: list[int] | None = None,
         summary: str = "state",
         unit_positions: str = "index",
@@ -81,6 +85,7 @@ class PhotonConfig(PretrainedConfig):
         self.branch_layer = branch_layer
         self.memory_layers = list(memory_layers or [])
         self.memory_levels = list(memory_levels or [len(self.levels)] * len(self.memory_layers))
+        self.memory_pooling = memory_pooling
         self.full_attention_layers = list(full_attention_layers or [])
         self.summary = summary
         self.unit_positions = unit_positions
@@ -165,6 +170,7 @@ class PhotonConfig(PretrainedConfig):
             ("layout", self.layout, LAYOUTS),
             ("conditioning", self.conditioning, CONDITIONINGS),
             ("summary", self.summary, SUMMARIES),
+            ("memory_pooling", self.memory_pooling, MEMORY_POOLINGS),
             ("unit_positions", self.unit_positions, UNIT_POSITIONS),
         ):
             need(value in allowed, f"{key}={value!r} is not one of {', '.join(allowed)}")

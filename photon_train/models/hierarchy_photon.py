@@ -73,13 +73,15 @@ class InputScale(nn.Module):
 
 
 class UnitMemory(nn.Module):
-    """One key and value per unit for a decoder layer: a learned pooling of the layer's own, plus a correction.
+    """One key and value per unit for a decoder layer: a learned pooling of the layer's own, plus corrections.
 
-    The pooling starts as the mean, so that a unit's logit is the mean of its tokens' logits. The correction comes
-    from the encoder's state through a gate that starts at zero, rotated to the unit's last token (DESIGN 4).
+    The pooling starts as the mean, so that a unit's logit is the mean of its tokens' logits (DESIGN 4). The encoder's
+    state corrects it through a gate that starts at zero. With `linear`, so does a linear map of the unit's keys (or
+    values), one matrix per head and place, which starts at zero: it can keep tokens apart that a mean blurs. What
+    corrects keys is computed relative to the unit's last token and rotated there, so that it depends on distances only.
     """
 
-    def __init__(self, base_config: PretrainedConfig, span: int) -> None:
+    def __init__(self, base_config: PretrainedConfig, span: int, linear: bool = False) -> None:
         super().__init__()
         heads = base_config.num_key_value_heads
         head_dim = getattr(base_config, "head_dim", None) or base_config.hidden_size // base_config.num_attention_heads
@@ -91,6 +93,9 @@ class UnitMemory(nn.Module):
         self.value_proj = nn.Linear(base_config.hidden_size, heads * head_dim, bias=False)
         self.key_gate = nn.Parameter(torch.zeros(heads))
         self.value_gate = nn.Parameter(torch.zeros(heads))
+        shape = (heads, span, head_dim, head_dim)
+        self.mix_key = nn.Parameter(torch.zeros(shape)) if linear else None
+        self.mix_value = nn.Parameter(torch.zeros(shape)) if linear else None
 
     def forward(
         self,
@@ -111,14 +116,30 @@ class UnitMemory(nn.Module):
         Returns:
             Unit keys and values, ``[B, Hkv, U, D]``.
         """
-        shape = (unit_states.shape[0], unit_states.shape[1], self.heads, self.head_dim)
-        key = self._pool(keys, self.pool_key, excluded)
-        correction = self.key_proj(unit_states).view(shape).transpose(1, 2)
-        correction = self.apply_rotary(correction, correction, *rotary)[1]
-        key = key + self.key_gate[:, None, None] * correction
-        value = self._pool(values, self.pool_value, excluded)
-        value = value + self.value_gate[:, None, None] * self.value_proj(unit_states).view(shape).transpose(1, 2)
+        key = self._project(self.key_proj, unit_states, self.key_gate)
+        value = self._project(self.value_proj, unit_states, self.value_gate)
+        if self.mix_key is not None:
+            key = key + self._mix(self._turn_back(keys, rotary), self.mix_key, excluded)
+            value = value + self._mix(values, self.mix_value, excluded)
+        key = self.apply_rotary(key, key, *rotary)[1]
+        key = key + self._pool(keys, self.pool_key, excluded)
+        value = value + self._pool(values, self.pool_value, excluded)
         return key.to(keys.dtype), value.to(values.dtype)
+
+    def _project(self, proj: nn.Linear, states: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:
+        projected = proj(states).unflatten(-1, (self.heads, self.head_dim)).transpose(1, 2)
+        return gate[:, None, None] * projected
+
+    def _turn_back(self, keys: torch.Tensor, rotary: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+        """Keys ``[B, Hkv, U, S, D]`` as seen from each unit's last token."""
+        cosine, sine = rotary
+        flat = keys.transpose(2, 3).flatten(1, 2)
+        return self.apply_rotary(flat, flat, cosine, -sine)[1].unflatten(1, (self.heads, self.span)).transpose(2, 3)
+
+    @staticmethod
+    def _mix(states: torch.Tensor, matrices: torch.Tensor, excluded: torch.Tensor) -> torch.Tensor:
+        states = states.masked_fill(excluded[:, None, :, :, None], 0.0)
+        return torch.einsum("bhusd,hsde->bhue", states, matrices.to(states.dtype))
 
     @staticmethod
     def _pool(states: torch.Tensor, logits: torch.Tensor, excluded: torch.Tensor) -> torch.Tensor:
@@ -136,6 +157,7 @@ class PhotonStack(nn.Module):
         num_layers: Depth.
         reads_below: Whether the stack is a decoder (it then has an `input_scale`).
         memory_spans: For memory layers, the tokens under a unit, by layer index.
+        linear_memory: See `UnitMemory`.
     """
 
     def __init__(
@@ -144,13 +166,14 @@ class PhotonStack(nn.Module):
         num_layers: int,
         reads_below: bool = False,
         memory_spans: dict[int, int] | None = None,
+        linear_memory: bool = False,
     ) -> None:
         super().__init__()
         layer = family_classes(base_config.model_type).layer
         self.layers = nn.ModuleList(layer(base_config, index) for index in range(num_layers))
         self.input_scale = InputScale() if reads_below else None
         self.memory = nn.ModuleDict(
-            {str(index): UnitMemory(base_config, span) for index, span in (memory_spans or {}).items()}
+            {str(index): UnitMemory(base_config, span, linear_memory) for index, span in (memory_spans or {}).items()}
         )
 
     def forward(
@@ -187,6 +210,7 @@ class PhotonLevel(nn.Module):
                 level["decoder_layers"],
                 reads_below=True,
                 memory_spans=memory_spans if index == 0 else None,
+                linear_memory=config.memory_pooling == "linear",
             )
             if level["decoder_layers"]
             else None
@@ -221,7 +245,7 @@ def initialize(module: nn.Module, initializer_range: float) -> bool:
     elif isinstance(module, InputScale):
         init.ones_(module.weight)
     elif isinstance(module, UnitMemory):
-        for parameter in (module.pool_key, module.pool_value, module.key_gate, module.value_gate):
+        for parameter in module.parameters(recurse=False):
             init.zeros_(parameter)
         for projection in (module.key_proj, module.value_proj):
             init.normal_(projection.weight, std=initializer_range)

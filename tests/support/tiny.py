@@ -64,7 +64,9 @@ HIERARCHIES: dict[str, dict[str, Any]] = {
     "block-3": _block(2, 2, 2),
     "memory-1": _stream("memory", 4, window=6, memory_layers=[0, 2]),
     "memory-2-sinks": _stream("memory", 2, 3, window=7, num_sinks=3, memory_layers=[1]),
-    "memory-two-levels": _stream("memory", 2, 2, window=5, num_sinks=1, memory_layers=[0, 2], memory_levels=[1, 2]),
+    "memory-two-levels": _stream(
+        "memory", 2, 2, window=5, num_sinks=1, memory_layers=[0, 2], memory_levels=[1, 2], memory_pooling="linear"
+    ),
     "memory-3-full": _stream("memory", 2, 2, 2, window=9, memory_layers=[2], full_attention_layers=[1]),
     "memory-branch": _stream("memory", 3, window=4, branch_layer=1, memory_layers=[1, 2], unit_positions="scaled"),
     "residual-1-change": _stream("residual", 3, window=5, branch_layer=1, summary="change"),
