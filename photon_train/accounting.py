@@ -283,6 +283,7 @@ def photon_flops(photon: Any, context: int) -> float:
         keys += level["decoder_layers"] * group * (group + 1) / 2 / photon.span(index + 1)
     for level in photon.memory_levels:
         weights += shape.hidden * shape.kv / photon.span(level)
+        weights += shape.kv * shape.head_dim if photon.memory_pooling == "linear" else 0
         keys += max(0, context - photon.window) // photon.span(level)
     if photon.layout == "stream":
         first, full = photon.levels[0], len(photon.full_attention_layers)

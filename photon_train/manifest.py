@@ -42,8 +42,8 @@ def write_manifest(directory: Path, stage: str, config: Mapping[str, Any], input
         "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "config": dict(config),
         "inputs": {role: {"path": str(path), "sha256": _hash_input(Path(path))} for role, path in inputs.items()},
-        "versions": {"python": platform.python_version(), **_package_versions()},
-        "git_commit": _git_commit(),
+        "versions": {"python": platform.python_version(), **package_versions()},
+        "git_commit": git_commit(),
         "files": {
             path.relative_to(directory).as_posix(): {"size": path.stat().st_size, "sha256": hash_file(path)}
             for path in _stage_files(directory)
@@ -120,7 +120,8 @@ def _hash_input(path: Path) -> str:
     return digest.hexdigest()
 
 
-def _package_versions() -> dict[str, str]:
+def package_versions() -> dict[str, str]:
+    """Versions of the installed packages that results depend on."""
     versions = {}
     for package in _PACKAGES:
         try:
@@ -130,7 +131,7 @@ def _package_versions() -> dict[str, str]:
     return versions
 
 
-def _git_commit() -> str | None:
+def git_commit() -> str | None:
     """Commit of the checkout that the package runs from, marked when edited; None for an installed package."""
     root = Path(__file__).resolve().parents[1]
     if not (root / ".git").exists():

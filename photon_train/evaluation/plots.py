@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 
 def plot_losses(metrics: Path, output: Path) -> None:
@@ -30,6 +31,39 @@ def plot_losses(metrics: Path, output: Path) -> None:
     axes.set_ylabel("nats per token")
     axes.grid(alpha=0.3)
     axes.legend()
+    _save(figure, output)
+
+
+def plot_quality(rows: list[dict[str, Any]], output: Path) -> None:
+    """Draw quality against growing cache: recovered share on periodic text, and cross-entropy, per row of a study.
+
+    Args:
+        rows: Of `tools/compare_plans.py`.
+        output: PNG to write; it appears when it is complete.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(12, 5), layout="constrained")
+    left, right = FigureCanvasAgg(figure).figure.subplots(1, 2)
+    for axes, column, label in (
+        (left, "recovered_repeated", "recovered share of the window's loss, repeated text"),
+        (right, "ce_beyond_window", "cross-entropy beyond the window (nats)"),
+    ):
+        for index, name in enumerate(dict.fromkeys(row["name"] for row in rows)):
+            points = [(r["kv_growing_percent"], r[column]) for r in rows if r["name"] == name and r[column] is not None]
+            if points:
+                marker = "os^Dv<>P*X"[index % 10]
+                axes.plot(*zip(*points, strict=True), marker, color=f"C{index % 10}", label=name, alpha=0.8)
+        axes.set_xscale("symlog", linthresh=1)
+        axes.set_xlabel("growing KV cache, % of the dense model's")
+        axes.set_ylabel(label)
+        axes.grid(alpha=0.3)
+    right.legend(fontsize=7)
+    _save(figure, output)
+
+
+def _save(figure: Any, output: Path) -> None:
     temporary = output.with_name(f".{output.name}")
     figure.savefig(temporary, format="png", dpi=120)
     temporary.replace(output)

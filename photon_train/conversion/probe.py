@@ -1,0 +1,121 @@
+"""Which dense layers need their far attention: a zero-shot probe (DESIGN 4)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from rich.table import Table
+from transformers import AttentionMaskInterface, PreTrainedModel
+
+from photon_train.errors import PhotonError
+from photon_train.models.attention_photon import ATTENTION_NAME, BandSpan, FullSpan, Span
+
+# Spans say what is visible; transformers need not make a mask.
+AttentionMaskInterface.register(ATTENTION_NAME, lambda *args, **kwargs: None)
+
+
+@dataclass(frozen=True)
+class LayerProbe:
+    """Mean cross-entropies in nats per token, beyond the window.
+
+    Attributes:
+        window: Tokens that a restricted layer looks back on.
+        num_sinks: First tokens that stay visible to it.
+        dense: Of the dense model.
+        restricted: With every layer restricted to the window.
+        alone: Per layer, with this layer alone restricted.
+        kept: Per layer, with all layers but this one restricted.
+    """
+
+    window: int
+    num_sinks: int
+    dense: float
+    restricted: float
+    alone: tuple[float, ...]
+    kept: tuple[float, ...]
+
+    @property
+    def recovered(self) -> tuple[float, ...]:
+        """Per layer, the share of the window's loss that it wins back alone (0 where the window costs nothing)."""
+        cost = self.restricted - self.dense
+        return tuple((self.restricted - kept) / cost if cost > 0 else 0.0 for kept in self.kept)
+
+    def best_layers(self, count: int) -> list[int]:
+        """The `count` layers whose far attention is worth most, in order of their depth."""
+        ranked = sorted(range(len(self.kept)), key=lambda layer: self.kept[layer])
+        return sorted(ranked[:count])
+
+    def table(self) -> Table:
+        """The probe for a screen."""
+        title = f"Far attention, window {self.window}: dense {self.dense:.4f}, all restricted {self.restricted:.4f}"
+        table = Table(title=title)
+        for column in ("Layer", "restricted alone: loss rises by", "kept alone: loss falls by", "recovers"):
+            table.add_column(column, justify="right")
+        for layer, (alone, kept) in enumerate(zip(self.alone, self.kept, strict=True)):
+            changes = (f"{alone - self.dense:+.4f}", f"{kept - self.restricted:+.4f}", f"{self.recovered[layer]:.0%}")
+            table.add_row(str(layer), *changes)
+        return table
+
+
+@dataclass
+class _ByLayer:
+    """A span that is another one for every layer."""
+
+    spans: Sequence[Span]
+
+    def attend(self, layer, query, key, value, scale, dropout, sliding_window):
+        return self.spans[layer].attend(layer, query, key, value, scale, dropout, sliding_window)
+
+
+@torch.no_grad()
+def probe_layers(
+    model: PreTrainedModel,
+    batches: Iterable[torch.Tensor],
+    window: int,
+    num_sinks: int = 4,
+    on_pass: Callable[[int, int], None] | None = None,
+) -> LayerProbe:
+    """Probe every layer of a dense model, without training.
+
+    Args:
+        model: Dense causal LM, loaded with ``attn_implementation="photon"``.
+        batches: Token ids ``[B, T]`` of real text, T > window.
+        window: Tokens that a restricted layer looks back on.
+        num_sinks: First tokens that stay visible.
+        on_pass: Called with the passes done and their number.
+
+    Raises:
+        PhotonError: if the sequences are not longer than the window.
+    """
+    batches = [batch.to(model.device) for batch in batches]
+    if not batches or min(batch.shape[1] for batch in batches) <= window + 1:
+        raise PhotonError(f"the probe needs sequences of more than {window + 1} tokens: raise the length of the text")
+    layers = range(model.config.num_hidden_layers)
+    everything = frozenset(layers)
+    kinds = [frozenset(), everything, *({layer} for layer in layers), *(everything - {layer} for layer in layers)]
+    was_training = model.training
+    model.eval()
+    losses = []
+    for done, restricted in enumerate(kinds, start=1):
+        losses.append(_loss(model, batches, window, num_sinks, restricted))
+        if on_pass is not None:
+            on_pass(done, len(kinds))
+    model.train(was_training)
+    count = len(layers)
+    return LayerProbe(window, num_sinks, losses[0], losses[1], tuple(losses[2 : 2 + count]), tuple(losses[2 + count :]))
+
+
+def _loss(model, batches: list[torch.Tensor], window: int, num_sinks: int, restricted: Iterable[int]) -> float:
+    total = count = 0
+    for tokens in batches:
+        positions = torch.arange(tokens.shape[1], device=tokens.device)
+        near = BandSpan(positions, window, window, sinks=positions[:num_sinks] if num_sinks else None)
+        spans = [near if layer in restricted else FullSpan() for layer in range(model.config.num_hidden_layers)]
+        logits = model(input_ids=tokens, use_cache=False, photon_span=_ByLayer(spans)).logits
+        far, targets = logits[:, window:-1].float(), tokens[:, window + 1 :]
+        total += F.cross_entropy(far.flatten(0, 1), targets.flatten(), reduction="sum").item()
+        count += targets.numel()
+    return total / count
