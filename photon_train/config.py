@@ -238,7 +238,8 @@ class RunConfig:
         output: Directory that the run writes; it must be empty or belong to the same run (`--resume`).
         preset: Conversion preset: `graft`, `hourglass`, `split` or `paper`.
         dry_run: Print the plan and the estimate, write nothing.
-        resume: Go on from the newest complete checkpoint in `output`.
+        resume: Go on from the newest complete checkpoint in `output`; starts anew where there is nothing yet, so a
+            command that has it can be repeated as it is after a kill.
         seed: Seed of everything that is drawn.
     """
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import uuid
 from collections.abc import Iterator
@@ -13,6 +14,7 @@ from photon_train.errors import PhotonError
 
 _UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 _UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40, "B": 1}
+_LEFTOVER = re.compile(r"\..+\.[0-9a-f]{12}")  # see `hidden_sibling`
 _SPARE_BYTES = 64 * 2**20  # tokenizer, configuration, code, and what else wants to be written meanwhile
 
 
@@ -62,13 +64,14 @@ def atomic_write_text(path: str | os.PathLike[str], text: str) -> None:
         OSError: if the directory cannot be written; `path` is then as it was.
     """
     path = Path(path)
-    temporary = _sibling(path)
+    temporary = hidden_sibling(path)
     try:
         with open(temporary, "x", encoding="utf-8") as file:
             file.write(text)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
+        _sync_directory(path.parent)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
@@ -82,14 +85,11 @@ def atomic_directory(path: str | os.PathLike[str]) -> Iterator[Path]:
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary, old = _sibling(path), _sibling(path)
+    temporary, old = hidden_sibling(path), hidden_sibling(path)
     temporary.mkdir()
     try:
         yield temporary
-        for file in temporary.rglob("*"):
-            if file.is_file():
-                with open(file, "rb") as handle:
-                    os.fsync(handle.fileno())
+        sync_files(temporary)
         if path.exists():
             os.replace(path, old)
         try:
@@ -98,12 +98,50 @@ def atomic_directory(path: str | os.PathLike[str]) -> Iterator[Path]:
             if old.exists():
                 os.replace(old, path)
             raise
+        _sync_directory(path.parent)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
     shutil.rmtree(old, ignore_errors=True)
 
 
-def _sibling(path: Path) -> Path:
+def sync_files(directory: Path) -> None:
+    """Bring every file in `directory`, and the directory itself, to the disk."""
+    for path in directory.rglob("*"):
+        if path.is_file():
+            with open(path, "rb") as handle:
+                os.fsync(handle.fileno())
+        elif path.is_dir():
+            _sync_directory(path)
+    _sync_directory(directory)
+
+
+def _sync_directory(directory: Path) -> None:
+    """Make the names in `directory` survive a power failure, where the system can (Windows opens no directories)."""
+    try:
+        handle = os.open(directory, os.O_RDONLY)
+    except OSError:
+        return
+    try:
+        os.fsync(handle)
+    except OSError:  # some network file systems refuse it
+        pass
+    finally:
+        os.close(handle)
+
+
+def is_leftover(path: Path) -> bool:
+    """Whether the name is one that `atomic_directory` and `atomic_write_text` give to what is not complete."""
+    return bool(_LEFTOVER.fullmatch(path.name))
+
+
+def remove_leftovers(directory: Path) -> None:
+    """Remove what killed processes were writing into `directory`; nothing else may be writing there."""
+    for path in directory.iterdir() if directory.is_dir() else ():
+        if is_leftover(path):
+            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+
+
+def hidden_sibling(path: Path) -> Path:
     """A new hidden name beside `path`; unlike those of `tempfile`, what is made there follows the umask."""
     return path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}")

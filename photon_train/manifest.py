@@ -44,12 +44,17 @@ def write_manifest(directory: Path, stage: str, config: Mapping[str, Any], input
         "inputs": {role: {"path": str(path), "sha256": _hash_input(Path(path))} for role, path in inputs.items()},
         "versions": {"python": platform.python_version(), **package_versions()},
         "git_commit": git_commit(),
-        "files": {
-            path.relative_to(directory).as_posix(): {"size": path.stat().st_size, "sha256": hash_file(path)}
-            for path in _stage_files(directory)
-        },
+        "files": file_entries(directory),
     }
     atomic_write_text(directory / FILE_NAME, json.dumps(manifest, indent=2) + "\n")
+
+
+def file_entries(directory: Path) -> dict[str, dict[str, Any]]:
+    """Size and SHA-256 of every file in `directory` but the manifest, by relative name."""
+    return {
+        path.relative_to(directory).as_posix(): {"size": path.stat().st_size, "sha256": hash_file(path)}
+        for path in _stage_files(directory)
+    }
 
 
 def read_manifest(directory: Path) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from photon_train.errors import PhotonError
-from photon_train.files import atomic_directory, atomic_write_text, parse_size
+from photon_train.files import atomic_directory, atomic_write_text, hidden_sibling, parse_size, remove_leftovers
 
 
 def names(directory: Path) -> list[str]:
@@ -55,6 +55,16 @@ def test_failed_directory_leaves_the_old(tmp_path: Path) -> None:
             raise KeyboardInterrupt
     assert (tmp_path / "stage" / "file").read_text() == "old"
     assert names(tmp_path) == ["stage"]
+
+
+def test_leftovers_of_killed_processes_and_nothing_else_are_removed(tmp_path: Path) -> None:
+    for name in (".hidden", "a.txt", ".config.v2"):
+        (tmp_path / name).write_text("kept")
+    hidden_sibling(tmp_path / "a.txt").write_text("half")
+    (hidden_sibling(tmp_path / "stage") / "inside").mkdir(parents=True)
+    remove_leftovers(tmp_path)
+    assert names(tmp_path) == [".config.v2", ".hidden", "a.txt"]
+    remove_leftovers(tmp_path / "nowhere")
 
 
 def test_modes_follow_the_umask(tmp_path: Path) -> None:

@@ -94,7 +94,7 @@ class _Run:
         tokenizer = load_tokenizer(directory, conversion.checkpoint.config.vocab_size)
         span = conversion.config.top_span
         text = load_text(self.config, tokenizer, span, self.accelerator.num_processes, self.is_main)
-        if "convert" not in self.stages.done:
+        if not self.converted.exists():
             check_can_write(self.converted, conversion.plan.num_bytes, "the converted model")
         self.accelerator.wait_for_everyone()
         self.stages.begin(self.config)
@@ -140,6 +140,8 @@ class _Run:
 
     def _convert(self, conversion: Conversion, text: Text) -> None:
         def write() -> dict[str, Any]:
+            if self.converted.exists():
+                return {}  # a run that was killed right after: a directory is there only when it is complete
             sequences = text.train.batch(torch.arange(min(_CALIBRATION_SEQUENCES, len(text.train))))["input_ids"]
             convert(
                 conversion.checkpoint,
@@ -154,7 +156,7 @@ class _Run:
 
         if self.is_main:
             atomic_write_text(self.output / "plan.json", conversion.plan.to_json())
-            if "convert" in self.stages.done:
+            if "convert" in self.stages.done or self.converted.exists():
                 verify_manifest(self.converted)
             self.stages.run("convert", write)
         self.accelerator.wait_for_everyone()

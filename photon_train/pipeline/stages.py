@@ -11,7 +11,7 @@ from typing import Any
 from photon_train.cli import to_yaml
 from photon_train.config import RunConfig
 from photon_train.errors import PhotonError
-from photon_train.files import atomic_write_text
+from photon_train.files import atomic_write_text, is_leftover, remove_leftovers
 from photon_train.training.settings import binding_settings
 
 FILE_NAME = "stages.json"
@@ -36,11 +36,14 @@ class Stages:
         directory, settings = self.path.parent, binding_settings(config)
         if directory.exists() and not directory.is_dir():
             raise PhotonError(f"output {directory} is a file: give a directory")
-        if not directory.exists() or not any(directory.iterdir()):
+        if not directory.exists() or all(is_leftover(path) for path in directory.iterdir()):
             self._settings = settings
             return
         if not config.resume:
-            raise PhotonError(f"output {directory} is not empty: add --resume to go on with that run, or give another")
+            raise PhotonError(
+                f"output {directory} is not empty: add --resume to go on with that run (a command that has it from the "
+                "start can be repeated as it is after a kill), or give another"
+            )
         if not self.path.is_file():
             raise PhotonError(
                 f"output {directory} is not empty and holds no {FILE_NAME} of a run: give another directory"
@@ -60,10 +63,14 @@ class Stages:
             )
 
     def begin(self, config: RunConfig) -> None:
-        """Create the output directory with `config.yaml` and the record; what was recorded before is kept too."""
+        """Create the output directory with `config.yaml` and the record; what was recorded before is kept too.
+
+        What a killed process was writing is removed.
+        """
         self._begun = True
         if self._writes:
             self.path.parent.mkdir(parents=True, exist_ok=True)
+            remove_leftovers(self.path.parent)
             self._save()
             atomic_write_text(self.path.parent / "config.yaml", to_yaml(config))
 

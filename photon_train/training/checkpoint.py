@@ -1,14 +1,20 @@
 """Checkpoints: what training needs to go on, complete or absent, and refused by a run that computes otherwise.
 
-A checkpoint holds the trained parameters, optimiser, schedule and random generators, as accelerate and DeepSpeed
-write them. Frozen weights are not stored: they come from the converted model. With several machines the output
-directory must be one that all of them share.
+A checkpoint holds the trained parameters, optimiser, schedule and the random generators of every process, as
+accelerate and DeepSpeed write them. Frozen weights are not stored: they come from the converted model. With several
+machines the output directory must be one that all of them share.
+
+The files are written under a hidden name, `manifest.json` with their hashes last; all is brought to the disk and the
+folder then renamed. A process killed at any moment leaves complete checkpoints and hidden leftovers, which the next
+run removes.
 """
 
 from __future__ import annotations
 
 import json
+import logging
 import math
+import os
 import re
 import shutil
 from collections.abc import Iterator
@@ -18,13 +24,17 @@ from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
-from accelerate.utils import DistributedType, broadcast_object_list
-from safetensors import safe_open
+from accelerate.utils import RNG_STATE_NAME, DistributedType, broadcast_object_list
+from safetensors import SafetensorError, safe_open
 
 from photon_train.config import RunConfig
 from photon_train.errors import PhotonError
-from photon_train.files import atomic_directory, atomic_write_text
+from photon_train.files import atomic_directory, atomic_write_text, hidden_sibling, remove_leftovers
+from photon_train.manifest import FILE_NAME as MANIFEST
+from photon_train.manifest import file_entries, package_versions, verify_manifest
 from photon_train.training.settings import binding_settings, settings_hash
+
+logger = logging.getLogger(__name__)
 
 STATE_FILE = "training_state.json"
 _WEIGHTS_FILE = "model.safetensors"
@@ -41,6 +51,8 @@ class TrainingState:
         seconds: Time spent in training so far, evaluations included.
         initial_ce: Held-out cross-entropy before the first step.
         metrics: The last value of every metric.
+        best_ce: Lowest held-out cross-entropy so far.
+        best_step: The step it was reached at.
         settings: What the run computes (`run_settings`).
         settings_hash: Its hash.
     """
@@ -50,6 +62,8 @@ class TrainingState:
     seconds: float = 0.0
     initial_ce: float = math.nan
     metrics: dict[str, float] = field(default_factory=dict)
+    best_ce: float = math.inf
+    best_step: int = 0
     settings: dict[str, Any] = field(default_factory=dict)
     settings_hash: str = ""
 
@@ -67,13 +81,40 @@ def checkpoint_dir(output_dir: Path, name: str) -> Path:
 def _checkpoints(directory: Path) -> list[Path]:
     """Complete checkpoints in `directory`, oldest first."""
     found = [(int(match[1]), path) for path in directory.glob("step_*") if (match := _STEP.fullmatch(path.name))]
-    return [path for _, path in sorted(found) if (path / STATE_FILE).is_file()]
+    return [path for _, path in sorted(found) if (path / MANIFEST).is_file()]
 
 
 def latest_checkpoint(directory: str | Path) -> Path | None:
-    """The newest complete checkpoint under `directory` (see `checkpoint_dir`), or None."""
+    """The newest complete checkpoint under `directory` (see `checkpoint_dir`), or None; files are not verified."""
     found = _checkpoints(Path(directory))
     return found[-1] if found else None
+
+
+def usable_checkpoint(accelerator: Accelerator, directory: Path) -> Path | None:
+    """The newest checkpoint whose files are what its manifest says, or None where there is none at all.
+
+    Leftovers of killed processes are removed, and damaged checkpoints passed over with a warning. Every process must
+    call it; the main one looks and tells the others.
+
+    Raises:
+        PhotonError: if there are checkpoints and all of them are damaged: training would silently start anew.
+    """
+    answer: list[Any] = [None, None]
+    if accelerator.is_main_process:
+        remove_leftovers(directory)
+        for path in reversed(_checkpoints(directory)):
+            try:
+                verify_manifest(path)
+            except PhotonError as error:
+                answer[1] = str(error).partition(": redo")[0]
+                logger.warning("checkpoint passed over: %s", answer[1])
+            else:
+                answer[0] = str(path)
+                break
+    broadcast_object_list(answer)
+    if answer[0] is None and answer[1] is not None:
+        raise PhotonError(f"no checkpoint in {directory} is whole: {answer[1]}; remove that folder to start anew")
+    return None if answer[0] is None else Path(answer[0])
 
 
 def _frozen_names(model) -> set[str]:
@@ -103,25 +144,47 @@ def _without_frozen_weights(accelerator: Accelerator) -> Iterator[None]:
 def save_checkpoint(accelerator: Accelerator, directory: Path, state: TrainingState, keep: int) -> Path:
     """Write `<directory>/step_<step>` and remove all but the newest `keep`. Every process must call it.
 
-    The files are written to a hidden sibling, `training_state.json` last, and the folder is then renamed.
+    Raises:
+        PhotonError: if something cannot be written (a full disk, a directory that the machines do not share); the
+            checkpoints before it stay.
     """
     path = directory / f"step_{state.step:06d}"
     is_deepspeed = accelerator.distributed_type == DistributedType.DEEPSPEED
-    with ExitStack() as stack:
-        shared = [str(stack.enter_context(atomic_directory(path))) if accelerator.is_main_process else None]
-        broadcast_object_list(shared)
-        with _without_frozen_weights(accelerator):
-            accelerator.save_state(shared[0], **({"exclude_frozen_parameters": True} if is_deepspeed else {}))
-        accelerator.wait_for_everyone()
-        if accelerator.is_main_process:
-            atomic_write_text(Path(shared[0]) / STATE_FILE, json.dumps(asdict(state), indent=2) + "\n")
+    try:
+        with ExitStack() as stack:
+            shared = [str(stack.enter_context(atomic_directory(path))) if accelerator.is_main_process else None]
+            broadcast_object_list(shared)
+            with _without_frozen_weights(accelerator):
+                accelerator.save_state(shared[0], **({"exclude_frozen_parameters": True} if is_deepspeed else {}))
+            accelerator.wait_for_everyone()
+            if accelerator.is_main_process:
+                _finish(Path(shared[0]), state, accelerator.num_processes)
+    except (OSError, RuntimeError, SafetensorError) as error:
+        # torch and safetensors report a full disk as errors of their own.
+        raise PhotonError(
+            f"{path} cannot be written ({' '.join(str(error).split())[:300]}): see that the disk has room, then start "
+            "the run again with --resume; earlier checkpoints are whole"
+        ) from error
     if accelerator.is_main_process:
         for old in _checkpoints(directory)[: -max(1, keep)]:
-            shutil.rmtree(old)
-        for abandoned in directory.glob(".step_*"):
-            shutil.rmtree(abandoned)
+            hidden = hidden_sibling(old)
+            os.replace(old, hidden)  # a kill in the middle leaves no half of a checkpoint
+            shutil.rmtree(hidden)
     accelerator.wait_for_everyone()
     return path
+
+
+def _finish(directory: Path, state: TrainingState, num_processes: int) -> None:
+    """Add the state and the manifest to what every process has written."""
+    for process in range(num_processes):
+        if not (directory / f"{RNG_STATE_NAME}_{process}.pkl").is_file():
+            raise PhotonError(
+                f"{directory.parent}: process {process} wrote its part of the checkpoint elsewhere; "
+                "set output to a directory that all machines share"
+            )
+    atomic_write_text(directory / STATE_FILE, json.dumps(asdict(state), indent=2) + "\n")
+    manifest = {"stage": "checkpoint", "versions": package_versions(), "files": file_entries(directory)}
+    atomic_write_text(directory / MANIFEST, json.dumps(manifest, indent=2) + "\n")
 
 
 def read_state(path: Path, settings: dict[str, Any]) -> TrainingState:
@@ -145,6 +208,8 @@ def read_state(path: Path, settings: dict[str, Any]) -> TrainingState:
             for key in sorted({*state.settings, *known})
             if state.settings.get(key, missing) != known.get(key, missing)
         ]
+        if (before := state.settings.get("num_processes")) != known["num_processes"]:
+            differing.append(f"each process has its own shards and random state, so start {before} of them again")
         raise PhotonError(
             f"cannot resume from {path}: {'; '.join(differing)}. Restore these settings, or choose another output"
         )

@@ -24,11 +24,11 @@ from photon_train.training.accelerator import make_accelerator
 from photon_train.training.checkpoint import (
     TrainingState,
     checkpoint_dir,
-    latest_checkpoint,
     load_checkpoint,
     read_state,
     run_settings,
     save_checkpoint,
+    usable_checkpoint,
 )
 from photon_train.training.lora import base_model, parameter_groups
 from photon_train.training.losses import IGNORED, LossParts, TrainingObjective, num_target_tokens
@@ -232,7 +232,7 @@ def train(
     bound = run_settings(config, name, accelerator.num_processes, len(train_set))
     state = TrainingState(settings=bound, settings_hash=settings_hash(bound))
     directory = checkpoint_dir(output_dir, name)
-    saved = latest_checkpoint(directory) if config.resume else None
+    saved = usable_checkpoint(accelerator, directory) if config.resume else None
     if saved is not None:
         state = read_state(saved, bound)
         load_checkpoint(accelerator, saved)
@@ -250,6 +250,8 @@ def train(
 
     def evaluation() -> float:
         ce = evaluate(accelerator, run.objective, eval_set, config)
+        if ce < state.best_ce:
+            state.best_ce, state.best_step = ce, state.step
         record({"eval/ce": ce, "eval/perplexity": math.exp(min(ce, 80.0)), **(extra_log or {})})
         return ce
 

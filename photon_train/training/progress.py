@@ -42,16 +42,18 @@ class MetricsLog:
         if not writes:
             return
         output_dir.mkdir(parents=True, exist_ok=True)
-        lines = self.path.read_text(encoding="utf-8").splitlines() if self.path.exists() else []
+        lines = self.path.read_text(encoding="utf-8").splitlines(keepends=True) if self.path.exists() else []
         kept = []
         for line in lines:
+            if not line.endswith("\n"):
+                continue  # a process was killed while writing it
             record = json.loads(line)
             if record["name"] != name:
                 kept.append(line)
             elif start_step and record["step"] <= start_step:
                 kept.append(line)
                 self.history.append(record)
-        atomic_write_text(self.path, "".join(f"{line}\n" for line in kept))
+        atomic_write_text(self.path, "".join(kept))
 
     def add(self, record: dict[str, Any]) -> None:
         """Append one record (`step` and metrics)."""

@@ -12,6 +12,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from tiny_checkpoint import tiny_checkpoint
 
+from photon_train.cli import load_config
+from photon_train.pipeline.stages import Stages
+
 RECIPE = Path(__file__).resolve().parents[2] / "recipes" / "convert_llama.py"
 
 
@@ -154,6 +157,40 @@ def test_an_output_that_is_not_empty_is_left_alone(checkpoint, tmp_path, monkeyp
     assert "not empty" in run(monkeypatch, capsys, *arguments)
     assert "another directory" in run(monkeypatch, capsys, *arguments, "--resume")
     assert [path.name for path in output.iterdir()] == ["thesis.txt"]
+
+
+def test_the_same_command_goes_on_after_a_kill_between_stages(checkpoint, tmp_path, monkeypatch, capsys):
+    """Killed after the conversion was complete and before that was recorded, and while something was written."""
+    from photon_train.pipeline import run_conversion
+
+    arguments = ["--model", checkpoint, "--output", tmp_path / "out", *quick(tmp_path), "--resume"]
+    config = load_config([*map(str, arguments), "--train.mixed_precision", "no"], prog="", description="")
+
+    class Killed(BaseException):
+        pass
+
+    def killed(self, name, stage):
+        stage()
+        raise Killed
+
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(Stages, "run", killed)
+        run_conversion(config)
+    converted = tmp_path / "out" / "converted"
+    before = (converted / "manifest.json").read_text()
+    (tmp_path / "out" / ".export.0123456789ab").mkdir()
+    (tmp_path / "out" / ".stages.json.0123456789ab").write_text("{")
+    run_conversion(config)
+    assert (converted / "manifest.json").read_text() == before, "the conversion was not done again"
+    assert not list((tmp_path / "out").glob(".*")) and (tmp_path / "out" / "report.md").is_file()
+
+
+def test_a_kill_before_anything_was_written_leaves_no_obstacle(checkpoint, tmp_path):
+    from photon_train.config import RunConfig
+
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / ".stages.json.0123456789ab").write_text("{")
+    assert Stages(RunConfig(output=str(tmp_path / "out"), resume=True), writes=True).done == {}
 
 
 def test_too_little_disk_is_known_before_anything_is_written(checkpoint, tmp_path, monkeypatch, capsys):
