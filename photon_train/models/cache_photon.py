@@ -98,6 +98,34 @@ class StackCache:
         self.keys: dict[int, torch.Tensor] = {}
         self.values: dict[int, torch.Tensor] = {}
 
+    def allocate(self, batch: int, heads: int, head_dim: int, like: torch.Tensor) -> None:
+        """Make `batch` empty rows of a bounded stack, with the type and device of `like`."""
+        self.order = torch.full((batch, self.capacity), -1, device=like.device)
+        for states in (self.keys, self.values):
+            for layer in self.layers:
+                states[layer] = like.new_zeros(batch, heads, self.capacity, head_dim)
+
+    @property
+    def size(self) -> int:
+        """Entries per row that `read` returns."""
+        return self.order.shape[1]
+
+    def held(self, rows: torch.Tensor) -> torch.Tensor:
+        """The elements in the entries of `rows` (ascending), ``[n, N]``, -1 where empty."""
+        return self._of(self.order, rows)
+
+    def read(self, layer: int, rows: torch.Tensor) -> KeyValue:
+        """Keys and values of `rows` (ascending), ``[n, Hkv, N, D]`` each."""
+        return self._of(self.keys[layer], rows), self._of(self.values[layer], rows)
+
+    def operands(self, layer: int, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        """What a kernel reads in place: keys, values, and the row of them that each query reads (None: its own)."""
+        return self.keys[layer], self.values[layer], rows
+
+    @staticmethod
+    def _of(states: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+        return states if rows.numel() == states.shape[0] else states[rows]
+
     def fill(self, recorded: dict[int, KeyValue], order: torch.Tensor, source: torch.Tensor | None = None) -> None:
         """Take over the keys and values of a whole-sequence pass.
 
@@ -116,14 +144,17 @@ class StackCache:
 
     def place(self, rows: torch.Tensor, entries: torch.Tensor, order: torch.Tensor) -> None:
         """Announce new elements ``order [n, q]`` at ``entries [n, q]`` of ``rows [n]``; grow if need be."""
-        needed = int(entries.max()) + 1
-        missing = needed - self.order.shape[1]
-        if self.capacity is None and missing > 0:
-            self.order = torch.nn.functional.pad(self.order, (0, missing), value=-1)
-            for states in (self.keys, self.values):
-                for layer in self.layers:
-                    states[layer] = torch.nn.functional.pad(states[layer], (0, 0, 0, missing))
+        if self.capacity is None:  # a bounded stack has room; asking would make a GPU wait
+            self._grow(int(entries.max()) + 1 - self.order.shape[1])
         self.order[rows[:, None], entries] = order
+
+    def _grow(self, missing: int) -> None:
+        if missing <= 0:
+            return
+        self.order = torch.nn.functional.pad(self.order, (0, missing), value=-1)
+        for states in (self.keys, self.values):
+            for layer in self.layers:
+                states[layer] = torch.nn.functional.pad(states[layer], (0, 0, 0, missing))
 
     def write(self, layer: int, rows: torch.Tensor, entries: torch.Tensor, key: torch.Tensor, value: torch.Tensor):
         """Store ``key, value [n, Hkv, q, D]`` at the announced entries."""

@@ -7,6 +7,7 @@ Every row of the batch has its own length and chunk phase: a level works only on
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 
@@ -55,14 +56,11 @@ class StepSpan:
 
     def __post_init__(self) -> None:
         self.cache.place(self.rows, self.entries, self.order)
-        self._all_rows = self.rows.numel() == self.cache.order.shape[0]
 
-    def _read(self, states: torch.Tensor) -> torch.Tensor:
-        return states if self._all_rows else states[self.rows]
-
+    @cached_property
     def visible(self) -> torch.Tensor:
-        """Which entries each new element sees, ``[n, q, N]``."""
-        held = self._read(self.cache.order)[:, None]
+        """Which entries each new element sees, ``[n, q, N]``; the same in every layer."""
+        held = self.cache.held(self.rows)[:, None]
         sink = torch.arange(held.shape[2], device=held.device) < self.num_sinks
         return (held >= 0) & (held <= self.order[:, :, None]) & ((held >= self.first[:, None, None]) | sink)
 
@@ -70,16 +68,18 @@ class StepSpan:
         self.cache.write(layer, self.rows, self.entries, key, value)
         if self.backend == "triton":
             return self._attend_kernels(layer, query, scale, sliding_window)
-        keys, values = self._read(self.cache.keys[layer]), self._read(self.cache.values[layer])
-        mask = self.visible()
+        keys, values = self._keys_values(layer)
+        mask = self._mask(keys.dtype)
         if sliding_window is not None and self.grows:
-            held = self._read(self.cache.order)[:, None]
+            held = self.cache.held(self.rows)[:, None]
             mask = mask & (held > self.order[:, :, None] - sliding_window)
-        keys, values, mask = self._extend(layer, keys, values, mask)
         return sdpa(query, keys, values, scale, mask=mask[:, None])
 
-    def _extend(self, layer, keys, values, mask):
-        return keys, values, mask
+    def _keys_values(self, layer: int) -> KeyValue:
+        return self.cache.read(layer, self.rows)
+
+    def _mask(self, dtype: torch.dtype) -> torch.Tensor:
+        return self.visible
 
     def _attend_kernels(self, layer, query, scale, sliding_window):
         queries = query.unbind(2)
@@ -89,13 +89,14 @@ class StepSpan:
     def _attend_one(self, layer, query, index, scale, sliding_window) -> KeyValue:
         """Output ``[n, Hq, D]`` and log-sum-exp ``[n, Hq]`` of the index-th new element."""
         kernels = load_kernels()
-        keys, values, last = self.cache.keys[layer], self.cache.values[layer], self.order[:, index]
-        shared = {"rows": self.rows, "return_lse": True, "backend": "triton"}
+        keys, values, rows = self.cache.operands(layer, self.rows)
+        last, shared = self.order[:, index], {"rows": rows, "return_lse": True, "backend": "triton"}
         if self.grows and sliding_window is None:
             return kernels.summary_decode_attention(query, keys, values, last + 1, scale, **shared)
         first = self.first if sliding_window is None else torch.maximum(self.first, last - sliding_window + 1)
+        order = self.cache.order if rows is not None else self.cache.held(self.rows)
         return kernels.window_decode_attention(
-            query, keys, values, self.cache.order, first, last, scale, num_sinks=self.num_sinks, **shared
+            query, keys, values, order, first, last, scale, num_sinks=self.num_sinks, **shared
         )
 
 
@@ -112,32 +113,40 @@ class MemoryStepSpan(StepSpan):
     visible_units: torch.Tensor | None = None
     unit_span: int = 1
 
-    @property
-    def _bias(self) -> torch.Tensor:
-        held = self.units.order.shape[1]
-        return unit_log_count(held, self.unit_span, self.num_sinks, self.order.device)
+    @cached_property
+    def _log_count(self) -> torch.Tensor:
+        return unit_log_count(self.units.size, self.unit_span, self.num_sinks, self.order.device)
 
-    def _extend(self, layer, keys, values, mask):
-        unit_keys, unit_values = self._read(self.units.keys[layer]), self._read(self.units.values[layer])
-        index = torch.arange(unit_keys.shape[2], device=mask.device)
-        visible = (index[None] < self.visible_units[:, None])[:, None].expand(-1, mask.shape[1], -1)
-        never = torch.tensor(-torch.inf, device=mask.device)
-        bias = torch.cat([torch.where(mask, 0.0, never), torch.where(visible, self._bias, never)], dim=2)
-        return torch.cat([keys, unit_keys], 2), torch.cat([values, unit_values], 2), bias.to(keys.dtype)
+    def _keys_values(self, layer: int) -> KeyValue:
+        near, far = self.cache.read(layer, self.rows), self.units.read(layer, self.rows)
+        return torch.cat([near[0], far[0]], dim=2), torch.cat([near[1], far[1]], dim=2)
+
+    @cached_property
+    def _bias(self) -> torch.Tensor:
+        """Additive mask over the window's entries and the units, ``[n, q, N + U]``."""
+        index = torch.arange(self.units.size, device=self.order.device)
+        outside = (index < self.visible_units[:, None])[:, None].expand(-1, self.order.shape[1], -1)
+        near = torch.zeros_like(self.visible, dtype=torch.float32).masked_fill(~self.visible, -torch.inf)
+        far = self._log_count.expand(outside.shape).masked_fill(~outside, -torch.inf)
+        return torch.cat([near, far], dim=2)
+
+    def _mask(self, dtype: torch.dtype) -> torch.Tensor:
+        return self._bias.to(dtype)
 
     def _attend_one(self, layer, query, index, scale, sliding_window):
         near = super()._attend_one(layer, query, index, scale, sliding_window)
-        if self.units.order.shape[1] == 0:
+        if self.units.size == 0:
             return near
         kernels = load_kernels()
+        keys, values, rows = self.units.operands(layer, self.rows)
         far = kernels.summary_decode_attention(
             query,
-            self.units.keys[layer],
-            self.units.values[layer],
+            keys,
+            values,
             self.visible_units,
             scale,
-            unit_bias=self._bias,
-            rows=self.rows,
+            unit_bias=self._log_count,
+            rows=rows,
             return_lse=True,
             backend="triton",
         )
