@@ -185,7 +185,7 @@ def _sizes(model: PreTrainedModel, config: RunConfig, is_dense: bool) -> dict[st
 
 def main() -> None:
     options = arguments()
-    content = read_yaml(str(options.plans))
+    content = read_yaml(options.plans)
     common, plans = content.get("all", {}), content["plans"]
     rows = read_rows(options.output)
     done = {row["key"] for row in rows}

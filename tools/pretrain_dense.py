@@ -26,7 +26,6 @@ from photon_train.evaluation.copying import copy_gain
 from photon_train.evaluation.perplexity import evaluate_loss
 from photon_train.files import atomic_directory, atomic_write_text
 
-HELD_OUT = 0.02
 TOKENIZER_CHARACTERS = 15_000_000
 PROBE_SEQUENCES = 32  # of held-out text, for the cross-entropy on the way
 
@@ -35,6 +34,7 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, required=True, help="directory to create, in Hugging Face format")
     parser.add_argument("--megabytes", type=float, default=60.0, help="text to read")
+    parser.add_argument("--held-out", type=float, default=0.02, help="share of the files that is held out")
     parser.add_argument("--vocab-size", type=int, default=1024)
     parser.add_argument("--hidden-size", type=int, default=128)
     parser.add_argument("--layers", type=int, default=8)
@@ -58,14 +58,14 @@ def main() -> None:
         num_heads=options.heads,
         num_kv_heads=options.kv_heads,
         intermediate_size=options.intermediate_size,
-        held_out_fraction=HELD_OUT,
+        held_out_fraction=options.held_out,
         steps=options.short[2] + options.long[2],
         learning_rate=options.learning_rate,
         warmup_steps=100,
         seed=options.seed,
     )
     documents = study_documents(options.megabytes * 1e6)
-    train, held_out = split_documents(documents, HELD_OUT)
+    train, held_out = split_documents(documents, options.held_out)
     print(f"{len(train)} documents to train on, {len(held_out)} held out", flush=True)
     share = TOKENIZER_CHARACTERS / sum(len(document.text) for document in train)
     every = max(1, round(1 / share))

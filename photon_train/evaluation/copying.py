@@ -45,13 +45,14 @@ def copy_gain(
     text = dataset.tokens.flatten().long()
     if dataset.filler is not None:
         text = text[~dataset.filler.flatten()]
+    longest = max(distances)
+    if len(text) < 2 * (_PREFIX + longest + SPAN):
+        raise PhotonError(
+            f"copy probe: {len(text)} held-out tokens are too few for a distance of {longest}: give more text"
+        )
     gains = {}
     for distance in distances:
         length = _PREFIX + distance + SPAN
-        if len(text) < 2 * length:
-            raise PhotonError(
-                f"copy probe: {len(text)} held-out tokens are too few for a distance of {distance}: give more text"
-            )
         generator = torch.Generator().manual_seed(seed * 100_003 + distance)
         start = torch.randint(len(text) - length + 1, (count,), generator=generator)
         spans = torch.randint(len(text) - SPAN + 1, (2, count), generator=generator)

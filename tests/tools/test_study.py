@@ -1,0 +1,85 @@
+"""The quality study's two commands, from text to a table, at a size that says nothing about quality."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).resolve().parents[2]
+SETTINGS = {"train.seq_len": 1024, "train.batch_size": 1, "train.max_steps": 2, "train.mixed_precision": "no"}
+SETTINGS |= {"photon.window": 64, "lora.rank": 2}
+LINEAR = {"photon.num_levels": 1, "photon.memory_layers": [1], "photon.memory_pooling": "linear"}
+
+
+def tool(name: str, *arguments: object) -> subprocess.CompletedProcess:
+    command = [sys.executable, str(ROOT / "tools" / name), *map(str, arguments)]
+    path = os.pathsep.join([str(ROOT), str(ROOT / "kernels"), os.environ.get("PYTHONPATH", "")])
+    return subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": path}, timeout=280)
+
+
+@pytest.fixture(scope="module")
+def dense(tmp_path_factory) -> Path:
+    directory = tmp_path_factory.mktemp("study") / "dense"
+    shape = ["--vocab-size", 320, "--hidden-size", 32, "--layers", 3, "--intermediate-size", 48]
+    stages = ["--short", 64, 4, 4, "--long", 1024, 1, 2, "--probe-every", 4]
+    done = tool("pretrain_dense.py", "--output", directory, "--megabytes", 1, "--held-out", 0.3, *shape, *stages)
+    assert done.returncode == 0, done.stderr
+    return directory
+
+
+@pytest.mark.slow
+def test_the_dense_model_comes_with_its_recipe_and_copy_gains(dense: Path) -> None:
+    recipe = json.loads((dense / "study.json").read_text())
+    assert recipe["tokens"] == 4 * 4 * 64 + 2 * 1024
+    assert [record["step"] for record in recipe["history"]] == [4, 6]
+    assert {"ce", "copy_300", "copy_600"} <= recipe["history"][-1].keys()
+
+
+@pytest.mark.slow
+def test_plans_are_compared_and_a_stopped_comparison_goes_on(dense: Path, tmp_path: Path) -> None:
+    plans = [
+        {"plan": "dense"},
+        {"plan": "dense-window", "trained": False},
+        {"plan": "dense-window", "photon.window": 72},
+        {"plan": "dense-finetuned"},
+        {"plan": "graft", "name": "linear", **LINEAR},
+    ]
+    (tmp_path / "plans.yaml").write_text(yaml.safe_dump({"all": SETTINGS, "plans": plans}))
+    arguments = ("--dense", dense, "--plans", tmp_path / "plans.yaml", "--output", tmp_path / "out" / "study.json")
+    done = tool("compare_plans.py", *arguments, "--only", "dense", "dense-window")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count('"name"') == 3
+    done = tool("compare_plans.py", *arguments)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count('"name"') == 2
+    result = json.loads((tmp_path / "out" / "study.json").read_text())
+    rows = {(row["name"], row["tokens"]): row for row in result["rows"]}
+    assert set(rows) == {
+        ("dense", 0),
+        ("dense-window", 0),
+        *((n, 2048) for n in ("dense-window", "dense-finetuned", "linear")),
+    }
+    assert (
+        rows["dense", 0]["ce"] != rows["dense-finetuned", 2048]["ce"] == pytest.approx(rows["dense", 0]["ce"], abs=0.1)
+    )
+    assert rows["dense-window", 0]["copy_gain"] == pytest.approx(0.0, abs=1e-6)
+    # One of three layers with a unit per 4 tokens, and the encoder's layer at the same rate.
+    assert rows["linear", 2048]["kv_growing_percent"] == pytest.approx(100 * 2 / (3 * 4))
+    assert {"machine", "versions", "commit"} <= result.keys()
+    assert (tmp_path / "out" / "study.md").read_text().count("\n") == 2 + 5
+    assert (tmp_path / "out" / "study.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.slow
+def test_the_probe_prints_a_line_per_layer(dense: Path, tmp_path: Path) -> None:
+    arguments = ("--window", 16, "--seq-len", 64, "--sequences", 4, "--output", tmp_path / "probe.json")
+    done = tool("probe_layers.py", "--model", dense, *arguments)
+    assert done.returncode == 0, done.stderr
+    assert [row["layer"] for row in json.loads((tmp_path / "probe.json").read_text())["rows"]] == [0, 1, 2]
+    assert "kept alone" in done.stdout
