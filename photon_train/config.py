@@ -107,6 +107,11 @@ class TrainSettings:
         weight_decay: AdamW weight decay (matrices only).
         warmup_steps: Linear warm-up steps; a cosine to 10% follows.
         max_grad_norm: Gradient clipping by global norm.
+        spike_sigma: Skip a step whose loss or gradient norm lies this many standard deviations above the mean of the
+            steps before it; 0 skips only what is not finite.
+        spike_window: Accepted steps that mean and deviation are taken over.
+        max_skipped_in_row: Skipped steps in a row that end the run.
+        max_skipped_steps: Skipped steps in all that end the run.
         mixed_precision: `bf16`, `fp16`, `no`, or `auto`: bf16 where the hardware multiplies it natively, else no.
         gradient_checkpointing: Recompute activations in the backward pass.
         eval_every: Optimiser steps between evaluations; 0 evaluates at the start and the end only.
@@ -126,6 +131,10 @@ class TrainSettings:
     weight_decay: float = 0.0
     warmup_steps: int = 20
     max_grad_norm: float = 1.0
+    spike_sigma: float = 6.0
+    spike_window: int = 128
+    max_skipped_in_row: int = 5
+    max_skipped_steps: int = 100
     mixed_precision: str = "auto"
     gradient_checkpointing: bool = False
     eval_every: int = 200

@@ -53,6 +53,7 @@ class TrainingState:
         metrics: The last value of every metric.
         best_ce: Lowest held-out cross-entropy so far.
         best_step: The step it was reached at.
+        guard: What the guard against loss spikes remembers (`GuardState`).
         settings: What the run computes (`run_settings`).
         settings_hash: Its hash.
     """
@@ -64,6 +65,7 @@ class TrainingState:
     metrics: dict[str, float] = field(default_factory=dict)
     best_ce: float = math.inf
     best_step: int = 0
+    guard: dict[str, Any] = field(default_factory=dict)
     settings: dict[str, Any] = field(default_factory=dict)
     settings_hash: str = ""
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedType, send_to_device, set_seed
+from accelerate.utils import DistributedType, broadcast, send_to_device, set_seed
 from torch import nn
 from torch.optim import AdamW
 from torch.optim.lr_scheduler import LambdaLR
@@ -30,11 +30,12 @@ from photon_train.training.checkpoint import (
     save_checkpoint,
     usable_checkpoint,
 )
+from photon_train.training.guard import GuardState, SpikeGuard
 from photon_train.training.lora import base_model, parameter_groups
 from photon_train.training.losses import IGNORED, LossParts, TrainingObjective, num_target_tokens
 from photon_train.training.progress import MetricsLog, TrainingProgress
 from photon_train.training.settings import settings_hash
-from photon_train.training.tracking import tracked
+from photon_train.training.tracking import alert, tracked
 
 FINAL_LEARNING_RATE = 0.1
 _PARTS = ("total", "ce", "distill", "consistency")
@@ -125,10 +126,14 @@ class _Run:
     objective: nn.Module
     optimizer: Any
     scheduler: Any
+    guard: SpikeGuard
     trained: list[nn.Parameter] = field(default_factory=list)
 
-    def step(self, micro_batches: list[dict[str, torch.Tensor]], number: int) -> tuple[LossParts, float, int]:
-        """One optimiser step: the loss parts over all processes, the gradient norm and the tokens read."""
+    def step(self, micro_batches: list[dict[str, torch.Tensor]]) -> tuple[LossParts, float, int]:
+        """One optimiser step: the loss parts over all processes, the gradient norm and the tokens read.
+
+        The guard's `reason` then tells whether the step was skipped.
+        """
         accelerator = self.accelerator
         # One reduction gives what this step's sums are divided by, before anything is run.
         counts = torch.stack(
@@ -142,33 +147,45 @@ class _Run:
         target_tokens, sequences = counts[0].clamp(min=1), counts[1]
         sums = torch.zeros(len(_PARTS), device=accelerator.device)
         present: set[str] = set()
-        norm: torch.Tensor | float = 0.0
         for batch in micro_batches:
             with accelerator.accumulate(self.objective):
                 batch = send_to_device(batch, accelerator.device)
                 parts = self.objective(**batch, target_tokens=target_tokens, sequences=sequences)
+                present |= set(parts)
+                sums += torch.stack(
+                    [parts[name].detach().float() if name in parts else sums.new_zeros(()) for name in _PARTS]
+                )
+                if accelerator.sync_gradients:
+                    # Known before the last backward pass: DeepSpeed takes its step inside of it.
+                    values = dict(zip(_PARTS, accelerator.reduce(sums, "sum").tolist(), strict=True))
+                    self.guard.see_loss(values["total"])
                 # accelerate and DeepSpeed average over micro-batches and processes; the parts are shares of a sum.
                 scale = accelerator.gradient_accumulation_steps * accelerator.num_processes
                 accelerator.backward(parts["total"] * scale)
                 if accelerator.sync_gradients:
-                    norm = accelerator.clip_grad_norm_(self.trained, self.config.train.max_grad_norm or math.inf)
-                self.optimizer.step()
+                    self._close_gradients()
+                if self.guard.reason is None:
+                    self.optimizer.step()
+                elif accelerator.scaler is not None:
+                    accelerator.scaler.update()  # it has unscaled and expects a step
                 self.optimizer.zero_grad()
-            present |= set(parts)
-            sums += torch.stack(
-                [parts[name].detach().float() if name in parts else sums.new_zeros(()) for name in _PARTS]
-            )
-        if not accelerator.optimizer_step_was_skipped:
+        if self.guard.reason is None and not accelerator.optimizer_step_was_skipped:
             self.scheduler.step()
-        values = dict(zip(_PARTS, accelerator.reduce(sums, "sum").tolist(), strict=True))
         loss = LossParts(**{name: values[name] for name in _PARTS if name in present})
-        norm = float(norm)
-        if not math.isfinite(loss.total) or not (math.isfinite(norm) or accelerator.mixed_precision == "fp16"):
-            raise PhotonError(
-                f"training diverged at step {number}: loss {loss.total}, gradient norm {norm}; lower "
-                "train.learning_rate and train.new_modules_learning_rate, or raise train.warmup_steps"
-            )
-        return loss, norm, int(counts[2])
+        return loss, self.guard.norm, int(counts[2])
+
+    def _close_gradients(self) -> None:
+        """Clip, and let the guard judge the norm (DeepSpeed has done both)."""
+        accelerator = self.accelerator
+        norm = accelerator.clip_grad_norm_(self.trained, self.config.train.max_grad_norm or math.inf)
+        if accelerator.distributed_type != DistributedType.DEEPSPEED:
+            # One process decides for all.
+            norm = torch.as_tensor(norm, dtype=torch.float32, device=accelerator.device)
+            self.guard.see_norm(broadcast(norm).item())
+        elif accelerator.optimizer_step_was_skipped and self.guard.reason is None:
+            self.guard.see_norm(math.inf)
+        elif math.isnan(self.guard.norm):
+            self.guard.norm = float(norm)  # an optimiser that the guard cannot watch
 
 
 def _prepare(model: nn.Module, config: RunConfig, accelerator: Accelerator, teacher: nn.Module | None) -> _Run:
@@ -185,7 +202,10 @@ def _prepare(model: nn.Module, config: RunConfig, accelerator: Accelerator, teac
     scheduler = LambdaLR(optimizer, lambda step: learning_rate_factor(step, train.warmup_steps, train.max_steps))
     objective, optimizer, scheduler = accelerator.prepare(objective, optimizer, scheduler)
     trained = [parameter for parameter in objective.parameters() if parameter.requires_grad]
-    return _Run(accelerator, config, objective, optimizer, scheduler, trained)
+    guard = SpikeGuard(train, GuardState(), accelerator.mixed_precision == "fp16")
+    if accelerator.distributed_type == DistributedType.DEEPSPEED:
+        guard.watch_zero(objective.optimizer)
+    return _Run(accelerator, config, objective, optimizer, scheduler, guard, trained)
 
 
 def train(
@@ -219,7 +239,7 @@ def train(
         on_step: Called after each optimiser step (and its checkpoint) with the number of steps done.
 
     Raises:
-        PhotonError: for settings that do not fit, a checkpoint of another run, and a loss that is not finite.
+        PhotonError: for settings that do not fit, a checkpoint of another run, and too many skipped steps.
     """
     settings, output_dir = config.train, Path(output_dir)
     for key in ("max_steps", "batch_size", "gradient_accumulation_steps", "log_every", "eval_sequences"):
@@ -236,13 +256,14 @@ def train(
     if saved is not None:
         state = read_state(saved, bound)
         load_checkpoint(accelerator, saved)
+        run.guard.state = GuardState(**state.guard)
     is_main, start = accelerator.is_main_process, state.step
     log = MetricsLog(output_dir, name, start, is_main)
     progress = TrainingProgress(name, settings.max_steps, start, is_main)
     began, seconds_before = time.perf_counter(), state.seconds
 
     def record(values: dict[str, Any], seconds_left: float | None = None) -> None:
-        values = {key: value for key, value in values.items() if value is not None}
+        values = {key: value for key, value in values.items() if value is not None and math.isfinite(value)}
         log.add({"step": state.step, **values})
         accelerator.log(values, step=state.step)
         progress.show({"step": state.step, **values}, seconds_left)
@@ -250,10 +271,24 @@ def train(
 
     def evaluation() -> float:
         ce = evaluate(accelerator, run.objective, eval_set, config)
+        if not math.isfinite(ce):
+            raise PhotonError(f"{name}: the held-out cross-entropy at step {state.step} is {ce}: the weights overflow")
         if ce < state.best_ce:
             state.best_ce, state.best_step = ce, state.step
         record({"eval/ce": ce, "eval/perplexity": math.exp(min(ce, 80.0)), **(extra_log or {})})
         return ce
+
+    def close_step() -> bool:
+        """Count a skipped step, say so, and end a run that has skipped too many."""
+        try:
+            reason = run.guard.close(state.step)
+        except PhotonError as error:
+            alert(accelerator, "Training diverged", str(error))
+            raise
+        if reason is not None:
+            alert(accelerator, "Step skipped", f"{name} step {state.step}: {reason}")
+            progress.console.print(f"{name} step {state.step} skipped: {reason}", soft_wrap=True)
+        return reason is not None
 
     with tracked(accelerator, config, output_dir, name, extra_log), progress:
         if saved is None:
@@ -271,13 +306,14 @@ def train(
         window_began, window_tokens = time.perf_counter(), 0
         while state.step < settings.max_steps:
             rate = run.scheduler.get_last_lr()[0]
-            loss, norm, tokens = run.step(next(data), state.step + 1)
+            loss, norm, tokens = run.step(next(data))
             state.step += 1
             state.tokens += tokens
             window_tokens += tokens
             progress.advance(state.step)
             is_last = state.step == settings.max_steps
-            if state.step % settings.log_every == 0 or is_last:
+            skipped = close_step()
+            if state.step % settings.log_every == 0 or is_last or skipped:
                 elapsed = time.perf_counter() - window_began
                 record(
                     {
@@ -285,6 +321,7 @@ def train(
                         **{f"train/{part}": value for part, value in asdict(loss).items() if part != "total"},
                         "train/learning_rate": rate,
                         "train/grad_norm": norm,
+                        "train/skipped_steps": run.guard.state.skipped or None,
                         "train/tokens_per_second": window_tokens / elapsed,
                         "train/tokens": state.tokens,
                     },
@@ -298,6 +335,7 @@ def train(
             if is_last or (settings.save_every and state.step % settings.save_every == 0):
                 paused = time.perf_counter()
                 state.seconds = seconds_before + time.perf_counter() - began
+                state.guard = asdict(run.guard.state)
                 saved = save_checkpoint(accelerator, directory, state, settings.keep_checkpoints)
                 window_began += time.perf_counter() - paused
             if on_step is not None:

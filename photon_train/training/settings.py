@@ -23,6 +23,8 @@ FREE_ON_RESUME = (
     "train.log_every",
     "train.save_every",
     "train.keep_checkpoints",
+    "train.max_skipped_in_row",
+    "train.max_skipped_steps",
     "train.dense_baseline",
 )
 

@@ -123,3 +123,11 @@ def tracked(
         for tracker in accelerator.trackers:
             tracker.finish()
         accelerator.trackers.clear()
+
+
+def alert(accelerator: Accelerator, title: str, text: str) -> None:
+    """Tell who follows the run, where the tracker can: W&B sends mail or Slack, at most once in five minutes."""
+    if accelerator.is_main_process:
+        for tracker in accelerator.trackers:
+            if tracker.name == "wandb":
+                tracker.tracker.alert(title=title, text=text, level="WARN", wait_duration=300)

@@ -56,6 +56,28 @@ def tiny_run(lora: dict[str, Any] | None = None, **train: Any) -> RunConfig:
     )
 
 
+class Poison:
+    """Spoils chosen optimiser steps of one process, as bad data or hardware would.
+
+    ``nan`` makes the loss NaN; ``gradient`` leaves the loss and multiplies its gradient by a million. Give the object
+    to `train` as `on_step`, so that it knows the step.
+    """
+
+    def __init__(self, model: PreTrainedModel, steps: dict[int, str], active: bool = True) -> None:
+        self.steps, self.active, self.done = steps, active, 0
+        model.register_forward_hook(self._hook)
+
+    def __call__(self, step: int) -> None:
+        self.done = step
+
+    def _hook(self, module: torch.nn.Module, _: Any, output: Any) -> None:
+        kind = self.steps.get(self.done + 1)
+        if self.active and module.training and kind == "nan":
+            output.loss = output.loss * torch.nan
+        elif self.active and module.training and kind == "gradient":
+            output.loss = output.loss.detach() + (output.loss - output.loss.detach()) * 1e6
+
+
 def losses(history: list[dict[str, Any]], key: str = "train/loss") -> list[float]:
     """The values of `key` in the order of the steps."""
     return [record[key] for record in history if key in record]

@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 
 from safetensors.torch import save_file
-from tiny_training import losses, tiny_data, tiny_model, tiny_run
+from tiny_training import Poison, losses, tiny_data, tiny_model, tiny_run
 
 from photon_train.config import ConsistencySettings, DistillSettings, RunConfig
 from photon_train.training.accelerator import make_accelerator
@@ -37,13 +37,13 @@ def run_config(name: str, batch_size: int) -> RunConfig:
 
 
 def main(output: Path, batch_size: int, names: list[str]) -> None:
-    """Train each model in turn with one Accelerator; the first once more from the checkpoint in the middle."""
+    """Train each model in turn with one Accelerator; the first also resumed, and with bad steps."""
     accelerator = make_accelerator(run_config(names[0], batch_size), output)
     if accelerator.deepspeed_plugin is not None:
         # DeepSpeed keeps small parameters whole, and here all are small: shard the matrices.
         accelerator.deepspeed_plugin.deepspeed_config["zero_optimization"]["stage3_param_persistence_threshold"] = 100
 
-    def run(name: str, resume: bool = False) -> TrainResult:
+    def run(name: str, resume: bool = False, poisoned: bool = False) -> TrainResult:
         config = run_config(name, batch_size)
         config.resume = resume
         # As in a real run: loaded once the Accelerator exists.
@@ -55,7 +55,11 @@ def main(output: Path, batch_size: int, names: list[str]) -> None:
         assert all(parameter.numel() for parameter in model.parameters()), "loaded in shards"
         model = add_lora(model, config.lora, config.seed)
         sets = tiny_data(20, seed=1), tiny_data(7, seed=2)
-        return train(model, *sets, config, output, accelerator=accelerator, name=name)
+        spoiler = None
+        if poisoned:
+            config.train.spike_window, config.train.max_steps = 4, 6
+            spoiler = Poison(model, {3: "nan", 5: "gradient"}, active=accelerator.is_main_process)
+        return train(model, *sets, config, output, accelerator=accelerator, name=name, on_step=spoiler)
 
     for name in names:
         result = run(name)
@@ -72,6 +76,9 @@ def main(output: Path, batch_size: int, names: list[str]) -> None:
                 shutil.rmtree(result.checkpoint)
             accelerator.wait_for_everyone()
             summary["resumed"] = losses(run(name, resume=True).history)
+            poisoned = run(name, poisoned=True).history
+            summary["skipped"] = {r["step"]: r["train/skipped_steps"] for r in poisoned if "train/skipped_steps" in r}
+            summary["poisoned"] = losses(poisoned)
         if accelerator.is_main_process:
             save_file(state, output / f"{name}.safetensors")
             (output / f"{name}.json").write_text(json.dumps(summary))

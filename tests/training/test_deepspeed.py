@@ -67,6 +67,9 @@ def test_two_processes_compute_what_one_computes(launcher, one_process, tmp_path
         _check_gathered(name, tmp_path / f"{name}.safetensors", two["eval/ce"][-1])
         if "resumed" in two:
             assert two["resumed"] == pytest.approx(two["train/loss"], rel=1e-6)
+            # A step that one process spoils is skipped by all of them.
+            assert one["skipped"] == two["skipped"] == {"3": 1, "4": 1, "5": 2, "6": 2}
+            assert len(one["poisoned"]) == 5 and two["poisoned"] == pytest.approx(one["poisoned"], rel=1e-4)
 
 
 @torch.no_grad()
