@@ -161,6 +161,13 @@ class StackCache:
         self.keys[layer][rows[:, None], :, entries] = key.detach().transpose(1, 2).to(self.keys[layer].dtype)
         self.values[layer][rows[:, None], :, entries] = value.detach().transpose(1, 2).to(self.values[layer].dtype)
 
+    def assign(self, rows: torch.Tensor, other: StackCache) -> None:
+        """Let `rows` hold what the rows of `other` hold."""
+        self.order[rows] = other.order
+        for mine, others in ((self.keys, other.keys), (self.values, other.values)):
+            for layer in self.layers:
+                mine[layer][rows] = others[layer].to(mine[layer].dtype)
+
     def clear(self, rows: torch.Tensor) -> None:
         """Empty `rows`."""
         self.order[rows] = -1

@@ -201,7 +201,7 @@ def fill_cache(cache: PhotonCache, trace: Trace, lengths: torch.Tensor) -> None:
         slots = trace.slots[index]
         cache.slots.append(None if slots is None else slots[batch, units].detach().clone())
         if cache.groups[index] is not None:
-            _fill_group(cache.groups[index], trace.decoders[index], units, level["num_slots"] + below % chunk)
+            fill_group(cache.groups[index], trace.decoders[index], units, level["num_slots"] + below % chunk)
     if config.layout == "stream":
         recorded = trace.decoders[0]
         cache.window.fill(recorded, cache.geometry.held(lengths))
@@ -214,12 +214,18 @@ def _fill_encoder(stack: StackCache, recorded: dict[int, KeyValue], units: torch
     if stack.capacity is None:
         order = _counted(units, units.device)
     else:
-        entries, last = torch.arange(stack.capacity, device=units.device), (units - 1)[:, None]
-        order = (last - (last - entries) % stack.capacity).clamp(min=-1)
+        order = ring_order(units, stack.capacity)
     stack.fill(recorded, order)
 
 
-def _fill_group(stack: StackCache, recorded: dict[int, KeyValue], group: torch.Tensor, count: torch.Tensor) -> None:
+def ring_order(counts: torch.Tensor, capacity: int) -> torch.Tensor:
+    """Elements in a ring of `capacity` entries after ``counts [B]`` elements, ``[B, capacity]``, -1 where empty."""
+    entries, last = torch.arange(capacity, device=counts.device), (counts - 1)[:, None]
+    return (last - (last - entries) % capacity).clamp(min=-1)
+
+
+def fill_group(stack: StackCache, recorded: dict[int, KeyValue], group: torch.Tensor, count: torch.Tensor) -> None:
+    """Fill an isolated decoder's cache with the ``group[b]``-th group of each row, of which `count [B]` are there."""
     batch = torch.arange(len(group), device=group.device)
     opened = {}
     for layer, states in recorded.items():

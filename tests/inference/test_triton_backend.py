@@ -6,6 +6,9 @@ import pytest
 import torch
 from tiny import photon_model, tokens
 
+from photon_train.inference.engine import Engine, EngineSettings
+from photon_train.inference.request import SamplingParams
+
 # One of each kind of path: rings with sinks, isolated groups, slots in a stream, memory at two levels, full layers.
 NAMES = ["block-2", "memory-2-sinks", "memory-two-levels", "memory-3-full", "residual-2", "slots-2-decoder"]
 
@@ -32,6 +35,19 @@ def test_triton_logits_equal_torch_logits_and_the_training_forward(name, triton_
     torch.testing.assert_close(logits["triton"], logits["torch"], atol=2e-4, rtol=0)
     for index, width in enumerate((3, 6)):
         torch.testing.assert_close(logits["triton"][index], expected[index][width:], atol=2e-4, rtol=0)
+
+
+@pytest.mark.parametrize("name", ["block-2", "memory-two-levels", "slots-2-decoder"])
+def test_the_engine_decodes_the_same_on_triton(name, triton_device):
+    model = photon_model(name).to(triton_device)
+    model.generation_config.eos_token_id = None
+    prompts = [tokens(1, length, seed=length)[0].tolist() for length in (3, 9)]
+    answers = []
+    for backend in ("torch", "triton"):
+        model.set_backend(backend)
+        engine = Engine(model, settings=EngineSettings(max_sequences=2, max_prefixes=0, max_length=64, page_tokens=12))
+        answers.append([one[0].tokens for one in engine.generate(prompts, SamplingParams(max_new_tokens=7))])
+    assert answers[0] == answers[1]
 
 
 def test_unknown_backend_is_refused():

@@ -1,0 +1,276 @@
+"""Continuous batching of requests on a PHOTON model.
+
+    engine = Engine(model, tokenizer, EngineSettings(memory="4GiB"))
+    for answers in engine.generate(["Once upon a time", "def main"], SamplingParams(max_new_tokens=64)):
+        print(answers[0].text)
+
+Every sequence gets the tokens it would get alone, whatever its neighbours are.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from itertools import count
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from photon_train.errors import PhotonError
+from photon_train.files import parse_size
+from photon_train.inference.cache import CacheLayout, PagedCache
+from photon_train.inference.prefix import PrefixCache, prefix_keys
+from photon_train.inference.request import Completion, Event, SamplingParams, Sequence
+from photon_train.inference.runner import Runner
+from photon_train.inference.sampler import Choice, sample
+from photon_train.inference.scheduler import Scheduler
+from photon_train.inference.streaming import TextStream
+from photon_train.models import PhotonForCausalLM
+
+Prompt = str | list[int]
+GPU_SHARE = 0.9  # of the free memory; the rest is for activations
+
+
+@dataclass(frozen=True)
+class EngineSettings:
+    """Sizes of the engine.
+
+    Attributes:
+        memory: Bytes of the cache, as a number or a size (``4GiB``). None: 90% of a GPU's free memory; on a CPU what
+            `max_sequences` sequences of `max_length` need.
+        max_sequences: Sequences that run at a time.
+        max_prefixes: Prefixes of prompts that are kept; 0 keeps none.
+        max_length: Longest sequence that memory is planned for; None: the model's longest position.
+        page_tokens: Tokens of a page; None: 256, rounded up to meta-contexts.
+        segment_tokens: Prompt tokens that a sequence is fed at once (rounded up to meta-contexts).
+        step_tokens: Prompt tokens fed between two decoding steps, of all sequences together.
+    """
+
+    memory: int | str | None = None
+    max_sequences: int = 64
+    max_prefixes: int = 8
+    max_length: int | None = None
+    page_tokens: int | None = None
+    segment_tokens: int = 512
+    step_tokens: int = 2048
+
+    def __post_init__(self) -> None:
+        for name in ("max_sequences", "segment_tokens", "step_tokens"):
+            if getattr(self, name) < 1:
+                raise PhotonError(f"{name}={getattr(self, name)} must be at least 1")
+        if self.max_prefixes < 0:
+            raise PhotonError(f"max_prefixes={self.max_prefixes} must not be negative")
+
+
+class Engine:
+    """Requests in, tokens out.
+
+    Args:
+        model: In evaluation mode, on its device, with its backend chosen.
+        tokenizer: For prompts and answers as text, and for stop texts; without it, prompts are token ids.
+
+    Raises:
+        PhotonError: if the memory is too small for the settings.
+    """
+
+    def __init__(
+        self,
+        model: PhotonForCausalLM,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        settings: EngineSettings | None = None,
+    ) -> None:
+        settings = settings or EngineSettings()
+        self.model, self.tokenizer, self.settings = model, tokenizer, settings
+        self.cache = PagedCache(model, self._layout(settings))
+        self.prefixes = PrefixCache(self.cache, settings.max_prefixes)
+        span = model.config.top_span
+        self.segment_tokens = math.ceil(settings.segment_tokens / span) * span
+        self.scheduler = Scheduler(
+            self.cache, self.prefixes, settings.max_sequences, self.segment_tokens, settings.step_tokens
+        )
+        self.runner = Runner(model, self.cache)
+        self._numbers = count()
+        self._open: dict[int, list[Sequence]] = {}
+        self._done: dict[int, list[Completion]] = {}
+        ends = model.generation_config.eos_token_id
+        self._ends = set(ends if isinstance(ends, list) else [] if ends is None else [ends])
+
+    def _layout(self, settings: EngineSettings) -> CacheLayout:
+        weights = self.model.get_input_embeddings().weight
+        memory = None if settings.memory is None else parse_size(settings.memory, "memory")
+        if memory is None and weights.device.type == "cuda":
+            memory = int(torch.cuda.mem_get_info(weights.device)[0] * GPU_SHARE)
+        return CacheLayout.fit(
+            self.model.config,
+            memory if memory is not None else 2**62,
+            settings.max_sequences + settings.max_prefixes,
+            weights.element_size(),
+            settings.page_tokens,
+            settings.max_length,
+        )
+
+    # --- requests ---
+
+    def add(self, prompt: Prompt, params: SamplingParams | None = None) -> int:
+        """Queue a request; returns its number.
+
+        Raises:
+            PhotonError: for an empty prompt, a text without a tokenizer, or a request longer than the memory.
+        """
+        params = params or SamplingParams()
+        tokens = self._tokens(prompt)
+        layout, longest = self.cache.layout, len(tokens) + params.max_new_tokens
+        if layout.pages_for(longest) > layout.num_pages:
+            raise PhotonError(
+                f"the prompt of {len(tokens)} tokens and max_new_tokens={params.max_new_tokens} exceed the cache of "
+                f"{layout.num_pages * layout.page_tokens} tokens: raise memory or max_length, or ask for less"
+            )
+        if params.stop and self.tokenizer is None:
+            raise PhotonError("stop needs a tokenizer: give the engine one, or use stop_token_ids")
+        number, keys = next(self._numbers), prefix_keys(tokens, self.segment_tokens)
+        self._open[number] = []
+        for index in range(params.n):
+            text = None if self.tokenizer is None else TextStream(self.tokenizer, tokens, params.stop)
+            sequence = Sequence(number, index, tokens, params, keys, text)
+            self._open[number].append(sequence)
+            self.scheduler.add(sequence)
+        return number
+
+    def _tokens(self, prompt: Prompt) -> list[int]:
+        if isinstance(prompt, str):
+            if self.tokenizer is None:
+                raise PhotonError("a prompt as text needs a tokenizer: give the engine one, or pass token ids")
+            prompt = self.tokenizer(prompt)["input_ids"]
+        tokens = [int(token) for token in prompt]
+        if not tokens:
+            raise PhotonError("a prompt is empty: give at least one token of text")
+        outside = [token for token in tokens if not 0 <= token < self.model.config.vocab_size]
+        if outside:
+            raise PhotonError(f"token {outside[0]} is outside the vocabulary of {self.model.config.vocab_size}")
+        return tokens
+
+    def abort(self, number: int) -> None:
+        """Drop a request, wherever it is; unknown numbers are ignored."""
+        for sequence in self._open.pop(number, []):
+            self.scheduler.remove(sequence)
+        self._done.pop(number, None)
+
+    def result(self, number: int) -> list[Completion] | None:
+        """The n continuations of a finished request, once; None while it runs."""
+        return self._done.pop(number, None)
+
+    @property
+    def has_work(self) -> bool:
+        """Whether a request is unfinished."""
+        return bool(self._open)
+
+    def generate(
+        self, prompts: Iterable[Prompt], params: SamplingParams | list[SamplingParams] | None = None
+    ) -> list[list[Completion]]:
+        """Answer all prompts; per prompt its n continuations.
+
+        Raises:
+            PhotonError: as `add`; then none of the prompts is left in the engine.
+        """
+        numbers = self._add_all(prompts, params)
+        while any(number in self._open for number in numbers):
+            self.step()
+        return [self.result(number) for number in numbers]
+
+    def stream(
+        self, prompts: Iterable[Prompt], params: SamplingParams | list[SamplingParams] | None = None
+    ) -> Iterator[Event]:
+        """The tokens of all prompts as they come; a request's number is its prompt's place, from 0.
+
+        Ending the iteration early drops what is unfinished.
+        """
+        numbers = self._add_all(prompts, params)
+        place = {number: index for index, number in enumerate(numbers)}
+        try:
+            while any(number in self._open for number in numbers):
+                for event in self.step():
+                    if event.request_id in place:
+                        yield Event(**{**vars(event), "request_id": place[event.request_id]})
+        finally:
+            for number in numbers:
+                self.abort(number)
+
+    def _add_all(self, prompts, params) -> list[int]:
+        prompts = list(prompts)
+        each = params if isinstance(params, list) else [params] * len(prompts)
+        if len(each) != len(prompts):
+            raise PhotonError(f"{len(prompts)} prompts have {len(each)} sampling settings: give one, or one per prompt")
+        numbers = []
+        try:
+            for prompt, settings in zip(prompts, each, strict=True):
+                numbers.append(self.add(prompt, settings))
+        except PhotonError:
+            for number in numbers:
+                self.abort(number)
+            raise
+        return numbers
+
+    # --- a step ---
+
+    def step(self) -> list[Event]:
+        """Prefill a bounded number of tokens, decode one token of every running sequence."""
+        plan = self.scheduler.plan()
+        sequences, logits = [], []
+        for sequence, known in plan.ready:
+            sequences.append(sequence)
+            logits.append(known[None])
+        if plan.decode:
+            work = [(sequence.held, sequence.output[-1]) for sequence in plan.decode]
+            sequences += plan.decode
+            logits.append(self.runner.decode(work))
+        for sequence, row in self._prefill(plan.prefill):
+            sequences.append(sequence)
+            logits.append(row[None])
+        if not sequences:
+            return []
+        choices = sample(torch.cat([part.float() for part in logits]), sequences)
+        return [self._advance(sequence, choice) for sequence, choice in zip(sequences, choices, strict=True)]
+
+    def _prefill(self, work: list[tuple[Sequence, int]]) -> list[tuple[Sequence, torch.Tensor]]:
+        """Feed prompts; those that are through, with the logits of their first token."""
+        if not work:
+            return []
+        segments = [(s.held, s.prompt[s.held.length : s.held.length + number]) for s, number in work]
+        logits, through = self.runner.prefill(segments), []
+        for (sequence, _), row in zip(work, logits, strict=True):
+            key = dict(sequence.keys)[sequence.held.length]
+            if sequence.in_prefill:
+                self.prefixes.keep(key, sequence.held)
+            else:
+                self.prefixes.keep(key, sequence.held, row)
+                through.append((sequence, row))
+        return through
+
+    def _advance(self, sequence: Sequence, choice: Choice) -> Event:
+        sequence.output.append(choice.token)
+        sequence.logprobs.append(choice.logprob)
+        sequence.top_logprobs.append(choice.top)
+        stopped = self._is_end(sequence, choice.token)
+        text = ""
+        if sequence.text is not None:
+            stopped = sequence.text.push(choice.token) or stopped
+        if stopped or len(sequence.output) >= sequence.params.max_new_tokens:
+            sequence.finish_reason = "stop" if stopped else "length"
+        if sequence.text is not None:
+            text = sequence.text.take(sequence.finish_reason is not None)
+        if sequence.finish_reason is not None:
+            self._finish(sequence)
+        return Event(sequence.request_id, sequence.index, choice.token, choice.logprob, text, sequence.finish_reason)
+
+    def _is_end(self, sequence: Sequence, token: int) -> bool:
+        if token in sequence.params.stop_token_ids:
+            return True
+        return not sequence.params.ignore_eos and token in self._ends
+
+    def _finish(self, sequence: Sequence) -> None:
+        self.scheduler.remove(sequence)
+        siblings = self._open[sequence.request_id]
+        if all(one.finish_reason is not None for one in siblings):
+            self._done[sequence.request_id] = [Completion.of(one) for one in siblings]
+            del self._open[sequence.request_id]

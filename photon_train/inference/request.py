@@ -1,0 +1,168 @@
+"""What is asked of the engine and what it answers: sampling settings, one sequence's progress, the result."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+
+import torch
+
+from photon_train.errors import PhotonError
+from photon_train.inference.pages import Held, Saved
+from photon_train.inference.streaming import TextStream
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """How the tokens of one request are chosen.
+
+    Attributes:
+        max_new_tokens: Bound on the new tokens.
+        temperature: Divides the logits; 0 takes the most probable token.
+        top_k: Keep the k most probable tokens; 0 keeps all.
+        top_p: Keep the smallest set of tokens whose probability reaches this.
+        min_p: Keep tokens at least this share as probable as the best.
+        repetition_penalty: Divides positive logits (multiplies negative ones) of tokens that have occurred; 1 is off.
+        stop: Texts that end the answer (and are not part of it); they need the engine's tokenizer.
+        stop_token_ids: Tokens that end the answer, besides the model's end token.
+        ignore_eos: Go on after the model's end token.
+        seed: Start of the random numbers; each of the n continuations has its own.
+        n: Continuations of the prompt; they share its cache.
+        top_logprobs: How many of the most probable tokens to report with every token.
+
+    Raises:
+        PhotonError: for a value out of range, naming the attribute.
+    """
+
+    max_new_tokens: int = 128
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    stop: tuple[str, ...] = ()
+    stop_token_ids: tuple[int, ...] = ()
+    ignore_eos: bool = False
+    seed: int = 0
+    n: int = 1
+    top_logprobs: int = 0
+
+    def __post_init__(self) -> None:
+        if isinstance(self.stop, str):
+            object.__setattr__(self, "stop", (self.stop,))
+        bounds = {
+            "max_new_tokens": (1, math.inf),
+            "temperature": (0.0, math.inf),
+            "top_k": (0, math.inf),
+            "min_p": (0.0, 1.0),
+            "n": (1, math.inf),
+            "top_logprobs": (0, math.inf),
+        }
+        for name, (low, high) in bounds.items():
+            if not low <= getattr(self, name) <= high:
+                raise PhotonError(f"{name}={getattr(self, name)} is not between {low} and {high}")
+        for name in ("top_p", "repetition_penalty"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise PhotonError(f"{name}={getattr(self, name)} must be positive")
+        if self.top_p > 1:
+            raise PhotonError(f"top_p={self.top_p} must not exceed 1")
+        if not all(self.stop):
+            raise PhotonError("stop holds an empty text: it would end every answer at once")
+
+    @property
+    def greedy(self) -> bool:
+        """Whether no random number is drawn."""
+        return self.temperature == 0
+
+
+@dataclass(eq=False)
+class Sequence:
+    """One continuation on its way.
+
+    Attributes:
+        request_id: Number of the request; `index`: which of its n continuations.
+        prompt: Token ids of the prompt; `output`: those generated so far.
+        logprobs: Log-probability of every output token; `top_logprobs`: the most probable tokens beside it.
+        keys: Hashes of the prompt's prefixes, see `prefix.prefix_keys`.
+        held: Its place in the cache while it runs; `saved`: its state while it is swapped out.
+        generator: Its own random numbers, None if greedy.
+        text: Its text, if the engine has a tokenizer.
+        finish_reason: `stop` or `length` once it has ended.
+    """
+
+    request_id: int
+    index: int
+    prompt: list[int]
+    params: SamplingParams
+    keys: list[tuple[int, bytes]]
+    text: TextStream | None = None
+    output: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+    top_logprobs: list[dict[int, float]] = field(default_factory=list)
+    held: Held | None = None
+    saved: Saved | None = None
+    generator: torch.Generator | None = None
+    finish_reason: str | None = None
+
+    def __post_init__(self) -> None:
+        if not self.params.greedy:
+            # Two requests with neighbouring seeds share no continuation's stream.
+            seed = (self.params.seed * 1_000_003 + self.index) % 2**63
+            self.generator = torch.Generator().manual_seed(seed)
+
+    @property
+    def in_prefill(self) -> bool:
+        """Whether some of the prompt has not been fed."""
+        return self.held is not None and self.held.length < len(self.prompt)
+
+
+@dataclass(frozen=True)
+class Event:
+    """One new token of one sequence.
+
+    Attributes:
+        request_id, index: Whose token it is.
+        token: Its id; `logprob`: its log-probability under the model, before any sampling setting.
+        text: Text that has become final with it; empty without a tokenizer.
+        finish_reason: `stop` or `length` with a sequence's last token, else None.
+    """
+
+    request_id: int
+    index: int
+    token: int
+    logprob: float
+    text: str
+    finish_reason: str | None
+
+
+@dataclass(frozen=True)
+class Completion:
+    """A finished continuation.
+
+    Attributes:
+        index: Which of the n.
+        tokens: Generated ids, the end token included.
+        logprobs: Log-probability of each under the model, before any sampling setting.
+        top_logprobs: Token -> log-probability of the most probable ones at each step (if asked for).
+        text: The text up to a stop text; None without a tokenizer.
+        finish_reason: `stop` or `length`.
+    """
+
+    index: int
+    tokens: list[int]
+    logprobs: list[float]
+    top_logprobs: list[dict[int, float]]
+    text: str | None
+    finish_reason: str
+
+    @property
+    def mean_logprob(self) -> float:
+        """Mean log-probability per token."""
+        return sum(self.logprobs) / len(self.logprobs)
+
+    @classmethod
+    def of(cls, sequence: Sequence) -> Completion:
+        """The result of a finished sequence."""
+        text = None if sequence.text is None else sequence.text.text
+        parts = (sequence.output, sequence.logprobs, sequence.top_logprobs)
+        return cls(sequence.index, *parts, text, sequence.finish_reason)

@@ -1,0 +1,159 @@
+"""Which sequences run in a step: admission by memory, chunked prefill, preemption.
+
+First come, first served. A sequence is admitted when a row and the pages of its whole prompt are free. When decoding
+needs a page and none is free, kept prefixes go first; then the youngest running sequence is swapped out: its state is
+copied to main memory bit by bit, so that nothing is lost or computed again (what PHOTON keeps per sequence is small).
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass, field
+
+import torch
+
+from photon_train.inference.cache import PagedCache
+from photon_train.inference.pages import Held
+from photon_train.inference.prefix import PrefixCache
+from photon_train.inference.request import Sequence
+
+
+@dataclass
+class Plan:
+    """The work of one step.
+
+    Attributes:
+        ready: Sequences whose whole prompt was known, with the logits of the next token.
+        prefill: Sequences and how many of their prompt's tokens to feed.
+        decode: Sequences that get one token.
+    """
+
+    ready: list[tuple[Sequence, torch.Tensor]] = field(default_factory=list)
+    prefill: list[tuple[Sequence, int]] = field(default_factory=list)
+    decode: list[Sequence] = field(default_factory=list)
+
+
+class Scheduler:
+    """Waiting and running sequences.
+
+    Args:
+        cache: Rows and pages.
+        prefixes: Kept prefixes.
+        max_running: Sequences that run at a time.
+        segment_tokens: Tokens of a prefill segment; segments end at multiples of it.
+        step_tokens: Prompt tokens fed in one step, of all sequences together.
+    """
+
+    def __init__(
+        self, cache: PagedCache, prefixes: PrefixCache, max_running: int, segment_tokens: int, step_tokens: int
+    ) -> None:
+        self.cache, self.prefixes = cache, prefixes
+        self.max_running, self.segment_tokens, self.step_tokens = max_running, segment_tokens, step_tokens
+        self.waiting: deque[Sequence] = deque()
+        self.running: list[Sequence] = []
+        self.num_preemptions = 0
+
+    def add(self, sequence: Sequence) -> None:
+        """Queue a sequence."""
+        self.waiting.append(sequence)
+
+    def remove(self, sequence: Sequence) -> None:
+        """Take a sequence out, finished or not."""
+        if sequence in self.running:
+            self.running.remove(sequence)
+            self.cache.close(sequence.held)
+        elif sequence in self.waiting:
+            self.waiting.remove(sequence)
+        sequence.held = sequence.saved = None
+
+    def plan(self) -> Plan:
+        """Choose the work of the next step, and make room for it."""
+        plan = Plan()
+        for sequence in [s for s in self.running if not s.in_prefill]:
+            if self._make_room(sequence):
+                plan.decode.append(sequence)
+        # Preempted after it was chosen: a younger one had to make room for an older one's page.
+        plan.decode = [sequence for sequence in plan.decode if sequence.held is not None]
+        self._admit(plan)
+        left = self.step_tokens
+        for sequence in self.running:
+            if sequence.in_prefill and left > 0:
+                length = sequence.held.length
+                boundary = (length // self.segment_tokens + 1) * self.segment_tokens
+                plan.prefill.append((sequence, min(boundary, len(sequence.prompt)) - length))
+                left -= plan.prefill[-1][1]
+        return plan
+
+    def _make_room(self, sequence: Sequence) -> bool:
+        """Reserve the page of a running sequence's next token; False if it was swapped out."""
+        while sequence.held is not None:
+            if self.cache.reserve(sequence.held, sequence.held.length + 1):
+                return True
+            if not self.prefixes.evict():
+                self._preempt(self.running[-1])
+        return False
+
+    def _preempt(self, sequence: Sequence) -> None:
+        self.running.remove(sequence)
+        sequence.saved, sequence.held = self.cache.swap_out(sequence.held), None
+        self.waiting.appendleft(sequence)
+        self.num_preemptions += 1
+
+    def _admit(self, plan: Plan) -> None:
+        deferred = []
+        while self.waiting and len(self.running) < self.max_running:
+            sequence = self.waiting.popleft()
+            if self._is_being_encoded(sequence):
+                deferred.append(sequence)
+            elif self._start(sequence, plan):
+                self.running.append(sequence)
+            else:
+                # Whoever comes later waits too: nobody is overtaken for want of memory.
+                self.waiting.appendleft(sequence)
+                break
+        self.waiting.extendleft(reversed(deferred))
+
+    def _is_being_encoded(self, sequence: Sequence) -> bool:
+        """Whether a longer beginning of the prompt than is kept will be there once a running prefill has passed it."""
+        if sequence.saved is not None or self.prefixes.max_prefixes == 0:
+            return False
+        found = self.prefixes.find(sequence.keys)
+        known = found.held.length if found else 0
+        coming = {
+            key
+            for other in self.running
+            if other.in_prefill
+            for length, key in other.keys
+            if length > max(known, other.held.length)
+        }
+        return any(key in coming for _, key in sequence.keys)
+
+    def _start(self, sequence: Sequence, plan: Plan) -> bool:
+        """Give a waiting sequence a row, its pages and the longest kept prefix; False if there is no room."""
+        while True:
+            if sequence.saved is not None:
+                room = max(sequence.saved.length + 1, len(sequence.prompt))
+                sequence.held = self.cache.swap_in(sequence.saved, room)
+                if sequence.held is not None:
+                    sequence.saved = None
+                    if not sequence.in_prefill:
+                        plan.decode.append(sequence)
+                    return True
+            elif self._start_from_prefix(sequence, plan):
+                return True
+            if not self.prefixes.evict():
+                return False
+
+    def _start_from_prefix(self, sequence: Sequence, plan: Plan) -> bool:
+        prefix = self.prefixes.find(sequence.keys)
+        held: Held | None = self.cache.fork(prefix.held) if prefix else self.cache.open_sequence()
+        if held is None:
+            return False
+        if not self.cache.reserve(held, len(sequence.prompt)):
+            self.cache.close(held)
+            return False
+        sequence.held = held
+        self.prefixes.hit_tokens += held.length
+        if not sequence.in_prefill:
+            plan.ready.append((sequence, prefix.logits))
+        return True

@@ -1,0 +1,226 @@
+"""The engine: every request gets what it would get alone, and what `generate` writes, whatever happens around it."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from tiny import HIERARCHIES, photon_model, tokens
+
+from photon_train.errors import PhotonError
+from photon_train.inference.engine import Engine, EngineSettings
+from photon_train.inference.request import SamplingParams
+
+NEW = 11
+# One of each kind of path; the others differ in numbers.
+MIXED = ["memory-two-levels", "memory-3-full", "residual-2-decoder", "slots-3", "block-2"]
+
+
+def greedy(model, prompt: list[int], new: int = NEW) -> list[int]:
+    """What transformers' generate writes."""
+    ids = torch.tensor([prompt])
+    out = model.generate(ids, max_new_tokens=new, do_sample=False, eos_token_id=None, pad_token_id=2)
+    return out[0, len(prompt) :].tolist()
+
+
+def greedy_batch(model, prompts: list[list[int]], new: int) -> list[list[int]]:
+    """The same for many prompts, padded on the left."""
+    width = max(map(len, prompts))
+    ids = torch.tensor([[2] * (width - len(prompt)) + prompt for prompt in prompts])
+    mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts])
+    settings = {"max_new_tokens": new, "do_sample": False, "eos_token_id": None, "pad_token_id": 2}
+    return model.generate(ids, attention_mask=mask, **settings)[:, width:].tolist()
+
+
+def quiet(model):
+    """Without an end token: every answer has the same length."""
+    model.generation_config.eos_token_id = None
+    return model
+
+
+def small_pages(model, num_pages: int, rows: int, **settings) -> EngineSettings:
+    """Settings whose cache holds `num_pages` pages of two meta-contexts."""
+    probe = Engine(model, settings=EngineSettings(max_sequences=1, max_prefixes=0, max_length=64)).cache.layout
+    page_tokens = 2 * model.config.top_span
+    page_bytes = probe.page_bytes * page_tokens // probe.page_tokens
+    memory = num_pages * page_bytes + rows * probe.row_bytes
+    return EngineSettings(memory=memory, page_tokens=page_tokens, **settings)
+
+
+def prompts_with_common_beginnings(count: int) -> list[list[int]]:
+    """Prompts of 1 to 40 tokens, some equal, some with a common beginning."""
+    common = tokens(1, 40, seed=99)[0].tolist()
+    prompts = []
+    for index in range(count):
+        own = tokens(1, 1 + 7 * (index // 2) % 23, seed=index // 2)[0].tolist()
+        prompts.append(common[: 24 + index % 3] + own[:9] if index % 4 == 0 else own)
+    return prompts
+
+
+@pytest.mark.parametrize("name", sorted(HIERARCHIES))
+def test_chunked_prefill_and_decoding_equal_generate(name):
+    """Segments of one meta-context: rings, units, open chunks and groups are carried over every boundary."""
+    model = quiet(photon_model(name))
+    engine = Engine(model, settings=EngineSettings(max_sequences=3, max_prefixes=0, max_length=64, segment_tokens=1))
+    prompts = [tokens(1, length, seed=length)[0].tolist() for length in (1, 16, 29)]
+    answers = engine.generate(prompts, SamplingParams(max_new_tokens=NEW))
+    assert [answer[0].tokens for answer in answers] == [greedy(model, prompt) for prompt in prompts]
+
+
+@pytest.mark.parametrize("name", MIXED)
+def test_mixed_batch_of_64_with_preemption_and_prefix_hits_equals_each_alone(name):
+    model = quiet(photon_model(name))
+    prompts = prompts_with_common_beginnings(64)
+    # Room for four of the longest: ten running ones must give way to each other.
+    num_pages = 4 * -(-56 // (2 * model.config.top_span))
+    settings = small_pages(model, num_pages, 14, max_sequences=10, max_prefixes=4, segment_tokens=12, step_tokens=30)
+    engine = Engine(model, settings=settings)
+    params = [SamplingParams(max_new_tokens=NEW + index % 5) for index in range(64)]
+    # Some requests arrive while others are on their way.
+    numbers = [engine.add(prompt, one) for prompt, one in zip(prompts[:40], params, strict=False)]
+    for _ in range(7):
+        engine.step()
+    numbers += [engine.add(prompt, one) for prompt, one in zip(prompts[40:], params[40:], strict=True)]
+    while engine.has_work:
+        engine.step()
+    expected = greedy_batch(model, prompts, NEW + 4)
+    for number, tokens_alone, one in zip(numbers, expected, params, strict=True):
+        assert engine.result(number)[0].tokens == tokens_alone[: one.max_new_tokens]
+    assert engine.prefixes.hit_tokens > 0
+    assert engine.scheduler.num_preemptions > 0
+    # Alone in an engine with room: the same.
+    alone = Engine(model, settings=EngineSettings(max_sequences=1, max_length=64))
+    for index in (0, 5, 63):
+        assert expected[index][:NEW] == greedy(model, prompts[index])
+        (answer,) = alone.generate([prompts[index]], SamplingParams(max_new_tokens=NEW))
+        assert answer[0].tokens == expected[index][:NEW]
+
+
+def test_everything_is_given_back():
+    model = quiet(photon_model("memory-3-full"))
+    engine = Engine(model, settings=small_pages(model, 20, 8, max_sequences=5, max_prefixes=3, segment_tokens=16))
+    engine.generate(prompts_with_common_beginnings(12), SamplingParams(max_new_tokens=9, n=2))
+    while engine.prefixes.evict():
+        pass
+    assert engine.cache.pool.num_free == engine.cache.layout.num_pages
+    assert engine.cache.num_free_rows == engine.cache.layout.num_rows
+    assert not any(engine.cache.pool.holders)
+
+
+def test_equal_prompts_are_encoded_once():
+    model = quiet(photon_model("memory-two-levels"))
+    fed = []
+    engine = Engine(model, settings=EngineSettings(max_sequences=4, max_length=128, segment_tokens=16))
+    prefill = engine.runner.prefill
+    engine.runner.prefill = lambda work: fed.extend(ids for _, ids in work) or prefill(work)
+    prompt = tokens(1, 39)[0].tolist()
+    answers = engine.generate([prompt] * 7, SamplingParams(max_new_tokens=5))
+    assert [len(ids) for ids in fed] == [16, 16, 7]
+    assert {tuple(answer[0].tokens) for answer in answers} == {tuple(greedy(model, prompt, 5))}
+    # Another prompt with the same beginning: only what differs is encoded.
+    other = prompt[:35] + tokens(1, 6, seed=5)[0].tolist()
+    assert engine.generate([other], SamplingParams(max_new_tokens=5))[0][0].tokens == greedy(model, other, 5)
+    assert [len(ids) for ids in fed[3:]] == [9]
+    # The beginning of a known prompt is another prompt: its last logits are not kept.
+    assert engine.generate([prompt[:32]], SamplingParams(max_new_tokens=5))[0][0].tokens == (
+        greedy(model, prompt[:32], 5)
+    )
+    assert [len(ids) for ids in fed[4:]] == [16]
+
+
+def test_continuations_share_the_prompt_and_differ_by_their_random_numbers():
+    model = quiet(photon_model("memory-3-full"))
+    engine = Engine(model, settings=EngineSettings(max_sequences=8, max_length=128, page_tokens=16))
+    prompt = tokens(1, 37)[0].tolist()
+    number = engine.add(prompt, SamplingParams(max_new_tokens=6, n=6, temperature=1.0, seed=3))
+    for _ in range(3):
+        engine.step()
+    held = [sequence.held for sequence in engine.scheduler.running]
+    assert len(held) == 6 and len({one.row for one in held}) == 6
+    assert len({tuple(one.pages[:2]) for one in held}) == 1 and len({one.pages[2] for one in held}) == 6
+    while engine.has_work:
+        engine.step()
+    answers = engine.result(number)
+    assert [answer.index for answer in answers] == list(range(6))
+    assert len({tuple(answer.tokens) for answer in answers}) > 4
+
+
+def test_sampling_does_not_depend_on_neighbours_or_preemption():
+    model = quiet(photon_model("residual-2"))
+    prompts = prompts_with_common_beginnings(9)
+    params = [SamplingParams(max_new_tokens=9, temperature=0.9, top_k=20, n=2, seed=index) for index in range(9)]
+    roomy = Engine(model, settings=EngineSettings(max_sequences=1, max_prefixes=0, max_length=64))
+    alone = [roomy.generate([prompt], one)[0] for prompt, one in zip(prompts, params, strict=True)]
+    # Room for two of the longest sequences.
+    settings = small_pages(model, 2 * -(-40 // 12), 10, max_sequences=8, max_prefixes=2)
+    crowded = Engine(model, settings=settings)
+    together = crowded.generate(prompts, params)
+    assert crowded.scheduler.num_preemptions > 0
+    for first, second in zip(alone, together, strict=True):
+        assert [answer.tokens for answer in first] == [answer.tokens for answer in second]
+
+
+def test_later_requests_do_not_wait_for_long_prompts():
+    """Chunked prefill: a running sequence gets a token in every step while a long prompt is encoded."""
+    model = quiet(photon_model("memory-1"))
+    engine = Engine(model, settings=EngineSettings(max_length=256, segment_tokens=8, step_tokens=8))
+    engine.add(tokens(1, 5)[0].tolist(), SamplingParams(max_new_tokens=20))
+    engine.step()
+    engine.add(tokens(1, 80, seed=1)[0].tolist(), SamplingParams(max_new_tokens=2))
+    for step in range(10):
+        events = engine.step()
+        assert events[0].request_id == 0 and len(events) == (1 if step < 9 else 2)
+
+
+def test_end_tokens_and_abort():
+    model = photon_model("memory-1")
+    prompt = tokens(1, 9)[0].tolist()
+    free = greedy(model, prompt)
+    model.generation_config.eos_token_id = [free[4]]
+    length = free.index(free[4]) + 1
+    engine = Engine(model, settings=EngineSettings(max_length=64))
+    stopped, ignoring, own = engine.generate(
+        [prompt] * 3,
+        [
+            SamplingParams(max_new_tokens=NEW),
+            SamplingParams(max_new_tokens=NEW, ignore_eos=True),
+            SamplingParams(max_new_tokens=NEW, ignore_eos=True, stop_token_ids=(free[1],)),
+        ],
+    )
+    assert stopped[0].tokens == free[:length] and stopped[0].finish_reason == "stop"
+    assert ignoring[0].tokens == free and ignoring[0].finish_reason == "length"
+    assert own[0].tokens == free[: free.index(free[1]) + 1]
+    number = engine.add(prompt, SamplingParams(n=3))
+    engine.step()
+    engine.abort(number)
+    assert not engine.has_work and not engine.scheduler.running and not engine.scheduler.waiting
+    assert engine.result(number) is None
+
+
+@pytest.mark.parametrize(
+    ("prompt", "params", "message"),
+    [
+        ([], {}, "a prompt is empty"),
+        ([3, 61], {}, "token 61 is outside the vocabulary of 61"),
+        ("text", {}, "needs a tokenizer"),
+        ([3], {"stop": "x"}, "stop needs a tokenizer"),
+        ([3] * 40, {"max_new_tokens": 300}, "max_new_tokens=300 exceed the cache of"),
+    ],
+)
+def test_bad_requests_are_refused(prompt, params, message):
+    engine = Engine(photon_model("memory-1"), settings=EngineSettings(max_length=64, max_sequences=1, max_prefixes=0))
+    with pytest.raises(PhotonError, match=message):
+        engine.generate([[5, 6], prompt], SamplingParams(**params))
+    assert not engine.has_work and not engine.scheduler.waiting
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"memory": 100}, "memory=100 does not hold"),
+        ({"memory": "3 apples"}, "memory is '3 apples', which is no size"),
+        ({"max_sequences": 0}, "max_sequences=0 must be at least 1"),
+    ],
+)
+def test_bad_settings_are_refused(settings, message):
+    with pytest.raises(PhotonError, match=message):
+        Engine(photon_model("memory-1"), settings=EngineSettings(**settings))
