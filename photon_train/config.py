@@ -70,10 +70,29 @@ class PhotonSettings:
 
 
 @dataclass
+class SourceSettings:
+    """One source of a mixture.
+
+    Attributes:
+        path: A file, a directory, the directory of a tokenised corpus, or a hub id.
+        weight: Its share of the training sequences, relative to the others'.
+    """
+
+    path: str = ""
+    weight: float = 1.0
+
+
+@dataclass
 class DataSettings:
     """The text.
 
     Attributes:
+        sources: Several sources with weights, in place of `data`; each is read as often as its weight asks.
+        messages_field: Column or key that holds conversations (lists of `role` and `content`): they are written with
+            the chat template, and the loss is on what the assistant says alone.
+        chat_template: File of a chat template that marks the assistant's words with generation tags; unset takes the
+            tokenizer's own.
+        stream: Tokenise shard by shard into `output` and map the tokens into memory, for text larger than the memory.
         text_field: Column or key that holds the text in JSONL, Parquet and hub data sets.
         hub_config: Configuration name of a hub data set.
         hub_split: Split of a hub data set.
@@ -81,9 +100,13 @@ class DataSettings:
         max_documents: Read at most this many documents; unset reads all.
         align_documents: Start every document on a boundary of the top unit, so that no chunk holds
             the end of one document and the start of the next.
-        num_workers: Loader worker processes.
+        num_workers: Processes that tokenise with `stream`; 0 tokenises in the main one.
     """
 
+    sources: list[SourceSettings] = field(default_factory=list)
+    messages_field: str | None = None
+    chat_template: str | None = None
+    stream: bool = False
     text_field: str = "text"
     hub_config: str | None = None
     hub_split: str = "train"

@@ -91,6 +91,11 @@ def validate(config: RunConfig) -> None:
         raise PhotonError(
             f"photon.levels sets {len(levels)} levels but photon.num_levels is {num_levels}: raise it or drop levels"
         )
+    for index, source in enumerate(config.dataset.sources):
+        if not source.path or source.weight <= 0:
+            raise PhotonError(f"dataset.sources.{index} needs a path and a weight greater than 0")
+    if config.dataset.sources and config.data is not None:
+        raise PhotonError("data and dataset.sources are both set: name every source in dataset.sources")
     parse_size(config.export.max_shard_size)
     if not config.output:
         raise PhotonError("output is empty; name the directory to write")

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from photon_train import cli
 from photon_train.cli_help import field_docs
-from photon_train.config import LevelOverrides, RunConfig
+from photon_train.config import LevelOverrides, RunConfig, SourceSettings
 from photon_train.config_values import all_keys, field_types, merge
 from photon_train.config_yaml import parse_yaml
 from photon_train.errors import PhotonError
@@ -174,6 +174,19 @@ def test_bad_values_are_refused(argv: list[str], key: str) -> None:
         load(*argv)
 
 
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--dataset.sources.0.weight", "2"], "dataset.sources.0 needs a path"),
+        (["--dataset.sources.0.path", "a", "--dataset.sources.0.weight", "0"], "weight greater than 0"),
+        (["--data", "b", "--dataset.sources.0.path", "a"], "data and dataset.sources are both set"),
+    ],
+)
+def test_sources_of_a_mixture_are_checked(argv: list[str], message: str) -> None:
+    with pytest.raises(PhotonError, match=message):
+        load(*argv)
+
+
 def test_every_checked_key_exists() -> None:
     from photon_train import config_check
 
@@ -190,7 +203,7 @@ def test_every_number_is_checked() -> None:
     numeric = set()
     for key in all_keys():
         kind = cli._type_of_key(key)
-        if ".levels.0." not in key and cli.without_none(kind) in (int, float):
+        if not {"levels", "sources"} & set(key.split(".")) and cli.without_none(kind) in (int, float):
             numeric.add(key)
     assert numeric == checked
 
@@ -201,7 +214,7 @@ def test_help_explains_every_setting_with_its_default(capsys) -> None:
     assert stop.value.code == 0
     text = capsys.readouterr().out
     for key in all_keys():
-        assert f"--{key.replace('.levels.0.', '.levels.N.')} " in text
+        assert f"--{key.replace('.0.', '.N.')} " in text
     assert "A recipe." in text
     assert "4321" in text, "the recipe's own defaults are shown"
     words = " ".join(text.split())
@@ -209,7 +222,7 @@ def test_help_explains_every_setting_with_its_default(capsys) -> None:
 
 
 def test_every_setting_is_documented() -> None:
-    kinds = [RunConfig, LevelOverrides]
+    kinds = [RunConfig, LevelOverrides, SourceSettings]
     while kinds:
         kind = kinds.pop()
         groups = {name: t for name, t in field_types(kind).items() if dataclasses.is_dataclass(t)}

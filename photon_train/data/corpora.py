@@ -1,4 +1,4 @@
-"""Text from where users keep it: files, directories, JSONL, Parquet, the hub, or the Python standard library."""
+"""Texts and conversations from where users keep them: files, directories, JSONL, Parquet, the hub, Python itself."""
 
 from __future__ import annotations
 
@@ -46,20 +46,25 @@ class Document:
     Attributes:
         name: Unique within the source and independent of where the source lies on disk.
         text: Not empty.
+        messages: Of a conversation, its messages (`role`, `content`); `text` then joins what they say.
     """
 
     name: str
     text: str
+    messages: tuple[dict[str, str], ...] | None = None
 
 
 def read_documents(source: str | None, settings: DataSettings, max_characters: int | None = None) -> Iterator[Document]:
     """Read the documents of `source` one by one; documents of white space alone are left out.
 
+    JSONL, Parquet and hub rows are read as a stream: one batch of rows is in memory. Plain text files count as one
+    document each.
+
     Args:
         source: None for the embedded corpus (the standard library of the running interpreter); a text file; a
             `.jsonl`, `.jsonl.gz` or `.parquet` file; a directory of these (hidden names are left out); else the
             id of a hub data set, which is streamed.
-        settings: Name of the text field, hub configuration and split, and the most documents to read.
+        settings: Name of the field of text or messages, hub configuration and split, and the most documents to read.
         max_characters: Stop after the document that reaches this many characters. It bounds what is read from a
             hub data set larger than the run needs.
 
@@ -87,13 +92,11 @@ def split_documents(documents: Iterable[Document], held_out_fraction: float) -> 
         raise PhotonError(f"dataset.held_out_fraction must be between 0 and 1 (exclusive), not {held_out_fraction}")
     documents = list(documents)
     if len(documents) == 1:
+        if documents[0].messages is not None:
+            raise PhotonError(f"{documents[0].name} is the only conversation, so none can be held out: give more")
         return _split_text(documents[0], held_out_fraction)
-    points = [_hash_point(document.name) for document in documents]
-    threshold = held_out_fraction
-    if len(documents) > 1:
-        ordered = sorted(points)
-        # At least the smallest point is below the threshold and at least the largest is not.
-        threshold = min(max(threshold, ordered[0] + 2.0**-52), ordered[-1])
+    points = [hash_point(document.name) for document in documents]
+    threshold = split_threshold(min(points), max(points), held_out_fraction) if points else held_out_fraction
     train = [document for document, point in zip(documents, points, strict=True) if point >= threshold]
     held_out = [document for document, point in zip(documents, points, strict=True) if point < threshold]
     if not train or not held_out:
@@ -101,7 +104,12 @@ def split_documents(documents: Iterable[Document], held_out_fraction: float) -> 
     return train, held_out
 
 
-def _hash_point(name: str) -> float:
+def split_threshold(least: float, most: float, held_out_fraction: float) -> float:
+    """Points below it are held out: the fraction, moved where one side would be empty of points in [least, most]."""
+    return min(max(held_out_fraction, least + 2.0**-52), most)
+
+
+def hash_point(name: str) -> float:
     """A point in [0, 1) drawn by the name."""
     # 52 bits: each value is exact in a double, and so is the next.
     return (int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest(), "big") >> 12) / 2.0**52
@@ -188,9 +196,9 @@ class _NotText(PhotonError):
 
 def _read_file(path: Path, name: str, settings: DataSettings) -> Iterator[Document]:
     if path.name.lower().endswith(JSONL_SUFFIXES):
-        yield from _read_jsonl(path, name, settings.text_field)
+        yield from _read_jsonl(path, name, settings)
     elif path.name.lower().endswith(PARQUET_SUFFIX):
-        yield from _read_parquet(path, name, settings.text_field)
+        yield from _read_parquet(path, name, settings)
     else:
         with _readable(path):
             text = path.read_text(encoding="utf-8")
@@ -209,7 +217,7 @@ def _readable(path: Path) -> Iterator[None]:
         raise PhotonError(f"{path}: cannot be read: {reason}") from error
 
 
-def _read_jsonl(path: Path, name: str, text_field: str) -> Iterator[Document]:
+def _read_jsonl(path: Path, name: str, settings: DataSettings) -> Iterator[Document]:
     raw = gzip.open(path, "rb") if path.suffix.lower() == ".gz" else open(path, "rb")
     with raw, io.TextIOWrapper(raw, encoding="utf-8") as lines, _readable(path):
         for number, line in enumerate(lines, start=1):
@@ -221,22 +229,22 @@ def _read_jsonl(path: Path, name: str, text_field: str) -> Iterator[Document]:
                 raise PhotonError(f"{path}:{number}: not valid JSON: {error.msg} (column {error.colno})") from error
             if not isinstance(record, dict):
                 raise PhotonError(f"{path}:{number}: expected a JSON object, got {type(record).__name__}")
-            yield Document(f"{name}:{number}", _text_of(record, text_field, f"{path}:{number}"))
+            yield _document(f"{name}:{number}", record, settings, f"{path}:{number}")
 
 
-def _read_parquet(path: Path, name: str, text_field: str) -> Iterator[Document]:
+def _read_parquet(path: Path, name: str, settings: DataSettings) -> Iterator[Document]:
     import pyarrow
     import pyarrow.parquet
 
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
-            columns = file.schema_arrow.names
-            if text_field not in columns:
-                raise _missing_field(str(path), text_field, columns)
+            field, columns = settings.messages_field or settings.text_field, file.schema_arrow.names
+            if field not in columns:
+                raise _missing_field(str(path), settings, columns)
             row = 0
-            for batch in file.iter_batches(batch_size=1024, columns=[text_field]):
-                for text in batch.column(0).to_pylist():
-                    yield Document(f"{name}:{row}", _text_of({text_field: text}, text_field, f"{path}: row {row}"))
+            for batch in file.iter_batches(batch_size=1024, columns=[field]):
+                for value in batch.column(0).to_pylist():
+                    yield _document(f"{name}:{row}", {field: value}, settings, f"{path}: row {row}")
                     row += 1
     except (pyarrow.ArrowException, OSError) as error:
         raise PhotonError(f"{path}: cannot be read as Parquet: {_first_line(error)}") from error
@@ -249,8 +257,7 @@ def _read_hub(source: str, settings: DataSettings) -> Iterator[Document]:
 
         rows = datasets.load_dataset(source, settings.hub_config, split=settings.hub_split, streaming=True)
         for number, record in enumerate(rows):
-            text = _text_of(record, settings.text_field, f"{where}, row {number}")
-            yield Document(f"{source}/{settings.hub_split}:{number}", text)
+            yield _document(f"{source}/{settings.hub_split}:{number}", record, settings, f"{where}, row {number}")
     except PhotonError:
         raise
     except Exception as error:  # the hub client raises many unrelated types: not found, gated, offline, bad split
@@ -260,20 +267,37 @@ def _read_hub(source: str, settings: DataSettings) -> Iterator[Document]:
         ) from error
 
 
-def _text_of(record: dict, text_field: str, where: str) -> str:
-    if text_field not in record:
-        raise _missing_field(where, text_field, record)
-    text = record[text_field]
-    if text is None:
-        return ""
-    if not isinstance(text, str):
-        raise PhotonError(f"{where}: {text_field!r} holds {type(text).__name__}, not text; set dataset.text_field")
-    return text
+def _document(name: str, record: dict, settings: DataSettings, where: str) -> Document:
+    """The text, or with `dataset.messages_field` the conversation, of one record."""
+    field = settings.messages_field or settings.text_field
+    if field not in record:
+        raise _missing_field(where, settings, record)
+    value = record[field]
+    if settings.messages_field:
+        messages = _messages(value or [], field, where)
+        return Document(name, "\n".join(message["content"] for message in messages), messages)
+    if value is None:
+        return Document(name, "")
+    if not isinstance(value, str):
+        hint = "; for conversations set dataset.messages_field" if isinstance(value, list) else ""
+        raise PhotonError(f"{where}: {field!r} holds {type(value).__name__}, not text; set dataset.text_field{hint}")
+    return Document(name, value)
 
 
-def _missing_field(where: str, text_field: str, fields: Iterable[str]) -> PhotonError:
+def _messages(value: object, field: str, where: str) -> tuple[dict[str, str], ...]:
+    for message in value if isinstance(value, list) else [value]:
+        if not isinstance(message, dict) or not all(isinstance(message.get(key), str) for key in ("role", "content")):
+            raise PhotonError(
+                f"{where}: {field!r} must be a list of messages with the texts 'role' and 'content'; found "
+                f"{str(message)[:60]!r} (dataset.messages_field)"
+            )
+    return tuple({"role": message["role"], "content": message["content"]} for message in value)
+
+
+def _missing_field(where: str, settings: DataSettings, fields: Iterable[str]) -> PhotonError:
+    key = "messages_field" if settings.messages_field else "text_field"
     present = ", ".join(fields) or "none"
-    return PhotonError(f"{where}: no field {text_field!r} (present: {present}); set dataset.text_field")
+    return PhotonError(f"{where}: no field {getattr(settings, key)!r} (present: {present}); set dataset.{key}")
 
 
 def _first_line(error: BaseException) -> str:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from photon_train.data.chat import tokenize_chats
 from photon_train.data.corpora import Document
 from photon_train.data.progress import progress_bar
 from photon_train.errors import PhotonError
@@ -20,19 +21,21 @@ _PIECE_CHARACTERS = 1_000_000
 
 
 class PackedDataset(torch.utils.data.Dataset):
-    """Sequences of `seq_len` tokens in one int32 tensor, with a mask of the positions that are not text.
+    """Sequences of `seq_len` tokens in one int32 tensor, with masks of the positions that are not learned.
 
     Attributes:
         tokens: `[sequences, seq_len]` int32.
         filler: `[sequences, seq_len]` bool, true where the position is alignment or padding; None if nowhere.
+        masked: The same shape, true on filler and on text that is read but not learned (what users say); None as above.
         num_tokens: Positions that hold text (including the end of each document).
         num_documents: Documents that were packed.
         packing_efficiency: `num_tokens` over all positions.
     """
 
-    def __init__(self, tokens: Tensor, filler: Tensor, num_documents: int) -> None:
+    def __init__(self, tokens: Tensor, filler: Tensor, num_documents: int, masked: Tensor | None = None) -> None:
         self.tokens = tokens
         self.filler = filler if bool(filler.any()) else None
+        self.masked = self.filler if masked is None else masked | filler
         self.num_documents = num_documents
         self.num_tokens = tokens.numel() - int(filler.sum())
         self.packing_efficiency = self.num_tokens / tokens.numel()
@@ -51,12 +54,12 @@ class PackedDataset(torch.utils.data.Dataset):
 
         Returns:
             `input_ids` and `labels`, each `[batch, seq_len]` int64. `labels[i]` is the token at position i (the
-            model shifts), or -100 on filler.
+            model shifts), or -100 where nothing is learned.
         """
         input_ids = self.tokens[indices].long()
         labels = input_ids.clone()
-        if self.filler is not None:
-            labels.masked_fill_(self.filler[indices], IGNORED_LABEL)
+        if self.masked is not None:
+            labels.masked_fill_(self.masked[indices], IGNORED_LABEL)
         return {"input_ids": input_ids, "labels": labels}
 
 
@@ -76,6 +79,7 @@ def pack(
     Each document is its tokens and `eos_id` (after a BOS token where the tokenizer puts one). Documents follow one
     another; a document that does not fit goes on at position 0 of the next sequence. With `align` > 1 filler stands
     between documents so that each starts on a multiple of `align`: no chunk holds parts of two documents.
+    Conversations are written with the chat template instead, and only the assistant's words get labels.
 
     Args:
         documents: The text.
@@ -91,17 +95,16 @@ def pack(
     Raises:
         PhotonError: if `seq_len` is not a multiple of `align`, or there is no text.
     """
-    if align < 1 or seq_len < 1 or seq_len % align:
-        raise PhotonError(
-            f"train.seq_len = {seq_len} must be a multiple of the top unit's span, {align} tokens: "
-            f"take {max(1, seq_len // align) * align}, or set dataset.align_documents to false"
-        )
+    check_alignment(seq_len, align)
     pad_id = eos_id if pad_id is None else pad_id
     parts: list[np.ndarray] = []
+    read_only: list[tuple[int, np.ndarray]] = []
     num_documents = length = 0
     filler_ranges: list[tuple[int, int]] = []
-    for ids in _tokenize(documents, tokenizer, eos_id, progress):
+    for _, ids, unlearned in tokenize_documents(documents, tokenizer, eos_id, progress):
         parts.append(ids)
+        if unlearned is not None:
+            read_only.append((length, unlearned))
         length += len(ids)
         num_documents += 1
         gap = -length % align
@@ -119,12 +122,28 @@ def pack(
     filler = np.zeros(length, dtype=bool)
     for start, stop in filler_ranges:
         filler[start:stop] = True
+    masked = filler.copy() if read_only else None
+    for start, unlearned in read_only:
+        masked[start : start + len(unlearned)] = unlearned
     full = length // seq_len * seq_len
-    tokens = np.concatenate(parts)
-    shape = (-1, seq_len)
-    return PackedDataset(
-        torch.from_numpy(tokens[:full].reshape(shape)), torch.from_numpy(filler[:full].reshape(shape)), num_documents
+    tokens, filler, masked = (
+        None if array is None else torch.from_numpy(array[:full].reshape(-1, seq_len))
+        for array in (np.concatenate(parts), filler, masked)
     )
+    return PackedDataset(tokens, filler, num_documents, masked)
+
+
+def check_alignment(seq_len: int, align: int) -> None:
+    """Check that sequences are made of whole top units.
+
+    Raises:
+        PhotonError: if `seq_len` is not a multiple of `align`.
+    """
+    if align < 1 or seq_len < 1 or seq_len % align:
+        raise PhotonError(
+            f"train.seq_len = {seq_len} must be a multiple of the top unit's span, {align} tokens: "
+            f"take {max(1, seq_len // align) * align}, or set dataset.align_documents to false"
+        )
 
 
 def check_tokenizer(tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> None:
@@ -141,10 +160,14 @@ def check_tokenizer(tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> None
         )
 
 
-def _tokenize(
-    documents: Iterable[Document], tokenizer: PreTrainedTokenizerBase, eos_id: int, progress: bool
-) -> Iterator[np.ndarray]:
-    """Token ids of each document, int32, with BOS where the tokenizer puts one, and `eos_id`."""
+def tokenize_documents(
+    documents: Iterable[Document], tokenizer: PreTrainedTokenizerBase, eos_id: int, progress: bool = False
+) -> Iterator[tuple[Document, np.ndarray, np.ndarray | None]]:
+    """Each document, its token ids (int32), and for a conversation a bool array, true where nothing is learned.
+
+    A text gets BOS where the tokenizer puts one, and `eos_id`. A conversation in which the assistant says nothing
+    teaches nothing and is left out.
+    """
     bos_id = tokenizer.bos_token_id
     starts_with_bos = bos_id is not None and tokenizer("a")["input_ids"][:1] == [bos_id]
     head = [bos_id] if starts_with_bos else []
@@ -152,21 +175,28 @@ def _tokenize(
     with progress_bar(progress, "tokens  {task.fields[rate]:,.0f}/s") as bar:
         task = bar.add_task("tokenising", total=None, rate=0.0)
         while batch := list(islice(documents, _BATCH_DOCUMENTS)):
-            pieces = [list(_pieces(document.text)) for document in batch]
-            # `verbose=False`: no warning that a document is longer than the model's context; it is cut by packing.
-            encoded = iter(
-                tokenizer(
-                    [piece for group in pieces for piece in group],
-                    add_special_tokens=False,
-                    return_attention_mask=False,
-                    verbose=False,
-                )["input_ids"]
-            )
-            for group in pieces:
-                ids = [head, *(next(encoded) for _ in group), [eos_id]]
-                row = np.fromiter((token for part in ids for token in part), dtype=np.int32)
-                bar.update(task, advance=len(row), rate=bar.tasks[task].speed or 0.0)
+            is_chat = batch[0].messages is not None
+            for row in tokenize_chats(batch, tokenizer) if is_chat else _texts(batch, tokenizer, head, eos_id):
+                bar.update(task, advance=len(row[1]), rate=bar.tasks[task].speed or 0.0)
                 yield row
+
+
+def _texts(
+    batch: list[Document], tokenizer: PreTrainedTokenizerBase, head: list[int], eos_id: int
+) -> Iterator[tuple[Document, np.ndarray, None]]:
+    pieces = [list(_pieces(document.text)) for document in batch]
+    # `verbose=False`: no warning that a document is longer than the model's context; it is cut by packing.
+    encoded = iter(
+        tokenizer(
+            [piece for group in pieces for piece in group],
+            add_special_tokens=False,
+            return_attention_mask=False,
+            verbose=False,
+        )["input_ids"]
+    )
+    for document, group in zip(batch, pieces, strict=True):
+        ids = [head, *(next(encoded) for _ in group), [eos_id]]
+        yield document, np.fromiter((token for part in ids for token in part), dtype=np.int32), None
 
 
 def _pieces(text: str) -> Iterator[str]:

@@ -3,25 +3,29 @@
 from __future__ import annotations
 
 import os
+import sys
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from photon_train.accounting import Estimate, estimate
-from photon_train.config import RunConfig
+from photon_train.config import DataSettings, RunConfig
 from photon_train.conversion.families import dense_tensors
 from photon_train.conversion.plan import ConversionPlan, make_plan
 from photon_train.conversion.presets import layer_map, photon_config
 from photon_train.conversion.safetensors_io import TensorInfo
 from photon_train.conversion.source import DenseCheckpoint
 from photon_train.data.corpora import read_documents, split_documents
+from photon_train.data.mixture import Mixture
 from photon_train.data.packing import PackedDataset, check_tokenizer, pack
 from photon_train.data.pretrain import PretrainSettings
-from photon_train.errors import PhotonError
+from photon_train.data.tokenised import Corpus, CorpusDataset, is_corpus, tokenizer_for, write_corpus
 from photon_train.models import PhotonConfig
 
 # Text of a hub data set that is read, in characters per token needed: more than any tokenizer's average.
@@ -90,8 +94,8 @@ class Text:
     """Packed text and the tokenizer that made it."""
 
     tokenizer: PreTrainedTokenizerBase
-    train: PackedDataset
-    held_out: PackedDataset
+    train: PackedDataset | CorpusDataset | Mixture
+    held_out: PackedDataset | CorpusDataset | Mixture
 
     def summary(self) -> dict[str, Any]:
         """Counts for the report."""
@@ -102,45 +106,77 @@ class Text:
             "packing_efficiency": self.train.packing_efficiency,
         }
 
+    def __str__(self) -> str:
+        return (
+            f"{self.train.num_documents:,} documents to train on, {self.train.num_tokens:,} tokens in "
+            f"{len(self.train):,} sequences, {self.train.packing_efficiency:.1%} of their positions filled; "
+            f"{self.held_out.num_tokens:,} tokens held out"
+        )
 
-def load_tokenizer(directory: Path, vocab_size: int) -> PreTrainedTokenizerBase:
-    """The tokenizer beside a checkpoint.
+
+def load_tokenizer(directory: Path, vocab_size: int, settings: DataSettings) -> PreTrainedTokenizerBase:
+    """The tokenizer beside a checkpoint, ready for the data.
 
     Raises:
-        PhotonError: if there is none, it does not fit the vocabulary, or it has no end-of-text token.
+        PhotonError: if there is none, it does not fit the vocabulary or the data.
     """
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(directory)
-    except (OSError, ValueError, KeyError) as error:
-        raise PhotonError(
-            f"{directory}: no tokenizer could be read ({str(error).splitlines()[0]}): put tokenizer.json and "
-            "tokenizer_config.json beside the weights"
-        ) from error
+    tokenizer = tokenizer_for(str(directory), settings)
     check_tokenizer(tokenizer, vocab_size)
-    if tokenizer.eos_token_id is None:
-        raise PhotonError(f"{directory}: the tokenizer has no eos_token: name one in tokenizer_config.json")
     return tokenizer
 
 
 def load_text(
-    config: RunConfig, tokenizer: PreTrainedTokenizerBase, span: int, num_processes: int, progress: bool
+    config: RunConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    span: int,
+    num_processes: int,
+    progress: bool,
+    main_first: Callable[[Callable[[], Any]], Any] = lambda work: work(),
 ) -> Text:
     """Read, split and pack the text of a run.
 
+    A source is packed in memory, or with `dataset.stream` tokenised into `<output>/tokens/<number>` by the main process
+    and mapped into memory by all; the directory of a tokenised corpus is mapped as it is.
+
     Args:
         span: Tokens under one top unit, to whose multiples documents are aligned.
+        main_first: Runs a function on the main process, then on the others.
 
     Raises:
         PhotonError: for text that is missing, unreadable or too little.
     """
-    train = config.train
+    train, settings = config.train, config.dataset
     needed = train.max_steps * train.batch_size * train.gradient_accumulation_steps * num_processes * train.seq_len
-    is_local = config.data is None or Path(config.data).exists()
-    documents = read_documents(config.data, config.dataset, None if is_local else needed * _CHARACTERS_PER_TOKEN)
-    train_documents, held_out = split_documents(documents, config.dataset.held_out_fraction)
-    align, end = span if config.dataset.align_documents else 1, tokenizer.eos_token_id
-    return Text(
-        tokenizer,
-        pack(train_documents, tokenizer, train.seq_len, align, end, progress=progress),
-        pack(held_out, tokenizer, train.seq_len, align, end, pad_last=True, progress=progress),
-    )
+    align, end = span if settings.align_documents else 1, tokenizer.eos_token_id
+
+    def one(number: int, source: str | None) -> tuple[Any, Any]:
+        is_local = source is None or Path(source).exists()
+        most = None if is_local else needed * _CHARACTERS_PER_TOKEN
+        if settings.stream and not is_corpus(source):
+            directory = Path(config.output) / "tokens" / str(number)
+            say = (lambda line: print(f"tokenising: {line}", file=sys.stderr, flush=True)) if progress else _silent
+            main_first(partial(write_corpus, source, settings, tokenizer, directory, max_characters=most, progress=say))
+            source = str(directory)
+        if is_corpus(source):
+            corpus = Corpus(Path(source), tokenizer)
+            chosen, held_out = corpus.split(settings.held_out_fraction)
+            return (
+                CorpusDataset(corpus, chosen, train.seq_len, align, end),
+                CorpusDataset(corpus, held_out, train.seq_len, align, end, pad_last=True),
+            )
+        documents = read_documents(source, settings, most)
+        chosen, held_out = split_documents(documents, settings.held_out_fraction)
+        return (
+            pack(chosen, tokenizer, train.seq_len, align, end, progress=progress),
+            pack(held_out, tokenizer, train.seq_len, align, end, pad_last=True, progress=progress),
+        )
+
+    if not settings.sources:
+        return Text(tokenizer, *one(0, config.data))
+    pairs = [one(number, source.path) for number, source in enumerate(settings.sources)]
+    weights = [source.weight for source in settings.sources]
+    return Text(tokenizer, *(Mixture(side, weights) for side in zip(*pairs, strict=True)))
+
+
+def _silent(_: str) -> None:
+    pass

@@ -91,9 +91,12 @@ class _Run:
     def carry_out(self) -> None:
         directory = self._dense_directory()
         conversion = self._plan(directory)
-        tokenizer = load_tokenizer(directory, conversion.checkpoint.config.vocab_size)
-        span = conversion.config.top_span
-        text = load_text(self.config, tokenizer, span, self.accelerator.num_processes, self.is_main)
+        tokenizer = load_tokenizer(directory, conversion.checkpoint.config.vocab_size, self.config.dataset)
+        span, processes = conversion.config.top_span, self.accelerator.num_processes
+        if self.config.dataset.stream:
+            self.stages.begin(self.config)  # the tokens are written into the output
+        text = load_text(self.config, tokenizer, span, processes, self.is_main, self._main_first)
+        self._say(f"Data: {text}.")
         if not self.converted.exists():
             check_can_write(self.converted, conversion.plan.num_bytes, "the converted model")
         self.accelerator.wait_for_everyone()
@@ -235,7 +238,10 @@ class _Run:
         model, tokenizer = load_for_inference(self.exported)
         prompt = self.config.export.sample_prompt
         if prompt is None:
-            prompt = tokenizer.decode(text.held_out.tokens[0, :_SAMPLE_PROMPT].tolist(), skip_special_tokens=True)
+            prompt = tokenizer.decode(
+                text.held_out.batch(torch.tensor([0]))["input_ids"][0, :_SAMPLE_PROMPT].tolist(),
+                skip_special_tokens=True,
+            )
         with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
             torch.manual_seed(self.config.seed)
             settings = {"max_new_tokens": self.config.export.sample_tokens, **_SAMPLING}

@@ -1,0 +1,109 @@
+"""Conversations: only what the assistant says is learned, whatever the packing; and what is said when it cannot be."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_chat import TEMPLATE, UNMARKED, chat_file, conversation
+from tiny_checkpoint import byte_tokenizer
+
+from photon_train.config import DataSettings
+from photon_train.data.chat import prepare_chat
+from photon_train.data.corpora import Document, read_documents, split_documents
+from photon_train.data.packing import IGNORED_LABEL, pack
+from photon_train.errors import PhotonError
+
+CHAT = DataSettings(messages_field="messages")
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = TEMPLATE
+    return tokenizer
+
+
+def chats(*conversations: list[dict[str, str]]) -> list[Document]:
+    return [Document(f"c{i}", "-", tuple(messages)) for i, messages in enumerate(conversations)]
+
+
+@pytest.mark.parametrize(("seq_len", "align"), [(16, 1), (16, 4), (64, 16), (256, 1)])
+def test_labels_are_the_assistants_words_and_their_end(tokenizer, seq_len: int, align: int) -> None:
+    """Also where a conversation is longer than the sequence and goes on in the next."""
+    first, second = conversation("hi", "hello you", "and?", "fine."), conversation("one more question", "no")
+    data = pack(chats(first, second), tokenizer, seq_len, align, 256, pad_last=True, progress=False)
+    rows = data.batch(torch.arange(len(data)))
+    learned = rows["labels"][rows["labels"] != IGNORED_LABEL]
+    assert tokenizer.decode(learned.tolist()) == "hello you<|end|>fine.<|end|>no<|end|>"
+    kept = rows["input_ids"] if data.filler is None else rows["input_ids"][~data.filler]
+    whole = "".join(tokenizer.apply_chat_template(messages, tokenize=False) for messages in (first, second))
+    assert tokenizer.decode(kept.flatten().tolist()) == whole
+    assert data.num_documents == 2 and data.num_tokens == len(kept.flatten())
+
+
+def test_a_conversation_without_an_answer_is_left_out(tokenizer) -> None:
+    data = pack(chats(conversation("hi"), conversation("a", "b")), tokenizer, 32, 1, 256, progress=False)
+    assert data.num_documents == 1
+
+
+def test_files_of_conversations_are_read_and_split(tokenizer, tmp_path: Path) -> None:
+    import pyarrow.json
+    import pyarrow.parquet
+
+    jsonl = chat_file(tmp_path / "chat.jsonl")
+    documents = list(read_documents(str(jsonl), CHAT))
+    assert documents[3].messages[1] == {"role": "assistant", "content": "A number, 3."}
+    pyarrow.parquet.write_table(pyarrow.json.read_json(jsonl), tmp_path / "chat.parquet")
+    again = read_documents(str(tmp_path / "chat.parquet"), CHAT)
+    assert [document.messages for document in again] == [document.messages for document in documents]
+    train, held_out = split_documents(documents, 0.2)
+    assert len(train) + len(held_out) == 30 and held_out
+    with pytest.raises(PhotonError, match="the only conversation"):
+        split_documents(documents[:1], 0.2)
+
+
+@pytest.mark.parametrize(
+    ("record", "message"),
+    [
+        ({"messages": "hi"}, r"chat.jsonl:1: 'messages' must be a list of messages .*dataset.messages_field"),
+        ({"messages": [{"role": "user"}]}, "must be a list of messages"),
+        ({"messages": [{"role": "user", "content": None}]}, "must be a list of messages"),
+        ({"text": "hi"}, r"no field 'messages' \(present: text\); set dataset.messages_field"),
+    ],
+)
+def test_what_is_no_conversation_is_named(record, message, tmp_path: Path) -> None:
+    (tmp_path / "chat.jsonl").write_text(json.dumps(record))
+    with pytest.raises(PhotonError, match=message):
+        list(read_documents(str(tmp_path / "chat.jsonl"), CHAT))
+
+
+def test_conversations_read_as_text_point_to_the_setting(tmp_path: Path) -> None:
+    with pytest.raises(PhotonError, match="for conversations set dataset.messages_field"):
+        list(read_documents(str(chat_file(tmp_path / "chat.jsonl")), DataSettings(text_field="messages")))
+
+
+def test_a_template_that_marks_nothing_is_refused_and_can_be_replaced(tmp_path: Path) -> None:
+    tokenizer = byte_tokenizer()
+    with pytest.raises(PhotonError, match="no chat template.*dataset.chat_template"):
+        prepare_chat(tokenizer)
+    tokenizer.chat_template = UNMARKED
+    with pytest.raises(PhotonError, match=r"\{% generation %\} ... \{% endgeneration %\}.*dataset.chat_template"):
+        prepare_chat(tokenizer)
+    tokenizer.chat_template = {"default": UNMARKED, "tools": UNMARKED}
+    with pytest.raises(PhotonError, match="several chat templates"):
+        prepare_chat(tokenizer)
+    with pytest.raises(PhotonError, match="dataset.chat_template .*nowhere.* cannot be read"):
+        prepare_chat(tokenizer, str(tmp_path / "nowhere.jinja"))
+    (tmp_path / "marked.jinja").write_text(TEMPLATE)
+    prepare_chat(tokenizer, str(tmp_path / "marked.jinja"))
+    assert tokenizer.chat_template == TEMPLATE
+
+
+def test_a_conversation_that_the_template_refuses_is_named(tokenizer) -> None:
+    strict = byte_tokenizer()
+    strict.chat_template = "{{ raise_exception('roles must alternate') }}" + TEMPLATE
+    with pytest.raises(PhotonError, match="c0: the chat template refuses the conversation: roles must alternate"):
+        pack(chats(conversation("a", "b")), strict, 16, 1, 256, progress=False)

@@ -1,0 +1,169 @@
+"""Tokenised corpora: the same sequences as packing in memory, however often the writing was stopped."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from tiny_chat import TEMPLATE, chat_file
+from tiny_checkpoint import byte_tokenizer
+
+from photon_train.config import DataSettings
+from photon_train.data import tokenised
+from photon_train.data.corpora import read_documents, split_documents
+from photon_train.data.packing import pack
+from photon_train.data.tokenised import Corpus, CorpusDataset, is_corpus, write_corpus
+from photon_train.errors import PhotonError
+
+
+def make_tokenizer():
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = TEMPLATE
+    return tokenizer
+
+
+TOKENIZER = make_tokenizer()
+END = TOKENIZER.eos_token_id
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> str:
+    """Two shards of JSONL with short, empty and very long documents."""
+    (tmp_path / "text").mkdir()
+    for shard in range(2):
+        texts = ["", "x", "long " * 60, *(f"document {shard}.{i} " * (i % 4 + 1) for i in range(20))]
+        lines = [json.dumps({"text": text}) for text in texts]
+        (tmp_path / "text" / f"{shard}.jsonl").write_text("\n".join(lines))
+    return str(tmp_path / "text")
+
+
+def write(source: str, directory: Path, per_shard: int = 7, **settings) -> Corpus:
+    write_corpus(source, DataSettings(**settings), TOKENIZER, directory, documents_per_shard=per_shard)
+    return Corpus(directory, TOKENIZER)
+
+
+def content(directory: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(directory)): path.read_bytes() for path in directory.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize(("seq_len", "align"), [(16, 1), (48, 16), (4096, 16)])
+@pytest.mark.parametrize("chat", [False, True])
+def test_sequences_are_those_of_packing_in_memory(source, seq_len, align, chat, tmp_path: Path) -> None:
+    settings = {"messages_field": "messages"} if chat else {}
+    if chat:
+        source = str(chat_file(tmp_path / "chat.jsonl"))
+    corpus = write(source, tmp_path / "corpus", **settings)
+    sides = split_documents(read_documents(source, DataSettings(**settings)), 0.2)
+    for documents, chosen, pad_last in zip(sides, corpus.split(0.2), (False, True), strict=True):
+        expected = pack(documents, TOKENIZER, seq_len, align, END, pad_last=pad_last, progress=False)
+        mapped = CorpusDataset(corpus, chosen, seq_len, align, END, pad_last)
+        assert len(mapped) == len(expected) and mapped.num_documents == expected.num_documents
+        assert mapped.num_tokens == expected.num_tokens
+        assert mapped.packing_efficiency == pytest.approx(expected.packing_efficiency)
+        order = torch.randperm(len(mapped))
+        for key, value in expected.batch(order).items():
+            assert torch.equal(mapped.batch(order)[key], value), key
+
+
+def test_tokens_stay_on_disk_in_the_smallest_type(source, tmp_path: Path) -> None:
+    corpus = write(source, tmp_path / "corpus")
+    assert all(isinstance(shard, np.memmap) and shard.dtype == np.uint16 for shard in corpus.tokens)
+    assert is_corpus(str(tmp_path / "corpus")) and not is_corpus(source) and not is_corpus(None)
+
+
+def test_workers_and_interruptions_change_no_byte(source, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write(source, tmp_path / "straight")
+    write(source, tmp_path / "workers", num_workers=2)
+    assert content(tmp_path / "workers") == content(tmp_path / "straight")
+    write_shard, written = tokenised._write_shard, []
+
+    def stopped(path, *arguments):
+        if path.name == "shard-00003" and len(written) < 4:
+            (path.parent / ".shard-00003.0123456789ab").mkdir()
+            raise KeyboardInterrupt
+        written.append(path.name)
+        return write_shard(path, *arguments)
+
+    monkeypatch.setattr(tokenised, "_write_shard", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        write(source, tmp_path / "again")
+    with pytest.raises(PhotonError, match="again is not complete"):
+        Corpus(tmp_path / "again", TOKENIZER)
+    written += [""] * 4
+    write(source, tmp_path / "again")
+    assert written[:3] + written[7:] == [f"shard-{i:05d}" for i in range(len(written) - 4)]
+    assert content(tmp_path / "again") == content(tmp_path / "straight")
+    count = len(written)
+    write(source, tmp_path / "again")
+    assert len(written) == count, "a complete corpus is left as it is"
+
+
+def _die(*_: object) -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_a_worker_that_dies_is_one_error(source, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write(source, tmp_path / "corpus", max_documents=7)
+    monkeypatch.setattr(tokenised, "_write_shard", _die)
+    with pytest.raises(
+        PhotonError, match=r"tokenised into .*died .*dataset.num_workers.*finished shards are kept"
+    ) as e:
+        write(source, tmp_path / "other", num_workers=1)
+    assert "\n" not in str(e.value)
+
+
+def test_a_truncated_shard_is_named(source, tmp_path: Path) -> None:
+    write(source, tmp_path / "corpus")
+    file = tmp_path / "corpus" / "shard-00001" / "tokens.bin"
+    file.write_bytes(file.read_bytes()[:-2])
+    with pytest.raises(PhotonError, match=r"shard-00001/tokens.bin has \d+ bytes instead of \d+: .*tokenise again"):
+        Corpus(tmp_path / "corpus", TOKENIZER)
+    file.unlink()
+    with pytest.raises(PhotonError, match="tokens.bin is missing"):
+        Corpus(tmp_path / "corpus", TOKENIZER)
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "jsonl.gz", "parquet"])
+def test_a_truncated_source_is_one_error_and_costs_no_finished_shard(kind, tmp_path: Path) -> None:
+    import gzip
+
+    import pyarrow
+    import pyarrow.parquet
+
+    texts = [f"document {i} {'abcdefghij'[i % 10] * 30}" for i in range(40)]
+    path = tmp_path / f"texts.{kind}"
+    if kind == "parquet":
+        pyarrow.parquet.write_table(pyarrow.table({"text": texts}), path)
+    else:
+        raw = "\n".join(json.dumps({"text": text}) for text in texts).encode()
+        path.write_bytes(gzip.compress(raw) if kind.endswith("gz") else raw)
+    path.write_bytes(path.read_bytes()[:-20])
+    with pytest.raises(PhotonError, match=rf"texts.{kind}.*") as caught:
+        write(str(path), tmp_path / "corpus")
+    assert "\n" not in str(caught.value) and not (tmp_path / "corpus" / "corpus.json").exists()
+
+
+def test_other_settings_or_another_tokenizer_are_refused(source, tmp_path: Path) -> None:
+    write(source, tmp_path / "corpus")
+    with pytest.raises(PhotonError, match="corpus was made with another max_documents: give another directory"):
+        write(source, tmp_path / "corpus", max_documents=3)
+    with open(Path(source) / "0.jsonl", "a") as file:
+        file.write('\n{"text": "more"}')
+    with pytest.raises(PhotonError, match="another source_bytes"):
+        write(source, tmp_path / "corpus")
+    other = make_tokenizer()
+    other.chat_template = TEMPLATE + " "
+    with pytest.raises(PhotonError, match="another tokenizer or chat template"):
+        Corpus(tmp_path / "corpus", other)
+
+
+def test_nothing_to_learn(tmp_path: Path) -> None:
+    row = {"messages": [{"role": "user", "content": "hi"}]}
+    (tmp_path / "chat.jsonl").write_text(json.dumps(row) + "\n" + json.dumps(row))
+    with pytest.raises(PhotonError, match="no document has anything to learn"):
+        write(str(tmp_path / "chat.jsonl"), tmp_path / "corpus", messages_field="messages")
