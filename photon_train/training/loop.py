@@ -35,7 +35,7 @@ from photon_train.training.lora import base_model, parameter_groups
 from photon_train.training.losses import IGNORED, LossParts, TrainingObjective, num_target_tokens
 from photon_train.training.progress import MetricsLog, TrainingProgress
 from photon_train.training.settings import settings_hash
-from photon_train.training.tracking import alert, tracked
+from photon_train.training.tracking import alert, log_metrics, tracked
 
 FINAL_LEARNING_RATE = 0.1
 _PARTS = ("total", "ce", "distill", "consistency")
@@ -265,7 +265,7 @@ def train(
     def record(values: dict[str, Any], seconds_left: float | None = None) -> None:
         values = {key: value for key, value in values.items() if value is not None and math.isfinite(value)}
         log.add({"step": state.step, **values})
-        accelerator.log(values, step=state.step)
+        log_metrics(accelerator, values, state.step)
         progress.show({"step": state.step, **values}, seconds_left)
         state.metrics.update(values)
 
@@ -290,7 +290,7 @@ def train(
             progress.console.print(f"{name} step {state.step} skipped: {reason}", soft_wrap=True)
         return reason is not None
 
-    with tracked(accelerator, config, output_dir, name, extra_log), progress:
+    with tracked(accelerator, config, output_dir, name, extra_log, start), progress:
         if saved is None:
             state.initial_ce = evaluation()
         run.objective.train()

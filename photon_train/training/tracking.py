@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import logging
 import netrc
 import os
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,9 +18,13 @@ from accelerate import Accelerator
 
 from photon_train.config import RunConfig, TrackingSettings
 from photon_train.errors import PhotonError
+from photon_train.files import atomic_write_text
 from photon_train.training.settings import flat_config
 
+logger = logging.getLogger(__name__)
+
 TRACKERS = {"wandb": ("wandb",), "tensorboard": ("tensorboard", "tensorboardX"), "none": ()}
+RUN_IDS_FILE = "tracking.json"
 WANDB_MODES = ("online", "offline", "disabled")
 
 
@@ -78,10 +84,15 @@ def wandb_mode(settings: TrackingSettings) -> str:
     return mode
 
 
-def _init_kwargs(config: RunConfig, output_dir: Path, name: str) -> dict[str, Any]:
+def _init_kwargs(config: RunConfig, output_dir: Path, name: str, start_step: int) -> dict[str, Any]:
     settings = config.tracking
+    if settings.tracker == "tensorboard":
+        # A resumed run writes a second file into the same curve; what the killed one wrote after the checkpoint goes.
+        return {"tensorboard": {"purge_step": start_step + 1}} if start_step else {}
     if settings.tracker != "wandb":
         return {}
+    # The agent of a sweep has chosen the run already.
+    identity = {} if in_sweep() else {"id": _run_id(output_dir, name, config.resume), "resume": "allow"}
     return {
         "wandb": {
             "mode": wandb_mode(settings),
@@ -91,23 +102,58 @@ def _init_kwargs(config: RunConfig, output_dir: Path, name: str) -> dict[str, An
             "job_type": name,
             # A second training in this process is a second run.
             "reinit": "finish_previous",
+            **identity,
         }
     }
 
 
+def in_sweep() -> bool:
+    """Whether the agent of a W&B sweep has started this process; it sets the variable."""
+    return bool(os.environ.get("WANDB_SWEEP_ID"))
+
+
+def _run_id(output_dir: Path, name: str, resume: bool) -> str:
+    """The W&B run that the training `name` belongs to: the one of the attempt before, or a new one."""
+    path = output_dir / RUN_IDS_FILE
+    try:
+        ids = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        ids = {}
+    if not (resume and name in ids):
+        ids[name] = uuid.uuid4().hex[:8]
+        atomic_write_text(path, json.dumps(ids, indent=1) + "\n")
+    return ids[name]
+
+
 @contextmanager
 def tracked(
-    accelerator: Accelerator, config: RunConfig, output_dir: Path, name: str, extra: dict[str, Any] | None = None
+    accelerator: Accelerator,
+    config: RunConfig,
+    output_dir: Path,
+    name: str,
+    extra: dict[str, Any] | None = None,
+    start_step: int = 0,
 ) -> Iterator[None]:
-    """Track what `accelerator.log` gets in the block as one run of the chosen tracker.
+    """Track what `log_metrics` gets in the block as one run of the chosen tracker.
+
+    A resumed training continues the run of the attempt before. Steps that the tracker has seen already are not shown
+    twice: their values are the same.
 
     Args:
         accelerator: From `make_accelerator`.
         config: Logged as the run's configuration.
         output_dir: Where W&B and tensorboard write.
-        name: What is trained (`photon`, `dense`): part of the run's name and W&B's job type.
+        name: What is trained (`photon`, `dense`): part of the run's name and W&B's job type. In a sweep, whose agent
+            expects one run per process, the dense comparison is not tracked.
         extra: More entries of the run's configuration, such as the KV ratio.
+        start_step: Step that a resumed training goes on from.
+
+    Raises:
+        PhotonError: if the tracker cannot start.
     """
+    if in_sweep() and name == "dense":
+        yield
+        return
     rows = {**flat_config(config), **(extra or {}), "stage": name}
     # tensorboard's table of hyperparameters takes scalars only.
     rows = {
@@ -115,14 +161,45 @@ def tracked(
     }
     project = config.tracking.project if config.tracking.tracker == "wandb" else name
     output_dir.mkdir(parents=True, exist_ok=True)
-    accelerator.init_trackers(project, config=rows, init_kwargs=_init_kwargs(config, output_dir, name))
+    try:
+        kwargs = _init_kwargs(config, output_dir, name, start_step) if accelerator.is_main_process else {}
+        accelerator.init_trackers(project, config=rows, init_kwargs=kwargs)
+    except PhotonError:
+        raise
+    except Exception as error:  # trackers raise what they like: no network, no project, a bad key
+        raise PhotonError(
+            f"tracking.tracker={config.tracking.tracker} cannot start: {_first_line(error)}; set tracking.mode=offline "
+            "or tracking.tracker=none"
+        ) from error
     try:
         yield
     finally:
         # `accelerator.end_training` would also take the process group down.
         for tracker in accelerator.trackers:
-            tracker.finish()
+            try:
+                tracker.finish()
+            except Exception as error:
+                logger.warning("the tracker %s did not finish: %s", tracker.name, _first_line(error))
         accelerator.trackers.clear()
+
+
+def log_metrics(accelerator: Accelerator, values: dict[str, Any], step: int) -> None:
+    """Give `values` to the trackers. One that fails is dropped with a warning: the run and `metrics.jsonl` go on."""
+    for tracker in list(accelerator.trackers):
+        try:
+            tracker.log(values, step=step)
+        except Exception as error:
+            accelerator.trackers.remove(tracker)
+            logger.warning(
+                "the tracker %s failed at step %d and is left out from here on: %s; metrics.jsonl has everything",
+                tracker.name,
+                step,
+                _first_line(error),
+            )
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def alert(accelerator: Accelerator, title: str, text: str) -> None:
@@ -130,4 +207,7 @@ def alert(accelerator: Accelerator, title: str, text: str) -> None:
     if accelerator.is_main_process:
         for tracker in accelerator.trackers:
             if tracker.name == "wandb":
-                tracker.tracker.alert(title=title, text=text, level="WARN", wait_duration=300)
+                try:
+                    tracker.tracker.alert(title=title, text=text, level="WARN", wait_duration=300)
+                except Exception as error:
+                    logger.warning("the tracker could not send %r: %s", title, _first_line(error))

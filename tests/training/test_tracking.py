@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from tiny_training import tiny_data, tiny_model, tiny_run
+from tiny_training import Poison, tiny_data, tiny_model, tiny_run
 
 from photon_train.config import HubSettings, TrackingSettings
 from photon_train.errors import PhotonError
@@ -29,11 +29,16 @@ METRICS = {
 }
 
 
-def _train(tracking: TrackingSettings, output: Path, name: str = "photon"):
-    config = tiny_run(max_steps=4, eval_every=2, save_every=0)
-    config.tracking, config.hub = tracking, HubSettings(token="hf_secret")
+def _train(
+    tracking: TrackingSettings, output: Path, name: str = "photon", resume: bool = False, on_step=None, **train_
+):
+    config = tiny_run(max_steps=4, eval_every=2, **{"save_every": 0, **train_})
+    config.tracking, config.hub, config.resume = tracking, HubSettings(token="hf_secret"), resume
     student = add_lora(tiny_model("llama"), config.lora)
-    return train(student, tiny_data(8), tiny_data(3), config, output, name=name, extra_log={"kv_ratio": 0.0625})
+    if isinstance(on_step, dict):
+        on_step = Poison(student, on_step)
+    extra = {"kv_ratio": 0.0625}
+    return train(student, tiny_data(8), tiny_data(3), config, output, name=name, extra_log=extra, on_step=on_step)
 
 
 def _wandb_records(file: Path) -> Iterator:
@@ -91,6 +96,93 @@ def test_two_trainings_are_two_offline_wandb_runs(no_key):
         assert history["train/loss"] == [r["train/loss"] for r in result.history if "train/loss" in r]
         assert history["eval/ce"] == [r["eval/ce"] for r in result.history if "eval/ce" in r]
         assert json.loads(config["train.max_steps"]) == 4 and json.loads(config["kv_ratio"]) == 0.0625
+
+
+class Killed(Exception):
+    """Stands for whatever ends a process."""
+
+
+def _die_at(last: int):
+    def on_step(step: int) -> None:
+        if step == last:
+            raise Killed
+
+    return on_step
+
+
+def _wandb_runs(output: Path) -> dict[Path, list]:
+    return {file: list(_wandb_records(file)) for file in sorted((output / "wandb").glob("offline-run-*/run-*.wandb"))}
+
+
+def _steps(records: list, key: str) -> list[int]:
+    """The steps at which `key` was logged."""
+    found = []
+    for record in records:
+        items = {item.key or "/".join(item.nested_key): item.value_json for item in record.history.item}
+        if key in items:
+            found.append(json.loads(items["_step"]))
+    return found
+
+
+def test_a_resumed_training_continues_its_wandb_run(no_key):
+    """Killed before its first checkpoint, then after one: all attempts carry one id, a new run has another."""
+    settings, output = TrackingSettings(project="tiny"), no_key / "out"
+    for resume, last in ((False, 1), (True, 3)):
+        with pytest.raises(Killed):
+            _train(settings, output, resume=resume, on_step=_die_at(last), save_every=2)
+    _train(settings, output, resume=True, save_every=2)
+    records = list(_wandb_runs(output).values())
+    runs = [next(r.run for r in attempt if r.WhichOneof("record_type") == "run") for attempt in records]
+    assert len(runs) == 3 and len({run.run_id for run in runs}) == 1
+    assert [_steps(attempt, "train/loss") for attempt in records] == [[1], [1, 2, 3], [3, 4]]
+    _train(settings, no_key / "other")
+    (other,) = _wandb_runs(no_key / "other")
+    assert runs[0].run_id not in other.name
+
+
+def test_bad_steps_send_an_alert(no_key, monkeypatch):
+    """Offline runs keep no alerts: what is handed to W&B is looked at."""
+    import wandb
+
+    alerts, send = [], wandb.Run.alert
+
+    def recording(self, title, text, level=None, wait_duration=None):
+        send(self, title, text, level, wait_duration)
+        alerts.append((title, text))
+
+    monkeypatch.setattr(wandb.Run, "alert", recording)
+    with pytest.raises(PhotonError, match="diverged"):
+        _train(TrackingSettings(), no_key / "out", on_step={2: "nan", 3: "nan"}, max_skipped_in_row=2)
+    assert [title for title, _ in alerts] == ["Step skipped", "Training diverged"]
+    assert "photon step 2: loss nan" in alerts[0][1] and "diverged at step 3" in alerts[1][1]
+
+
+def test_a_tracker_that_dies_does_not_take_the_run_along(no_key, monkeypatch, caplog):
+    from accelerate.tracking import WandBTracker
+
+    log = WandBTracker.log
+
+    def dying(self, values, step=None, **kwargs):
+        if step >= 2:
+            raise BrokenPipeError("[Errno 32] Broken pipe")
+        log(self, values, step=step, **kwargs)
+
+    monkeypatch.setattr(WandBTracker, "log", dying)
+    result = _train(TrackingSettings(), no_key / "out")
+    assert result.steps == 4 and len([r for r in result.history if "train/loss" in r]) == 4
+    assert caplog.text.count("left out from here on: [Errno 32] Broken pipe") == 1
+
+
+def test_a_tracker_that_cannot_start_is_one_error(no_key, monkeypatch):
+    import wandb
+
+    def refuse(**_):
+        raise wandb.errors.CommError("no route to host\nand so on")
+
+    monkeypatch.setattr(wandb, "init", refuse)
+    with pytest.raises(PhotonError, match="wandb cannot start: no route to host; set tracking.mode=offline") as caught:
+        _train(TrackingSettings(), no_key / "out")
+    assert "\n" not in str(caught.value)
 
 
 def test_tensorboard_writes_events(tmp_path):
