@@ -221,6 +221,7 @@ class TrackingSettings:
         run_name: Run name; unset lets the tracker choose.
         group: Group of runs (W&B).
         mode: W&B mode: `auto` (online with a key, else offline), `online`, `offline` or `disabled`.
+        artifact: The export as a W&B artifact: `reference` (the files stay where they are), `upload` or `none`.
     """
 
     tracker: str = "wandb"
@@ -228,6 +229,7 @@ class TrackingSettings:
     run_name: str | None = None
     group: str | None = None
     mode: str = "auto"
+    artifact: str = "reference"
 
 
 @dataclass

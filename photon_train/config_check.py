@@ -17,6 +17,7 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "train.mixed_precision": ("auto", "bf16", "fp16", "no"),
     "tracking.tracker": ("wandb", "tensorboard", "none"),
     "tracking.mode": ("auto", "online", "offline", "disabled"),
+    "tracking.artifact": ("reference", "upload", "none"),
     "export.dtype": ("auto", "float32", "bfloat16", "float16"),
 }
 _AT_LEAST: dict[str, float] = {

@@ -25,6 +25,7 @@ _MODELS = {
     "dense_ce": "Dense model",
     "dense_tuned_ce": "Dense model, fine-tuned the same way",
     "converted_ce": "PHOTON, right after conversion",
+    "start_ce": "PHOTON, before this fine-tuning",
     "tuned_ce": "PHOTON, fine-tuned",
 }
 
@@ -40,6 +41,7 @@ class Report:
         dense_ce: Held-out cross-entropy (nats per token) of the dense model.
         dense_tuned_ce: Of the dense model after the same fine-tuning.
         converted_ce: Of PHOTON before the first step.
+        start_ce: Of a model that was PHOTON already, before the first step.
         tuned_ce: Of PHOTON after the last step.
         held_out_sequences: Sequences that these were measured on.
         parameters: Parameters of the PHOTON model.
@@ -65,6 +67,7 @@ class Report:
     dense_ce: float | None = None
     dense_tuned_ce: float | None = None
     converted_ce: float | None = None
+    start_ce: float | None = None
     tuned_ce: float | None = None
     held_out_sequences: int | None = None
     parameters: int | None = None

@@ -57,21 +57,36 @@ def plan_conversion(checkpoint: DenseCheckpoint, config: RunConfig, num_processe
     """
     photon = photon_config(checkpoint.config, config)
     plan = make_plan(checkpoint, photon, layer_map(checkpoint.config, config), config.export.dtype, config.seed)
+    numbers = estimate_training(checkpoint.config, photon, config, num_processes, plan.torch_dtype.itemsize)
+    return Conversion(checkpoint, photon, plan, numbers)
+
+
+def estimate_training(
+    dense: Any, photon: PhotonConfig, config: RunConfig, num_processes: int, dtype_bytes: int | None = None
+) -> Estimate:
+    """The estimate of a run; `dtype_bytes` defaults to the type that the PHOTON configuration states."""
     stage, offload = _deepspeed_stage()
-    numbers = estimate(
-        checkpoint.config,
+    return estimate(
+        dense,
         photon,
         seq_len=config.train.seq_len,
         batch_size=config.train.batch_size,
         rank=config.lora.rank,
         target_modules=config.lora.target_modules,
-        dtype_bytes=plan.torch_dtype.itemsize,
+        dtype_bytes=dtype_bytes or getattr(photon.dtype, "itemsize", 4),
         zero_stage=stage,
         num_processes=num_processes,
         offload=offload,
         gradient_checkpointing=config.train.gradient_checkpointing,
     )
-    return Conversion(checkpoint, photon, plan, numbers)
+
+
+def data_name(config: RunConfig) -> str:
+    """Where the text of a run comes from, for the report."""
+    if config.dataset.sources:
+        total = sum(source.weight for source in config.dataset.sources)
+        return ", ".join(f"{source.path} ({source.weight / total:.0%})" for source in config.dataset.sources)
+    return config.data or "the Python standard library"
 
 
 def show_conversion(conversion: Conversion) -> None:

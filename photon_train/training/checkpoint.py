@@ -92,11 +92,11 @@ def latest_checkpoint(directory: str | Path) -> Path | None:
     return found[-1] if found else None
 
 
-def usable_checkpoint(accelerator: Accelerator, directory: Path) -> Path | None:
+def usable_checkpoint(accelerator: Accelerator, directory: Path, keep: int) -> Path | None:
     """The newest checkpoint whose files are what its manifest says, or None where there is none at all.
 
-    Leftovers of killed processes are removed, and damaged checkpoints passed over with a warning. Every process must
-    call it; the main one looks and tells the others.
+    Leftovers of killed processes and checkpoints older than the newest `keep` are removed, and damaged ones passed
+    over with a warning. Every process must call it; the main one looks and tells the others.
 
     Raises:
         PhotonError: if there are checkpoints and all of them are damaged: training would silently start anew.
@@ -112,6 +112,7 @@ def usable_checkpoint(accelerator: Accelerator, directory: Path) -> Path | None:
                 logger.warning("checkpoint passed over: %s", answer[1])
             else:
                 answer[0] = str(path)
+                _remove_old(directory, keep, newest=path)
                 break
     broadcast_object_list(answer)
     if answer[0] is None and answer[1] is not None:
@@ -168,12 +169,18 @@ def save_checkpoint(accelerator: Accelerator, directory: Path, state: TrainingSt
             "the run again with --resume; earlier checkpoints are whole"
         ) from error
     if accelerator.is_main_process:
-        for old in _checkpoints(directory)[: -max(1, keep)]:
-            hidden = hidden_sibling(old)
-            os.replace(old, hidden)  # a kill in the middle leaves no half of a checkpoint
-            shutil.rmtree(hidden)
+        _remove_old(directory, keep, newest=path)
     accelerator.wait_for_everyone()
     return path
+
+
+def _remove_old(directory: Path, keep: int, newest: Path) -> None:
+    """Remove the checkpoints before `newest` but for the last `keep - 1`."""
+    checkpoints = _checkpoints(directory)
+    for old in checkpoints[: max(0, checkpoints.index(newest) + 1 - keep)]:
+        hidden = hidden_sibling(old)
+        os.replace(old, hidden)  # a kill in the middle leaves no half of a checkpoint
+        shutil.rmtree(hidden)
 
 
 def _finish(directory: Path, state: TrainingState, num_processes: int) -> None:

@@ -252,7 +252,7 @@ def train(
     bound = run_settings(config, name, accelerator.num_processes, len(train_set))
     state = TrainingState(settings=bound, settings_hash=settings_hash(bound))
     directory = checkpoint_dir(output_dir, name)
-    saved = usable_checkpoint(accelerator, directory) if config.resume else None
+    saved = usable_checkpoint(accelerator, directory, settings.keep_checkpoints) if config.resume else None
     if saved is not None:
         state = read_state(saved, bound)
         load_checkpoint(accelerator, saved)

@@ -91,8 +91,6 @@ def _init_kwargs(config: RunConfig, output_dir: Path, name: str, start_step: int
         return {"tensorboard": {"purge_step": start_step + 1}} if start_step else {}
     if settings.tracker != "wandb":
         return {}
-    # The agent of a sweep has chosen the run already.
-    identity = {} if in_sweep() else {"id": _run_id(output_dir, name, config.resume), "resume": "allow"}
     return {
         "wandb": {
             "mode": wandb_mode(settings),
@@ -102,7 +100,7 @@ def _init_kwargs(config: RunConfig, output_dir: Path, name: str, start_step: int
             "job_type": name,
             # A second training in this process is a second run.
             "reinit": "finish_previous",
-            **identity,
+            **run_identity(output_dir, name, config.resume),
         }
     }
 
@@ -110,6 +108,11 @@ def _init_kwargs(config: RunConfig, output_dir: Path, name: str, start_step: int
 def in_sweep() -> bool:
     """Whether the agent of a W&B sweep has started this process; it sets the variable."""
     return bool(os.environ.get("WANDB_SWEEP_ID"))
+
+
+def run_identity(output_dir: Path, name: str, resume: bool) -> dict[str, Any]:
+    """Arguments of `wandb.init` that choose the run: in a sweep its agent has chosen already."""
+    return {} if in_sweep() else {"id": _run_id(output_dir, name, resume), "resume": "allow"}
 
 
 def _run_id(output_dir: Path, name: str, resume: bool) -> str:

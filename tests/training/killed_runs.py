@@ -25,7 +25,7 @@ from photon_train.training.loop import train
 from photon_train.training.lora import add_lora
 
 CHANGES = {"os.rename", "os.remove", "os.mkdir", "os.rmdir", "shutil.rmtree"}
-STEPS = 10
+STEPS = 8
 
 
 def training(output: Path) -> None:
