@@ -12,6 +12,7 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "preset": PRESETS,
     "photon.layout": LAYOUTS,
     "photon.conditioning": CONDITIONINGS,
+    "photon.choose_layers": ("preset", "probe"),
     "photon.memory_pooling": MEMORY_POOLINGS,
     "photon.unit_positions": ("index", "scaled"),
     "train.mixed_precision": ("auto", "bf16", "fp16", "no"),
@@ -27,6 +28,7 @@ _AT_LEAST: dict[str, float] = {
     "photon.num_sinks": 0,
     "photon.branch_layer": 0,
     "photon.memory_level": 1,
+    "photon.num_memory_layers": 1,
     "dataset.max_documents": 1,
     "dataset.num_workers": 0,
     "train.max_steps": 1,
@@ -87,6 +89,10 @@ def validate(config: RunConfig) -> None:
         layers = _get(config, key) or []
         if len(set(layers)) != len(layers) or min(layers, default=0) < 0:
             raise PhotonError(f"{key} is {layers}; give each layer once, counted from 0")
+    if config.photon.choose_layers == "probe" and config.photon.memory_layers is not None:
+        raise PhotonError("photon.memory_layers is set, and photon.choose_layers=probe would choose them: drop one")
+    if config.photon.choose_layers != "probe" and config.photon.num_memory_layers is not None:
+        raise PhotonError("photon.num_memory_layers needs photon.choose_layers=probe: set that, or drop it")
     levels, num_levels = config.photon.levels, config.photon.num_levels
     if num_levels is not None and len(levels) > num_levels:
         raise PhotonError(

@@ -4,7 +4,7 @@ python tools/probe_layers.py --model meta-llama/Llama-3.2-1B --data my_texts/ --
 
 For every layer: what the loss beyond the window rises by when this layer alone is restricted to the window, and what it
 falls by when this layer alone keeps full attention while all others are restricted. `photon.memory_layers` and
-`photon.full_attention_layers` belong where the second is large.
+`photon.full_attention_layers` belong where the first is large (layers of one circuit win little back alone).
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def main() -> None:
     settings += ["--data", options.data] if options.data else []
     config = load_config(settings, prog="probe_layers.py", description="")
     checkpoint = DenseCheckpoint.open(options.model, config.hub.revision, config.hub.token)
-    tokenizer = load_tokenizer(checkpoint.directory, checkpoint.config.vocab_size)
+    tokenizer = load_tokenizer(checkpoint.directory, checkpoint.config.vocab_size, config.dataset)
     held_out = load_text(config, tokenizer, 1, 1, True).held_out
     tokens = held_out.tokens[: options.sequences].long()
     if options.repeated:

@@ -44,8 +44,12 @@ class LayerProbe:
         return tuple((self.restricted - kept) / cost if cost > 0 else 0.0 for kept in self.kept)
 
     def best_layers(self, count: int) -> list[int]:
-        """The `count` layers whose far attention is worth most, in order of their depth."""
-        ranked = sorted(range(len(self.kept)), key=lambda layer: self.kept[layer])
+        """The `count` layers whose far attention is missed most, in order of their depth.
+
+        Ranked by what restricting each alone costs: layers of one circuit (retrieval takes two) help only together,
+        so that one of them kept alone may win nothing back.
+        """
+        ranked = sorted(range(len(self.alone)), key=lambda layer: -self.alone[layer])
         return sorted(ranked[:count])
 
     def table(self) -> Table:

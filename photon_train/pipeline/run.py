@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import broadcast_object_list
 from transformers import AutoModelForCausalLM
 
 from photon_train.cli import to_dict
@@ -21,6 +22,7 @@ from photon_train.errors import PhotonError
 from photon_train.files import atomic_write_text, check_can_write
 from photon_train.manifest import verify_manifest
 from photon_train.pipeline.base import TrainingRun, outcome
+from photon_train.pipeline.choose import choose_layers, with_layers
 from photon_train.pipeline.prepare import (
     Conversion,
     Text,
@@ -96,9 +98,24 @@ class _ConversionRun(TrainingRun):
             check_can_write(self.start, conversion.plan.num_bytes, "the converted model")
         self.accelerator.wait_for_everyone()
         self.stages.begin(self.config)
+        if self.config.photon.choose_layers == "probe":
+            self._choose_layers(directory, text)
+            conversion = self.conversion
         self._convert(conversion, text)
         self.stages.run("dense", partial(self._dense_rows, directory, text))
         self.finish(text, teacher=directory)
+
+    def _choose_layers(self, directory: Path, text: Text) -> None:
+        """Plan again with the layers that the probe names; a resumed run keeps those it was begun with."""
+
+        def probe() -> dict[str, Any]:
+            return {"layers": choose_layers(self.config, directory, text.train, self.accelerator.device)}
+
+        found = [self.stages.run("probe", probe)["layers"] if self.is_main else None]
+        (layers,) = broadcast_object_list(found)
+        self.config = with_layers(self.config, layers)
+        self.conversion = self._plan(directory)
+        self.numbers = self.conversion.estimate
 
     def describe(self, photon: dict[str, Any]) -> dict[str, Any]:
         dense = self.stages.done["dense"]

@@ -46,10 +46,10 @@ def test_a_window_over_everything_costs_nothing() -> None:
     assert near.restricted != pytest.approx(near.dense, abs=1e-3)
 
 
-def test_layers_are_ranked_by_what_they_win_back() -> None:
-    probe = LayerProbe(64, 4, 3.0, 3.5, alone=(3.0, 3.2, 3.1), kept=(3.4, 3.1, 3.3))
+def test_layers_are_ranked_by_what_is_lost_without_them() -> None:
+    probe = LayerProbe(64, 4, 3.0, 3.5, alone=(3.0, 3.2, 3.1), kept=(3.4, 3.1, 3.6))
     assert probe.best_layers(1) == [1] and probe.best_layers(2) == [1, 2]
-    assert probe.recovered == pytest.approx((0.2, 0.8, 0.4))
+    assert probe.recovered == pytest.approx((0.2, 0.8, -0.2))
 
 
 def test_short_text_is_refused() -> None:

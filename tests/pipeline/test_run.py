@@ -144,3 +144,18 @@ def test_every_other_preset_runs_to_its_export(preset, tmp_path):
     dense = tiny_checkpoint(tmp_path / "dense")
     report = convert(dense, tmp_path / "out", preset=preset, **{"train.dense_baseline": "false"})
     assert report["tuned_ce"] < report["converted_ce"]
+
+
+@pytest.mark.distributed
+@pytest.mark.slow
+def test_layers_that_a_probe_chooses_are_planned_and_kept_on_resume(tmp_path):
+    """The probed layers are in the plan and the export, and a resumed run does not probe again."""
+    dense, output = tiny_checkpoint(tmp_path / "dense"), tmp_path / "out"
+    settings = {"photon.window": 16, "photon.choose_layers": "probe", "photon.num_memory_layers": 1}
+    convert(dense, output, **settings, **{"train.dense_baseline": "false"})
+    record = json.loads((output / "stages.json").read_text())["done"]["probe"]
+    config = json.loads((output / "export" / "config.json").read_text())
+    assert len(record["layers"]) == 1 and config["memory_layers"] == record["layers"]
+    before = (output / "stages.json").read_bytes()
+    convert(dense, output, **settings, **{"train.dense_baseline": "false", "resume": "true"})
+    assert (output / "stages.json").read_bytes() == before

@@ -1,0 +1,63 @@
+"""Layers chosen by a probe of the dense model on the run's own text, instead of by the preset's rule."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from transformers import AutoModelForCausalLM
+
+from photon_train.config import RunConfig
+from photon_train.conversion.presets import photon_config
+from photon_train.conversion.probe import probe_layers
+from photon_train.data.packing import PackedDataset
+from photon_train.data.progress import progress_bar
+from photon_train.errors import PhotonError
+from photon_train.models import PhotonConfig
+
+_SEQUENCES = 16
+_BATCH = 4
+
+
+def with_layers(config: RunConfig, layers: list[int]) -> RunConfig:
+    """`config` with these memory layers."""
+    photon = dataclasses.replace(config.photon, memory_layers=layers, choose_layers="preset", num_memory_layers=None)
+    return dataclasses.replace(config, photon=photon)
+
+
+def choose_layers(config: RunConfig, directory: Path, text: PackedDataset, device: torch.device) -> list[int]:
+    """The memory layers of a conversion: `photon.num_memory_layers`, where far attention is missed most.
+
+    Args:
+        config: The run.
+        directory: The dense checkpoint.
+        text: Training sequences; the first 16 are read.
+        device: Where the dense model runs.
+
+    Raises:
+        PhotonError: for a plan without memory layers, more layers than there are, or sequences that are not longer
+            than the window.
+    """
+    model = AutoModelForCausalLM.from_pretrained(directory, dtype="auto", attn_implementation="photon").to(device)
+    planned: PhotonConfig = photon_config(model.config, config)
+    if not planned.memory_layers or planned.num_token_layers != model.config.num_hidden_layers:
+        raise PhotonError("photon.choose_layers=probe needs preset graft with conditioning memory: drop it")
+    count = config.photon.num_memory_layers or len(planned.memory_layers)
+    if count > planned.num_token_layers:
+        raise PhotonError(
+            f"photon.num_memory_layers={count}: the model has {planned.num_token_layers} layers; lower it"
+        )
+    tokens = text.batch(torch.arange(min(_SEQUENCES, len(text))))["input_ids"]
+    with progress_bar(True, "of {task.total} passes") as bar:
+        task = bar.add_task("probing layers", total=None)
+        probe = probe_layers(
+            model,
+            tokens.split(_BATCH),
+            planned.window,
+            planned.num_sinks,
+            on_pass=lambda done, total: bar.update(task, completed=done, total=total),
+        )
+    Console(stderr=True).print(probe.table())
+    return probe.best_layers(count)
