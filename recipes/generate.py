@@ -9,6 +9,7 @@ import argparse
 import time
 
 from photon_train.cli import main_wrapper
+from photon_train.errors import PhotonError
 
 
 def arguments() -> argparse.Namespace:
@@ -16,6 +17,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--model", required=True, help="directory of an exported checkpoint")
     parser.add_argument("--prompt", required=True, nargs="+", help="one or more prompts, continued as one batch")
     parser.add_argument("--backend", default="torch", help="torch, or triton (a GPU, or TRITON_INTERPRET=1 on the CPU)")
+    parser.add_argument("--protocol", default="hiergen", help="hiergen, or the paper's recgen (preset paper)")
     parser.add_argument("--max-new-tokens", type=int, default=128, help="new tokens per prompt")
     parser.add_argument("--temperature", type=float, default=0.0, help="sampling temperature; 0 is greedy")
     parser.add_argument("--top-p", type=float, default=1.0, help="nucleus of the sampling")
@@ -32,6 +34,10 @@ def main() -> None:
     from photon_train.inference.text import generate_text, load_for_inference
 
     model, tokenizer = load_for_inference(options.model, options.backend, options.device, options.dtype)
+    try:
+        model.set_protocol(options.protocol)
+    except ValueError as error:
+        raise PhotonError(f"--protocol: {error}") from error
     set_seed(options.seed)
     sampling = {"do_sample": options.temperature > 0}
     if options.temperature > 0:

@@ -71,7 +71,7 @@ class Engine:
         tokenizer: For prompts and answers as text, and for stop texts; without it, prompts are token ids.
 
     Raises:
-        PhotonError: if the memory is too small for the settings.
+        PhotonError: if the memory is too small for the settings, or the model's protocol is not `hiergen`.
     """
 
     def __init__(
@@ -81,6 +81,8 @@ class Engine:
         settings: EngineSettings | None = None,
     ) -> None:
         settings = settings or EngineSettings()
+        if model.protocol != "hiergen":
+            raise PhotonError(f"the engine serves hiergen, not {model.protocol}: use generate(), or set_protocol")
         self.model, self.tokenizer, self.settings = model, tokenizer, settings
         self.cache = PagedCache(model, self._layout(settings))
         self.prefixes = PrefixCache(self.cache, settings.max_prefixes)

@@ -198,16 +198,22 @@ class PhotonCache(Cache):
         window, full, memory: The token stream: windowed layers, full-attention layers, units by level.
         open: Per level, the states of the open chunk, ``[B, C, d]``.
         slots: Per level, the slots in force, ``[B, R, d]``, or None with `memory`.
+        reconstructions: With `recgen`, per level below the top: what the decoder above makes of the open unit,
+            ``[B, d]``.
+
+    Args:
+        protocol: Generation protocol, `hiergen` or `recgen`; see `PhotonForCausalLM.set_protocol`.
     """
 
-    def __init__(self, config: PhotonConfig) -> None:
+    def __init__(self, config: PhotonConfig, protocol: str = "hiergen") -> None:
         super().__init__(layers=[])
-        self.config = config
+        self.config, self.protocol = config, protocol
         self.geometry = StreamGeometry.of(config)
         self.lengths: torch.Tensor | None = None
         self.columns = 0
         self.open: list[torch.Tensor] = []
         self.slots: list[torch.Tensor | None] = []
+        self.reconstructions: list[torch.Tensor] = []
         self.encoders = [StackCache(range(lv["encoder_layers"]), lv["encoder_window"]) for lv in config.levels]
         self.groups: list[StackCache | None] = []
         for index, level in enumerate(config.levels):
@@ -233,11 +239,12 @@ class PhotonCache(Cache):
         return self.lengths is None
 
     def kv_bytes(self) -> dict[str, int]:
-        """Bytes of the whole batch: keys and values `growing` and `constant`; `buffers`: open chunks and slots."""
+        """Bytes of the whole batch: keys and values `growing` and `constant`; `buffers`: open chunks, slots and
+        reconstructions."""
         growing = [*self.memory.values(), self.full, *[e for e in self.encoders if e.capacity is None]]
         total = sum(stack.nbytes() for stack in self._stacks())
         grown = sum(stack.nbytes() for stack in growing)
-        buffers = [*self.open, *[slots for slots in self.slots if slots is not None]]
+        buffers = [*self.open, *[slots for slots in self.slots if slots is not None], *self.reconstructions]
         return {
             "growing": grown,
             "constant": total - grown,
@@ -275,7 +282,7 @@ class PhotonCache(Cache):
 
     def reset(self) -> None:
         """Forget everything."""
-        self.__init__(self.config)
+        self.__init__(self.config, self.protocol)
 
     def crop(self, max_length: int) -> None:
         """Not possible: summaries of completed chunks cannot be taken apart.
@@ -296,6 +303,7 @@ class PhotonCache(Cache):
         self.lengths = self.lengths.index_select(0, indices)
         self.open = [states.index_select(0, indices) for states in self.open]
         self.slots = [None if slots is None else slots.index_select(0, indices) for slots in self.slots]
+        self.reconstructions = [states.index_select(0, indices) for states in self.reconstructions]
         for stack in self._stacks():
             stack.select(indices)
 

@@ -15,6 +15,7 @@ from .attention_photon import KeyValue, sdpa, unit_log_count
 from .cache_photon import PhotonCache, StackCache
 
 BACKENDS = ("torch", "triton")
+PROTOCOLS = ("hiergen", "recgen")
 
 
 def load_kernels():
@@ -159,20 +160,22 @@ class Trace:
 
     Attributes:
         inputs: States that the level's chunker read, ``[B, units below, d]``.
-        slots: The level's slots, ``[B, units, R, d]``, or None with `memory`.
+        slots: The level's slots, ``[B, units, R, d]``, or None with `memory`; `conditions`: what they were made of.
         encoders, decoders: Keys and values by layer; isolated decoders' are folded to ``[B * groups, ...]``.
         units: Unit keys and values by memory layer.
     """
 
     inputs: list[torch.Tensor]
     slots: list[torch.Tensor | None]
+    conditions: list[torch.Tensor | None]
     encoders: list[dict[int, KeyValue]]
     decoders: list[dict[int, KeyValue]]
     units: dict[int, KeyValue]
 
     @classmethod
     def empty(cls, num_levels: int) -> Trace:
-        return cls([], [None] * num_levels, [{} for _ in range(num_levels)], [{} for _ in range(num_levels)], {})
+        unset = [None] * num_levels
+        return cls([], unset.copy(), unset, [{} for _ in range(num_levels)], [{} for _ in range(num_levels)], {})
 
 
 def _counted(counts: torch.Tensor, device: torch.device) -> torch.Tensor:
@@ -200,6 +203,8 @@ def fill_cache(cache: PhotonCache, trace: Trace, lengths: torch.Tensor) -> None:
         _fill_encoder(cache.encoders[index], trace.encoders[index], units)
         slots = trace.slots[index]
         cache.slots.append(None if slots is None else slots[batch, units].detach().clone())
+        if cache.protocol == "recgen" and index + 1 < config.num_levels:
+            cache.reconstructions.append(trace.conditions[index][batch, units].detach().clone())
         if cache.groups[index] is not None:
             fill_group(cache.groups[index], trace.decoders[index], units, level["num_slots"] + below % chunk)
     if config.layout == "stream":
@@ -354,9 +359,12 @@ class TokenStepper:
             rows, count = rows[full], count[full] // level["chunk_size"]
             if rows.numel() == 0:
                 break
-            summary = self._summarise(index, rows)
             unit = count - 1
-            state = self._encode(index, rows, unit, summary)
+            if self.cache.protocol == "recgen" and index + 1 < self.config.num_levels:
+                summary = state = self.cache.reconstructions[index][rows]
+            else:
+                summary = self._summarise(index, rows)
+                state = self._encode(index, rows, unit, summary)
             closed[index] = (rows, unit, summary, state)
             if index + 1 < self.config.num_levels:
                 above = self.config.levels[index + 1]["chunk_size"]
@@ -419,6 +427,8 @@ class TokenStepper:
                 condition = state - summary if config.summary == "change" else state
             else:
                 condition = self._condition_from_above(index, rows, unit, state, started)
+                if self.cache.protocol == "recgen":
+                    self.cache.reconstructions[index][rows] = condition.to(self.cache.reconstructions[index].dtype)
             slots = self.levels[index].converter(condition)
             self.cache.slots[index][rows] = slots.to(self.cache.slots[index].dtype)
             started = None

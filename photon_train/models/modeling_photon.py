@@ -16,7 +16,7 @@ from transformers.utils.generic import can_return_tuple
 from .attention_photon import BandSpan, FullSpan, MemorySpan, Span
 from .cache_photon import PhotonCache, StreamGeometry
 from .configuration_photon import PhotonConfig
-from .decoding_photon import BACKENDS, TokenStepper, Trace, fill_cache, load_kernels
+from .decoding_photon import BACKENDS, PROTOCOLS, TokenStepper, Trace, fill_cache, load_kernels
 from .families_photon import family_classes
 from .hierarchy_photon import (
     Chunker,
@@ -174,7 +174,7 @@ class PhotonModel(PhotonPreTrainedModel):
             level = self.config.levels[index]
             slots = self.levels[index].converter(condition)
             if trace is not None:
-                trace.slots[index] = slots
+                trace.slots[index], trace.conditions[index] = slots, condition
             if index == 0:
                 break
             if self.levels[index].decoder is None:
@@ -315,7 +315,7 @@ class PhotonForCausalLM(PhotonPreTrainedModel, GenerationMixin):
         super().__init__(config)
         self.model = PhotonModel(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-        self.backend = "torch"
+        self.backend, self.protocol = "torch", "hiergen"
         self.post_init()
 
     def get_output_embeddings(self) -> nn.Linear:
@@ -346,6 +346,31 @@ class PhotonForCausalLM(PhotonPreTrainedModel, GenerationMixin):
         if backend == "triton":
             load_kernels()
         self.backend = backend
+
+    def set_protocol(self, protocol: str) -> None:
+        """Choose what a cached decoding feeds upward: `hiergen` (default) or `recgen` (paper, definition A.3).
+
+        `hiergen` encodes the tokens that were emitted and equals the training forward. `recgen` takes the decoders'
+        reconstructions in the place of the encoders' states below the top, so that no lower encoder runs and only the
+        top encoder's cache grows. It is here to reproduce the paper and does not compute the same function: with
+        isolated chunks, which tokens are emitted has no influence on any later meta-context; with a stream, only
+        through the window. A model whose lower encoders have a window (the default) has the same growing cache
+        with `hiergen`. The prompt is encoded in full by either.
+
+        Raises:
+            ValueError: for another name, and for `recgen` on a model that reconstructs nothing: one level, `memory`,
+                or a level above the first without decoder layers.
+        """
+        if protocol not in PROTOCOLS:
+            raise ValueError(f"protocol {protocol!r} is not one of {', '.join(PROTOCOLS)}")
+        levels = self.config.levels
+        reconstructs = len(levels) > 1 and all(level["decoder_layers"] for level in levels[1:])
+        if protocol == "recgen" and (self.config.conditioning == "memory" or not reconstructs):
+            raise ValueError(
+                "protocol 'recgen' needs at least two levels, with decoder_layers in every level above the first, and "
+                "conditioning slots or residual: use 'hiergen', or a model of the preset paper"
+            )
+        self.protocol = protocol
 
     @can_return_tuple
     def forward(
@@ -384,7 +409,7 @@ class PhotonForCausalLM(PhotonPreTrainedModel, GenerationMixin):
         embeds = self.model.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         cache = past_key_values
         if cache is None and use_cache:
-            cache = PhotonCache(self.config)
+            cache = PhotonCache(self.config, self.protocol)
         consistency = None
         if cache is not None and not cache.is_empty:
             hidden = self._decode(embeds, attention_mask, cache)
@@ -442,7 +467,7 @@ class PhotonForCausalLM(PhotonPreTrainedModel, GenerationMixin):
 
     def prepare_inputs_for_generation(self, input_ids, past_key_values=None, use_cache=True, **kwargs):
         if use_cache and past_key_values is None:
-            past_key_values = PhotonCache(self.config)
+            past_key_values = PhotonCache(self.config, self.protocol)
         return super().prepare_inputs_for_generation(
             input_ids, past_key_values=past_key_values, use_cache=use_cache, **kwargs
         )
