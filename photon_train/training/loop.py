@@ -31,8 +31,9 @@ from photon_train.training.checkpoint import (
     usable_checkpoint,
 )
 from photon_train.training.guard import GuardState, SpikeGuard
+from photon_train.training.heads import IGNORED
 from photon_train.training.lora import base_model, parameter_groups
-from photon_train.training.losses import IGNORED, LossParts, TrainingObjective, num_target_tokens
+from photon_train.training.losses import LossParts, TrainingObjective, num_target_tokens
 from photon_train.training.progress import MetricsLog, TrainingProgress
 from photon_train.training.settings import settings_hash
 from photon_train.training.tracking import alert, log_metrics, tracked

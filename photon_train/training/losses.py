@@ -9,16 +9,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from peft import PeftModel
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
-from torch.utils.checkpoint import checkpoint
 
 from photon_train.config import ConsistencySettings, DistillSettings
 from photon_train.errors import PhotonError
+from photon_train.training.heads import IGNORED, headless, vocabulary_losses
 from photon_train.training.lora import base_model
-
-IGNORED = -100
 
 
 @dataclass
@@ -43,51 +41,10 @@ def num_target_tokens(labels: torch.Tensor) -> torch.Tensor:
     return labels[:, 1:].ne(IGNORED).sum()
 
 
-def _kl_of_chunk(
-    student: torch.Tensor, teacher: torch.Tensor, is_target: torch.Tensor, temperature: float
-) -> torch.Tensor:
-    student = F.log_softmax(student.float() / temperature, dim=-1)
-    teacher = F.log_softmax(teacher.float() / temperature, dim=-1)
-    per_token = F.kl_div(student, teacher, reduction="none", log_target=True).sum(-1)
-    return per_token.masked_fill(~is_target, 0.0).sum()
-
-
-def distillation_kl(
-    student_logits: torch.Tensor,
-    teacher_logits: torch.Tensor,
-    labels: torch.Tensor,
-    temperature: float = 1.0,
-    chunk_size: int = 256,
-) -> torch.Tensor:
-    """Sum over the target tokens of temperature^2 x KL(teacher || student) (Hinton et al., arXiv 1503.02531).
-
-    Positions are taken in chunks that are recomputed in the backward pass: beside the logits themselves at most
-    one chunk is held in fp32.
-
-    Args:
-        student_logits: [batch, tokens, vocabulary]; position i predicts token i + 1.
-        teacher_logits: The same shape; no gradient flows to it.
-        labels: [batch, tokens], unshifted, -100 is masked.
-        temperature: Softmax temperature of both; the squared factor keeps the gradient's size.
-        chunk_size: Positions per chunk.
-    """
-    is_target = F.pad(labels[:, 1:], (0, 1), value=IGNORED).ne(IGNORED)
-    total = student_logits.new_zeros((), dtype=torch.float32)
-    # `split` and not slices: its backward writes all chunks' gradients into one tensor.
-    for student, teacher, mask in zip(
-        student_logits.split(chunk_size, dim=1),
-        teacher_logits.detach().split(chunk_size, dim=1),
-        is_target.split(chunk_size, dim=1),
-        strict=True,
-    ):
-        total = total + checkpoint(_kl_of_chunk, student, teacher, mask, temperature, use_reentrant=False)
-    return total * temperature**2
-
-
 class TrainingObjective(nn.Module):
     """A causal LM and its losses as one module, so that wrappers (DDP, DeepSpeed, autocast) see scalars only.
 
-    The full-size logits never leave `forward`: accelerate would return them upcast to fp32.
+    Logits never leave `forward`, and those of a whole sequence never exist (`heads`).
 
     Args:
         model: The student, with or without adapters.
@@ -137,20 +94,23 @@ class TrainingObjective(nn.Module):
         return None
 
     @torch.no_grad()
-    def _teacher_logits(self, **inputs: torch.Tensor) -> torch.Tensor:
+    def _teacher_states(self, **inputs: torch.Tensor) -> tuple[nn.Module, torch.Tensor]:
+        """The dense model's head and what it reads."""
         # `_teacher` is a tuple: as a submodule the teacher would be saved and sharded with the student.
         (teacher,) = self._teacher
         if teacher is not None:
             if teacher.device != inputs["input_ids"].device:
                 teacher.to(inputs["input_ids"].device)
-            return teacher(**inputs, use_cache=False).logits
+            with headless(teacher):
+                return teacher.get_output_embeddings(), teacher(**inputs, use_cache=False).logits
         base = base_model(self.model)
         was_training = base.training
         base.eval()
-        with self.model.disable_adapter():
-            logits = base(**inputs, use_cache=False, as_dense=True).logits
+        with self.model.disable_adapter(), headless(base):
+            states = base(**inputs, use_cache=False, as_dense=True).logits
         base.train(was_training)
-        return logits
+        head = base.get_output_embeddings()
+        return head.get_base_layer() if isinstance(head, BaseTunerLayer) else head, states
 
     def forward(
         self,
@@ -177,23 +137,21 @@ class TrainingObjective(nn.Module):
         inputs = {"input_ids": input_ids}
         if attention_mask is not None:
             inputs["attention_mask"] = attention_mask
-        count = num_target_tokens(labels)
-        # A micro-batch without targets would make the model's mean 0/0; any labels do, since they weigh nothing.
-        output = self.model(**inputs, labels=torch.where(count == 0, input_ids, labels), use_cache=False)
-        ce, parts = output.loss, {}
-        total = torch.zeros_like(ce)
+        base = base_model(self.model)
+        with headless(base):
+            output = self.model(**inputs, use_cache=False)
+        teacher = self._teacher_states(**inputs) if self.training and self.distill.weight else None
+        head, temperature = base.get_output_embeddings(), self.distill.temperature
+        ce, kl = vocabulary_losses(head, output.logits, labels, teacher, temperature)
+        total = ce = ce / target_tokens
+        parts = {"ce": ce.detach()}
         consistency = getattr(output, "consistency_loss", None)
         if self.training and consistency is not None and self.consistency_weight:
-            ce = ce - self.consistency_weight * consistency
             consistency = consistency * (input_ids.shape[0] / sequences)
             total = total + self.consistency_weight * consistency
             parts["consistency"] = consistency.detach()
-        ce = ce * (count / target_tokens)
-        total = total + ce
-        parts["ce"] = ce.detach()
-        if self.training and self.distill.weight:
-            teacher_logits = self._teacher_logits(**inputs)
-            kl = distillation_kl(output.logits, teacher_logits, labels, self.distill.temperature) / target_tokens
+        if teacher is not None:
+            kl = kl / target_tokens
             total = total + self.distill.weight * kl
             parts["distill"] = kl.detach()
         return {"total": total, **parts}

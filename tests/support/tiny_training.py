@@ -59,7 +59,7 @@ def tiny_run(lora: dict[str, Any] | None = None, **train: Any) -> RunConfig:
 class Poison:
     """Spoils chosen optimiser steps of one process, as bad data or hardware would.
 
-    ``nan`` makes the loss NaN; ``gradient`` leaves the loss and multiplies its gradient by a million. Give the object
+    ``nan`` makes the loss NaN; ``gradient`` leaves it and multiplies the gradient by a million. Give the object
     to `train` as `on_step`, so that it knows the step.
     """
 
@@ -73,9 +73,9 @@ class Poison:
     def _hook(self, module: torch.nn.Module, _: Any, output: Any) -> None:
         kind = self.steps.get(self.done + 1)
         if self.active and module.training and kind == "nan":
-            output.loss = output.loss * torch.nan
+            output.logits = output.logits * torch.nan
         elif self.active and module.training and kind == "gradient":
-            output.loss = output.loss.detach() + (output.loss - output.loss.detach()) * 1e6
+            output.logits = output.logits.detach() + (output.logits - output.logits.detach()) * 1e6
 
 
 def losses(history: list[dict[str, Any]], key: str = "train/loss") -> list[float]:

@@ -11,9 +11,11 @@ import sys
 from pathlib import Path
 
 from safetensors.torch import save_file
+from tiny import VOCABULARY
 from tiny_training import Poison, losses, tiny_data, tiny_model, tiny_run
 
 from photon_train.config import ConsistencySettings, DistillSettings, RunConfig
+from photon_train.training import heads
 from photon_train.training.accelerator import make_accelerator
 from photon_train.training.collect import gather_full_model
 from photon_train.training.loop import TrainResult, train
@@ -42,6 +44,8 @@ def main(output: Path, batch_size: int, names: list[str]) -> None:
     if accelerator.deepspeed_plugin is not None:
         # DeepSpeed keeps small parameters whole, and here all are small: shard the matrices.
         accelerator.deepspeed_plugin.deepspeed_config["zero_optimization"]["stage3_param_persistence_threshold"] = 100
+        # The vocabulary losses in chunks that are computed again in the backward pass, here with a sharded head.
+        heads.CHUNK_ELEMENTS = 16 * VOCABULARY
 
     def run(name: str, resume: bool = False, poisoned: bool = False) -> TrainResult:
         config = run_config(name, batch_size)

@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+import importlib.util
+import sys
+from types import SimpleNamespace
+
 import pytest
 import torch
 import torch.nn.functional as F
-from tiny import shake
+from tiny import VOCABULARY, shake
 from tiny_training import tiny_data, tiny_model
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from photon_train.config import ConsistencySettings, DistillSettings, LoraSettings
 from photon_train.errors import PhotonError
+from photon_train.training import heads
+from photon_train.training.heads import IGNORED, vocabulary_losses
 from photon_train.training.lora import add_lora
-from photon_train.training.losses import IGNORED, TrainingObjective, distillation_kl, num_target_tokens
+from photon_train.training.losses import TrainingObjective, num_target_tokens
 
 LORA = LoraSettings(rank=4, alpha=8)
 
@@ -38,36 +46,102 @@ def _trained(name: str) -> torch.nn.Module:
 
 
 @pytest.mark.parametrize("temperature", [1.0, 2.5])
-@pytest.mark.parametrize("chunk", [1, 7, 256])
-def test_kl_and_its_gradient_equal_the_formula(temperature, chunk):
+@pytest.mark.parametrize("chunks", [1, 5, 72])
+def test_kl_and_its_gradient_equal_the_formula(temperature, chunks):
     batch = _example(3)
     generator = torch.Generator().manual_seed(1)
-    student, teacher = (torch.randn(3, 24, 11, generator=generator).requires_grad_() for _ in range(2))
-    expected = _plain_kl(student, teacher.detach(), batch["labels"], temperature)
+    student, teacher = torch.randn(2, 3, 24, VOCABULARY, generator=generator)
+    student.requires_grad_()
+    expected = _plain_kl(student, teacher, batch["labels"], temperature)
     (gradient,) = torch.autograd.grad(expected, student)
-    value = distillation_kl(student, teacher, batch["labels"], temperature, chunk_size=chunk)
+    same = nn.Identity()
+    _, value = vocabulary_losses(same, student, batch["labels"], (same, teacher), temperature, chunks)
     value.backward()
-    assert teacher.grad is None
     assert torch.allclose(value.double(), expected, rtol=1e-5)
     assert torch.allclose(student.grad, gradient, rtol=1e-4, atol=1e-6)
 
 
-def test_kl_keeps_no_fp32_copy_of_the_logits():
-    """What autograd stores, beside the logits themselves, is less than one fp32 copy of them."""
-    student = torch.randn(2, 512, 64, dtype=torch.bfloat16).requires_grad_()
-    teacher, labels = torch.randn(2, 512, 64, dtype=torch.bfloat16), torch.zeros(2, 512, dtype=torch.long)
-    own = {tensor.untyped_storage().data_ptr() for tensor in (student, teacher)}
-    stored = 0
+@pytest.mark.parametrize("trained", [False, True])
+@pytest.mark.parametrize("chunks", [1, 7])
+def test_cross_entropy_in_chunks_has_the_gradients_of_one_piece(trained, chunks):
+    """Of the states, and of the head where it is trained."""
+    batch = _example(3)
+    head = nn.Linear(8, 61, bias=False).requires_grad_(trained)
+    states = torch.randn(3, 24, 8, generator=torch.Generator().manual_seed(2)).requires_grad_()
+    logits = head(states)[:, :-1].flatten(0, 1)
+    expected = F.cross_entropy(logits, batch["labels"][:, 1:].flatten(), ignore_index=IGNORED, reduction="sum")
+    wanted = [states, head.weight] if trained else [states]
+    gradients = torch.autograd.grad(expected, wanted)
+    ce, kl = vocabulary_losses(head, states, batch["labels"], chunks=chunks)
+    assert torch.allclose(ce, expected) and kl == 0
+    for found, gradient in zip(torch.autograd.grad(ce, wanted), gradients, strict=True):
+        assert torch.allclose(found, gradient, rtol=1e-4, atol=1e-6)
 
-    def pack(tensor: torch.Tensor) -> torch.Tensor:
-        nonlocal stored
-        if tensor.untyped_storage().data_ptr() not in own:
-            stored += tensor.untyped_storage().nbytes()
-        return tensor
 
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        distillation_kl(student, teacher, labels, chunk_size=32)
-    assert stored < student.numel() * 4 / 10
+@pytest.mark.parametrize("name, weight", [("llama", 0.0), ("memory-2-sinks", 0.0), ("memory-2-sinks", 0.5)])
+def test_the_logits_of_a_sequence_are_never_held(name, weight, monkeypatch):
+    """The largest tensor that is made, forward and backward, is one chunk's logits; the loss is that of one piece."""
+    length, rows = 512, 64
+    batch = tiny_data(1, seq_len=length).batch(torch.arange(1))
+    objective = TrainingObjective(_trained(name), DistillSettings(weight=weight)).train()
+    counts = {"target_tokens": num_target_tokens(batch["labels"]), "sequences": torch.tensor(1)}
+    whole = objective(**batch, **counts)
+    monkeypatch.setattr(heads, "CHUNK_ELEMENTS", rows * VOCABULARY)
+    seen = set()
+
+    class Sizes(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            out = function(*args, **(kwargs or {}))
+            for tensor in out if isinstance(out, (tuple, list)) else [out]:
+                if isinstance(tensor, torch.Tensor) and tensor.dim() and tensor.shape[-1] == VOCABULARY:
+                    seen.add(tensor.numel() // VOCABULARY)
+            return out
+
+    with Sizes():
+        parts = objective(**batch, **counts)
+        parts["total"].backward()
+    assert max(seen) == rows
+    for key, value in parts.items():
+        assert torch.allclose(value, whole[key], rtol=1e-5), key
+
+
+def test_liger_takes_over_where_it_can_run(monkeypatch):
+    """On a GPU with a plain head; never for a head that is sharded or has an adapter."""
+    states = torch.randn(4, 8)
+    plain = nn.Linear(8, 11, bias=False)
+    assert heads.fused_cross_entropy(plain, states) is None, "not on a CPU"
+    on_gpu = SimpleNamespace(is_cuda=True, dtype=torch.float32)
+    made = SimpleNamespace(LigerFusedLinearCrossEntropyLoss=lambda **settings: settings)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda _: True)
+    monkeypatch.setitem(sys.modules, "liger_kernel", made)
+    monkeypatch.setitem(sys.modules, "liger_kernel.transformers", made)
+    assert heads.fused_cross_entropy(plain, on_gpu) == {"ignore_index": -100, "reduction": "sum"}
+    assert heads.fused_cross_entropy(plain.bfloat16(), on_gpu) is None
+    plain = plain.float()
+    plain.weight.ds_id = 3
+    assert heads.fused_cross_entropy(plain, on_gpu) is None
+    settings = LoraSettings(rank=2, target_modules=["q_proj", "lm_head"])
+    adapted = add_lora(tiny_model("llama"), settings).get_base_model().get_output_embeddings()
+    assert heads.fused_cross_entropy(adapted, on_gpu) is None
+
+
+def test_an_adapter_on_the_head_is_trained_and_the_teacher_has_none():
+    settings = LoraSettings(rank=4, alpha=8, target_modules=["q_proj", "lm_head"])
+    model, batch = add_lora(tiny_model("memory-2-sinks"), settings), _example()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lm_head.lora_B" in name:
+                parameter.normal_()
+        teacher = tiny_model("memory-2-sinks")(batch["input_ids"], as_dense=True).logits
+    objective = TrainingObjective(model, DistillSettings(weight=1.0)).train()
+    tokens = num_target_tokens(batch["labels"])
+    parts = objective(**batch, target_tokens=tokens, sequences=torch.tensor(4))
+    logits = model(batch["input_ids"]).logits
+    assert torch.allclose(
+        parts["distill"].double(), _plain_kl(logits, teacher, batch["labels"], 1.0) / tokens, rtol=1e-4
+    )
+    parts["total"].backward()
+    assert all(p.grad is not None for name, p in model.named_parameters() if "lm_head.lora" in name)
 
 
 @pytest.mark.parametrize("name", ["llama", "memory-2-sinks"])
