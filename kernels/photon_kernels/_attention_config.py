@@ -6,35 +6,38 @@ from typing import NamedTuple
 
 from photon_kernels._backend import next_power_of_2
 
+# Longer tiles of queries need more registers than there are; what is longer goes to several programs.
+MAX_BLOCK_M = 64
+
 
 class AttentionConfig(NamedTuple):
-    """Tile sizes (entries, query heads per key head, head dimension) and launch options."""
+    """Tile sizes (entries, queries that share a key head, head dimension) and launch options."""
 
     block_n: int
-    block_g: int
+    block_m: int
     block_d: int
     num_warps: int
     num_stages: int
 
 
-def choose_attention_config(num_entries: int, group: int, head_dim: int, element_size: int) -> AttentionConfig:
-    """Configuration for ``num_entries`` keys, ``group`` query heads per key head and elements of so many bytes.
+def choose_attention_config(num_entries: int, num_queries: int, head_dim: int, element_size: int) -> AttentionConfig:
+    """Configuration for ``num_entries`` keys and ``num_queries`` (heads times positions) per key head.
 
     ``tl.dot`` wants at least 16 rows and 16 columns, hence the lower limits. Exact float32 products run on the ordinary
     arithmetic units and need many registers: with longer tiles or fewer warps ``photon_kernels.aot`` reports spills.
     """
-    block_g = max(16, next_power_of_2(group))
-    block_d = max(16, next_power_of_2(head_dim))
     half_precision = element_size <= 2
+    block_d = max(16, next_power_of_2(head_dim))
+    block_m = min(MAX_BLOCK_M if half_precision else 32, max(16, next_power_of_2(num_queries)))
     longest = 64 if half_precision and block_d <= 128 else 16
     block_n = min(longest, max(16, next_power_of_2(num_entries)))
     if half_precision:
-        num_warps = 4 if block_g * block_d < 4096 else 8
+        num_warps = 4 if block_m * block_d < 4096 else 8
     else:
         num_warps = 8
     return AttentionConfig(
         block_n=block_n,
-        block_g=block_g,
+        block_m=block_m,
         block_d=block_d,
         num_warps=num_warps,
         # No more tiles in flight than there are.

@@ -20,38 +20,45 @@ def check_backend(backend: str) -> None:
         raise ValueError(f"backend={backend!r} is unknown; choose one of {', '.join(map(repr, BACKENDS))}")
 
 
-def check_attention_shapes(q: Tensor, k: Tensor, v: Tensor, rows: Tensor | None) -> None:
-    """Check queries ``[B, Hq, D]`` against a cache ``[Bc, Hkv, N, D]`` and the optional row index ``[B]``.
+def check_attention_shapes(q: Tensor, k: Tensor, v: Tensor) -> None:
+    """Check queries ``[B, Hq, Q, D]`` against a cache ``[Bc, Hkv, N, D]``.
 
     Raises:
         ValueError: ranks, shapes or dtypes do not fit together; the message gives them.
     """
-    if q.dim() != 3 or k.dim() != 4 or k.shape != v.shape:
+    if q.dim() != 4 or k.dim() != 4 or k.shape != v.shape:
         raise ValueError(
-            f"expected q [B, Hq, D] and k, v [Bc, Hkv, N, D], got {tuple(q.shape)}, {tuple(k.shape)}, {tuple(v.shape)}"
+            f"expected q [B, Hq, Q, D] and k, v [Bc, Hkv, N, D], got {tuple(q.shape)}, {tuple(k.shape)}, "
+            f"{tuple(v.shape)}"
         )
-    if q.shape[2] != k.shape[3]:
-        raise ValueError(f"q has head dimension {q.shape[2]}, the cache has {k.shape[3]}")
+    if q.shape[3] != k.shape[3]:
+        raise ValueError(f"q has head dimension {q.shape[3]}, the cache has {k.shape[3]}")
     if k.shape[1] == 0 or q.shape[1] % k.shape[1]:
         raise ValueError(f"{q.shape[1]} query heads cannot be shared out over {k.shape[1]} key heads")
     if not q.dtype == k.dtype == v.dtype:
         raise ValueError(f"q, k and v must have one dtype, got {q.dtype}, {k.dtype}, {v.dtype}")
-    if rows is not None:
-        check_vector("rows", rows, q.shape[0])
-    elif k.shape[0] != q.shape[0]:
-        raise ValueError(
-            f"{q.shape[0]} queries, but {k.shape[0]} cache rows: say with rows= which row each query reads"
-        )
 
 
-def check_vector(name: str, vector: Tensor, length: int) -> None:
-    """Check that an index tensor is a vector of integers with the given length.
+def check_rows(rows: Tensor | None, batch: int, cache_rows: int) -> None:
+    """Check the row index ``[B]``, without which query row b reads cache row b.
 
     Raises:
-        ValueError: it is not.
+        ValueError: it does not fit, or is missing where the numbers of rows differ.
     """
-    if vector.shape != (length,) or vector.dtype not in (torch.int32, torch.int64):
-        raise ValueError(f"{name} must be int32 or int64 [{length}], got {vector.dtype} {list(vector.shape)}")
+    if rows is not None:
+        check_integers("rows", rows, batch)
+    elif cache_rows != batch:
+        raise ValueError(f"{batch} rows of queries, but {cache_rows} cache rows: say with rows= which one each reads")
+
+
+def check_integers(name: str, tensor: Tensor, *shape: int) -> None:
+    """Check that an index tensor holds integers and has the given shape.
+
+    Raises:
+        ValueError: it has not.
+    """
+    if tensor.shape != shape or tensor.dtype not in (torch.int32, torch.int64):
+        raise ValueError(f"{name} must be int32 or int64 {list(shape)}, got {tensor.dtype} {list(tensor.shape)}")
 
 
 def check_triton_inputs(*tensors: Tensor | None) -> None:

@@ -26,18 +26,18 @@ def attend_tile(queries, keys, values, offset, scale_log2, peak, total, acc):
     """One step of the online softmax over a tile of entries.
 
     Args:
-        queries: ``[G, D]``.
-        keys, values: ``[N, D]``, finite everywhere: zero where the entry is invisible.
-        offset: float32 ``[N]`` added to the logits in base 2; -inf where the entry is invisible.
+        queries: ``[M, D]``.
+        keys, values: ``[N, D]``, finite everywhere: zero where no query sees the entry.
+        offset: float32 ``[M, N]`` added to the logits in base 2; -inf where the query does not see the entry.
         scale_log2: Factor on the dot products, times log2(e).
-        peak, total: float32 ``[G]``, the largest logit so far and the sum of ``2 ** (logit - peak)``.
-        acc: float32 ``[G, D]``, the weighted sum of values so far.
+        peak, total: float32 ``[M]``, the largest logit so far and the sum of ``2 ** (logit - peak)``.
+        acc: float32 ``[M, D]``, the weighted sum of values so far.
 
     Returns:
         The new ``peak``, ``total`` and ``acc``.
     """
     products = dot(queries, tl.trans(keys), tl.zeros([queries.shape[0], keys.shape[0]], tl.float32))
-    logits = products * scale_log2 + offset[None, :]
+    logits = products * scale_log2 + offset
     new_peak = tl.maximum(peak, tl.max(logits, 1))
     # While nothing has been seen the peak is -inf, and -inf - -inf would be NaN.
     shift = tl.where(new_peak == float("-inf"), 0.0, new_peak)
@@ -50,7 +50,7 @@ def attend_tile(queries, keys, values, offset, scale_log2, peak, total, acc):
 
 @triton.jit
 def finish_softmax(peak, total, acc):
-    """Output ``[G, D]`` and natural log-sum-exp ``[G]``; 0 and -inf where no entry was seen."""
+    """Output ``[M, D]`` and natural log-sum-exp ``[M]``; 0 and -inf where no entry was seen."""
     # The peak is still -inf where the total is 0, and so is their log-sum-exp.
     divisor = tl.where(total == 0.0, 1.0, total)
     return acc / divisor[:, None], (peak + tl.log2(divisor)) * LN_2

@@ -99,7 +99,8 @@ class PagedStack(StackCache):
     """A growing stack in pages, ``[pages, Hkv, entries, D]`` per layer.
 
     It reads and writes like the `StackCache` of `PhotonCache`: element i of a row is its i-th entry. On the torch path
-    a read gathers the rows' pages into one tensor (a copy of what grows, a few percent of a dense model's keys).
+    a read gathers the rows' pages into one tensor (a copy of what grows, a few percent of a dense model's keys);
+    kernels read the pages in place.
 
     Attributes:
         per_page: Entries per page.
@@ -127,8 +128,8 @@ class PagedStack(StackCache):
     def read(self, layer: int, rows: torch.Tensor) -> KeyValue:
         return self._gather(self.keys[layer], rows), self._gather(self.values[layer], rows)
 
-    def operands(self, layer: int, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-        return *self.read(layer, rows), None
+    def operands(self, layer: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        return self.keys[layer], self.values[layer], self.table.pages[:, : self.table.bound]
 
     def place(self, rows: torch.Tensor, entries: torch.Tensor, order: torch.Tensor) -> None:
         """Announce elements; an element's entry is its index, and its page must have been reserved."""

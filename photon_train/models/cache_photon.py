@@ -118,9 +118,9 @@ class StackCache:
         """Keys and values of `rows` (ascending), ``[n, Hkv, N, D]`` each."""
         return self._of(self.keys[layer], rows), self._of(self.values[layer], rows)
 
-    def operands(self, layer: int, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-        """What a kernel reads in place: keys, values, and the row of them that each query reads (None: its own)."""
-        return self.keys[layer], self.values[layer], rows
+    def operands(self, layer: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        """What a kernel reads in place: keys, values, and the table of their pages (None: row r lies in row r)."""
+        return self.keys[layer], self.values[layer], None
 
     @staticmethod
     def _of(states: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:

@@ -83,22 +83,20 @@ class StepSpan:
         return self.visible
 
     def _attend_kernels(self, layer, query, scale, sliding_window):
-        queries = query.unbind(2)
-        outs = [self._attend_one(layer, q, index, scale, sliding_window)[0] for index, q in enumerate(queries)]
-        return torch.stack(outs, dim=2)
-
-    def _attend_one(self, layer, query, index, scale, sliding_window) -> KeyValue:
-        """Output ``[n, Hq, D]`` and log-sum-exp ``[n, Hq]`` of the index-th new element."""
-        kernels = load_kernels()
-        keys, values, rows = self.cache.operands(layer, self.rows)
-        last, shared = self.order[:, index], {"rows": rows, "return_lse": True, "backend": "triton"}
-        if self.grows and sliding_window is None:
-            return kernels.summary_decode_attention(query, keys, values, last + 1, scale, **shared)
-        first = self.first if sliding_window is None else torch.maximum(self.first, last - sliding_window + 1)
-        order = self.cache.order if rows is not None else self.cache.held(self.rows)
-        return kernels.window_decode_attention(
-            query, keys, values, order, first, last, scale, num_sinks=self.num_sinks, **shared
+        if not self.grows:
+            return load_kernels().window_decode_attention(
+                query, *self._window(layer), scale, num_sinks=self.num_sinks, rows=self.rows, backend="triton"
+            )
+        keys, values, pages = self.cache.operands(layer)
+        starts = None if sliding_window is None else self.order - sliding_window + 1
+        return load_kernels().summary_decode_attention(
+            query, keys, values, self.order + 1, scale, starts, rows=self.rows, pages=pages, backend="triton"
         )
+
+    def _window(self, layer: int) -> tuple[torch.Tensor, ...]:
+        """What a kernel reads of a ring: keys, values, order, first and last visible."""
+        keys, values, _ = self.cache.operands(layer)
+        return keys, values, self.cache.order, self.first, self.order
 
 
 @dataclass
@@ -134,24 +132,21 @@ class MemoryStepSpan(StepSpan):
     def _mask(self, dtype: torch.dtype) -> torch.Tensor:
         return self._bias.to(dtype)
 
-    def _attend_one(self, layer, query, index, scale, sliding_window):
-        near = super()._attend_one(layer, query, index, scale, sliding_window)
-        if self.units.size == 0:
-            return near
+    def _attend_kernels(self, layer, query, scale, sliding_window):
         kernels = load_kernels()
-        keys, values, rows = self.units.operands(layer, self.rows)
-        far = kernels.summary_decode_attention(
+        keys, values, pages = self.units.operands(layer)
+        return kernels.summary_decode_attention(
             query,
             keys,
             values,
-            self.visible_units,
+            self.visible_units[:, None].expand_as(self.order),
             scale,
             unit_bias=self._log_count,
-            rows=rows,
-            return_lse=True,
+            rows=self.rows,
+            pages=pages,
+            window=kernels.Window(*self._window(layer), self.num_sinks),
             backend="triton",
         )
-        return kernels.merge_attention(near, far, return_lse=True)
 
 
 @dataclass

@@ -47,9 +47,9 @@ def test_compiling_interpreted_kernels_is_refused(monkeypatch: pytest.MonkeyPatc
 @pytest.mark.parametrize("element_size", [2, 4])
 def test_tiles_are_valid_and_fit(num_entries: int, group: int, head_dim: int, element_size: int) -> None:
     config = choose_attention_config(num_entries, group, head_dim, element_size)
-    for block in (config.block_n, config.block_g, config.block_d):
+    for block in (config.block_n, config.block_m, config.block_d):
         assert block >= 16 and block & (block - 1) == 0
-    assert config.block_g >= group and config.block_d >= head_dim
+    assert config.block_m >= min(group, 32) and config.block_d >= head_dim
     assert config.num_stages >= 1
     # Keys and values of every tile in flight.
     assert 2 * config.num_stages * config.block_n * config.block_d * element_size <= min(SHARED_LIMITS.values())

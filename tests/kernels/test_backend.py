@@ -12,16 +12,18 @@ from photon_kernels import gather_chunk_project, summary_decode_attention, windo
 
 
 def call(op: str, backend: str, device: torch.device, requires_grad: bool = False) -> Tensor:
-    q = torch.ones(2, 4, 16, device=device, requires_grad=requires_grad)
+    q = torch.ones(2, 4, 1, 16, device=device, requires_grad=requires_grad)
     cache = torch.ones(2, 2, 5, 16, device=device)
     index = torch.tensor([3, 2], device=device)
     if op == "window_decode":
         order = torch.arange(5, device=device).expand(2, 5)
-        return window_decode_attention(q, cache, cache, order, index - 1, index, 1.0, backend=backend)
+        return window_decode_attention(q, cache, cache, order, index - 1, index[:, None], 1.0, backend=backend)
     if op == "summary_decode":
-        return summary_decode_attention(q, cache, cache, index, 1.0, backend=backend)
+        return summary_decode_attention(q, cache, cache, index[:, None], 1.0, backend=backend)
     weight = torch.ones(8, 64, device=device)
-    return gather_chunk_project(q, torch.tensor([1], device=device), weight, weight.new_ones(()), backend=backend)
+    return gather_chunk_project(
+        q[:, :, 0], torch.tensor([1], device=device), weight, weight.new_ones(()), backend=backend
+    )
 
 
 OPS = ["window_decode", "summary_decode", "chunker"]

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass, replace
 
 import pytest
@@ -26,10 +27,10 @@ class Inputs:
     num_sinks: int = 0
     rows: Tensor | None = None
 
-    def visible_entries(self, query: int) -> list[int]:
+    def visible_entries(self, query: int, position: int) -> list[int]:
         """Indices of the entries that a query sees, from the definition, one by one."""
         row = query if self.rows is None else int(self.rows[query])
-        first, last = int(self.first_visible[query]), int(self.last_visible[query])
+        first, last = int(self.first_visible[query]), int(self.last_visible[query, position])
         return [
             entry
             for entry, place in enumerate(self.order[row].tolist())
@@ -49,6 +50,7 @@ def make_inputs(
     num_entries: int = 37,
     num_sinks: int = 2,
     window: int = 20,
+    num_positions: int = 1,
     cache_rows: int | None = None,
     dtype: torch.dtype = torch.float32,
     seed: int = 0,
@@ -66,14 +68,14 @@ def make_inputs(
         order[row, :num_sinks] = torch.arange(num_sinks)
         places = num_sinks + torch.randperm(2 * num_entries, generator=generator)[: num_entries - num_sinks]
         order[row, num_sinks:] = torch.where(torch.rand(places.shape, generator=generator) < 0.2, -1, places)
-    last_visible = torch.randint(num_sinks, 2 * num_entries + 1, (batch,), generator=generator)
+    last_visible = torch.randint(num_sinks, 2 * num_entries + 1, (batch, num_positions), generator=generator)
     rows = torch.randperm(cache_rows, generator=generator)[:batch] if cache_rows != batch else None
     inputs = Inputs(
-        q=torch.randn(batch, num_heads, head_dim, generator=generator),
+        q=torch.randn(batch, num_heads, num_positions, head_dim, generator=generator),
         k=torch.randn(shape, generator=generator),
         v=torch.randn(shape, generator=generator),
         order=order,
-        first_visible=last_visible - window + 1,
+        first_visible=last_visible[:, 0] - window + 1,
         last_visible=last_visible,
         scale=head_dim**-0.5 * 1.7,
         num_sinks=num_sinks,
@@ -81,7 +83,8 @@ def make_inputs(
     )
     seen = torch.zeros(cache_rows, num_entries, dtype=torch.bool)
     for query in range(batch):
-        seen[query if rows is None else rows[query], inputs.visible_entries(query)] = True
+        for position in range(num_positions):
+            seen[query if rows is None else rows[query], inputs.visible_entries(query, position)] = True
     for cache in (inputs.k, inputs.v):
         cache.masked_fill_(~seen[:, None, :, None], float("nan"))
     for name in ("q", "k", "v"):
@@ -95,17 +98,17 @@ def make_inputs(
 def reference(inputs: Inputs) -> tuple[Tensor, Tensor]:
     """PyTorch's own attention in float64 on the visible entries alone, query by query."""
     out = torch.zeros(inputs.q.shape, dtype=torch.float64)
-    lse = torch.full(inputs.q.shape[:2], float("-inf"), dtype=torch.float64)
+    lse = torch.full(inputs.q.shape[:3], float("-inf"), dtype=torch.float64)
     group = inputs.q.shape[1] // inputs.k.shape[1]
-    for query in range(inputs.q.shape[0]):
-        entries = inputs.visible_entries(query)
+    for query, position in itertools.product(range(inputs.q.shape[0]), range(inputs.q.shape[2])):
+        entries = inputs.visible_entries(query, position)
         if not entries:
             continue
         row = query if inputs.rows is None else int(inputs.rows[query])
-        q = inputs.q[query, :, None].double().cpu()
+        q = inputs.q[query, :, position, None].double().cpu()
         k, v = (x[row][:, entries].double().cpu().repeat_interleave(group, dim=0) for x in (inputs.k, inputs.v))
-        out[query] = F.scaled_dot_product_attention(q[None], k[None], v[None], scale=inputs.scale)[0, :, 0]
-        lse[query] = torch.logsumexp((q @ k.mT)[:, 0] * inputs.scale, dim=-1)
+        out[query, :, position] = F.scaled_dot_product_attention(q[None], k[None], v[None], scale=inputs.scale)[0, :, 0]
+        lse[query, :, position] = torch.logsumexp((q @ k.mT)[:, 0] * inputs.scale, dim=-1)
     return out, lse
 
 
@@ -125,6 +128,8 @@ SHAPES = {
     "head dimension 128": dict(head_dim=128, num_entries=33, num_sinks=4),
     "group of 20": dict(num_heads=20, num_kv_heads=1, num_entries=19),
     "one entry": dict(num_entries=1, num_sinks=0, window=3),
+    "four slots, group of 4": dict(num_heads=8, num_kv_heads=2, num_entries=20, num_positions=4),
+    "nine positions, group of 8": dict(num_heads=8, num_kv_heads=1, num_entries=35, num_positions=9, num_sinks=0),
     "more sinks than the window": dict(num_entries=30, num_sinks=9, window=2),
 }
 
@@ -162,9 +167,9 @@ def test_reads_the_given_cache_rows(backend: str, device: torch.device) -> None:
     assert_matches_reference(inputs, backend)
     # Several continuations of one prompt read the same row.
     shared = make_inputs(device, batch=1)
-    first, last = shared.first_visible.repeat(3), shared.last_visible.repeat(3)
+    first, last = shared.first_visible.repeat(3), shared.last_visible.repeat(3, 1)
     rows = torch.zeros(3, dtype=torch.int32, device=device)
-    shared = replace(shared, q=shared.q.repeat(3, 1, 1) * 0.7, first_visible=first, last_visible=last, rows=rows)
+    shared = replace(shared, q=shared.q.repeat(3, 1, 1, 1) * 0.7, first_visible=first, last_visible=last, rows=rows)
     assert_matches_reference(shared, backend)
 
 
@@ -205,11 +210,13 @@ def test_large_logits_do_not_overflow(backend: str, device: torch.device) -> Non
 def test_empty_inputs(shape: dict[str, int], backend: str, device: torch.device) -> None:
     sizes = {"batch": 2, "num_entries": 5, **shape}
     index = torch.zeros(sizes["batch"], dtype=torch.long, device=device)
-    q = torch.ones(sizes["batch"], 4, 16, device=device)
+    q = torch.ones(sizes["batch"], 4, 1, 16, device=device)
     cache = torch.ones(sizes["batch"], 2, sizes["num_entries"], 16, device=device)
     order = torch.zeros(sizes["batch"], sizes["num_entries"], dtype=torch.long, device=device)
-    out, lse = window_decode_attention(q, cache, cache, order, index, index, 1.0, return_lse=True, backend=backend)
-    assert out.shape == q.shape and lse.shape == q.shape[:2]
+    out, lse = window_decode_attention(
+        q, cache, cache, order, index, index[:, None], 1.0, return_lse=True, backend=backend
+    )
+    assert out.shape == q.shape and lse.shape == q.shape[:3]
     if sizes["num_entries"] == 0:
         assert not out.any() and torch.isneginf(lse).all()
 
@@ -222,6 +229,7 @@ def test_empty_inputs(shape: dict[str, int], backend: str, device: torch.device)
     num_entries=st.integers(1, 140),
     num_sinks=st.integers(0, 5),
     window=st.integers(1, 150),
+    num_positions=st.integers(1, 3),
     seed=st.integers(0, 1000),
 )
 def test_any_shape(
@@ -232,6 +240,7 @@ def test_any_shape(
     num_entries: int,
     num_sinks: int,
     window: int,
+    num_positions: int,
     seed: int,
 ) -> None:
     inputs = make_inputs(
@@ -243,6 +252,7 @@ def test_any_shape(
         num_entries=num_entries,
         num_sinks=num_sinks,
         window=window,
+        num_positions=num_positions,
         cache_rows=2 + seed % 2,
         seed=seed,
     )
@@ -256,10 +266,10 @@ def test_wrong_shapes_are_named(device: torch.device) -> None:
         (dict(q=inputs.q[..., :16]), "head dimension 16, the cache has 32"),
         (dict(q=inputs.q[:, :3]), "3 query heads cannot be shared out over 2"),
         (dict(q=inputs.q.double()), "one dtype"),
-        (dict(v=inputs.v[:, :, 1:]), r"expected q \[B, Hq, D\]"),
-        (dict(order=inputs.order[:, 1:]), r"order must be \[3, 37\]"),
-        (dict(q=inputs.q[:2]), "2 queries, but 3 cache rows"),
-        (dict(last_visible=inputs.last_visible[:1]), r"last_visible must be int32 or int64 \[3\]"),
+        (dict(v=inputs.v[:, :, 1:]), r"expected q \[B, Hq, Q, D\]"),
+        (dict(order=inputs.order[:, 1:]), r"order must be int32 or int64 \[3, 37\]"),
+        (dict(q=inputs.q[:2]), "2 rows of queries, but 3 cache rows"),
+        (dict(last_visible=inputs.last_visible[:1]), r"last_visible must be int32 or int64 \[3, 1\]"),
         (dict(first_visible=inputs.first_visible.float()), "first_visible must be int32 or int64"),
         (dict(rows=torch.zeros(2, dtype=torch.long)), r"rows must be int32 or int64 \[3\]"),
     ]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from photon_kernels._backend import check_backend, check_triton_inputs, check_vector
+from photon_kernels._backend import check_backend, check_integers, check_triton_inputs
 from photon_kernels.chunker.naive import gather_chunk_project_naive
 
 __all__ = ["gather_chunk_project", "gather_chunk_project_naive"]
@@ -37,7 +37,7 @@ def gather_chunk_project(states: Tensor, rows: Tensor, weight: Tensor, scale: Te
         raise ValueError(f"states and weight must have one dtype, got {states.dtype} and {weight.dtype}")
     if scale.numel() != 1:
         raise ValueError(f"scale must be a single number, got {list(scale.shape)}")
-    check_vector("rows", rows, rows.numel())
+    check_integers("rows", rows, rows.numel())
     if backend == "torch":
         return gather_chunk_project_naive(states, rows, weight, scale)
     check_triton_inputs(states, rows, weight, scale)

@@ -2,11 +2,13 @@
 
 A decode step offers B * Hkv independent rows, too few for a GPU at small batches, while the stream is long. So each row
 is cut into parts that are attended to independently ("flash-decoding"); their outputs are joined by their log-sum-exps.
+The window is part of the sequence that is cut: one softmax, and no second pass to merge.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
 import triton
@@ -15,8 +17,10 @@ from torch import Tensor
 
 from photon_kernels._attention_config import choose_attention_config
 from photon_kernels._backend import current_device_of, next_power_of_2, with_dense_rows
+from photon_kernels._decode_tiles import attend_ring, query_tile
 from photon_kernels._triton_math import LOG2_E, attend_tile, finish_softmax
 from photon_kernels.aot import CompileCase
+from photon_kernels.summary_decode.naive import Window
 
 # Enough programs for two on each of an H100's or H200's 132 multiprocessors.
 TARGET_PROGRAMS = 264
@@ -39,81 +43,157 @@ def summary_split_kernel(
     k,
     v,
     lengths,
+    starts,
     unit_bias,
     rows,
+    pages,
+    near_k,
+    near_v,
+    near_order,
+    near_first,
+    near_last,
     out,
     lse,
     scale_log2,
+    num_positions,
     num_units,
+    num_entries,
+    num_sinks,
+    num_splits,
     stride_qb,
     stride_qh,
+    stride_qq,
     stride_kb,
     stride_kh,
     stride_kn,
     stride_vb,
     stride_vh,
     stride_vn,
+    pitch_pages,
+    stride_near_kb,
+    stride_near_kh,
+    stride_near_kn,
+    stride_near_vb,
+    stride_near_vh,
+    stride_near_vn,
+    pitch_order,
     HAS_ROWS: tl.constexpr,
+    HAS_STARTS: tl.constexpr,
     HAS_BIAS: tl.constexpr,
+    HAS_WINDOW: tl.constexpr,
+    PER_PAGE: tl.constexpr,
     GROUP: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     BLOCK_N: tl.constexpr,
-    BLOCK_G: tl.constexpr,
+    BLOCK_M: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """Program ``(b, h, s)`` attends to part s of row b; writes ``out [B, Hq, S, D]`` and ``lse [B, Hq, S]``."""
+    """Program ``(b, h, t * num_splits + s)`` attends from the t-th tile of queries to part s of row b.
+
+    Writes ``out [B, Hq, Q, S, D]`` and ``lse [B, Hq, Q, S]``. The parts share out the tiles of the window and then of
+    the stream. PER_PAGE is the number of units per page, 0 for a stream in one piece.
+    """
     # 64 bits from here on: a cache may have more than 2^31 elements.
     row = tl.program_id(0).to(tl.int64)
     kv_head = tl.program_id(1).to(tl.int64)
-    split = tl.program_id(2)
-    num_splits = tl.num_programs(2)
+    query_block = tl.program_id(2) // num_splits
+    split = tl.program_id(2) % num_splits
     cache_row = row
     if HAS_ROWS:
         cache_row = tl.load(rows + row).to(tl.int64)
-    # Each row is cut by its own length, in whole tiles, so that its parts are equally long.
-    length = tl.minimum(tl.load(lengths + row), num_units).to(tl.int32)
-    units_per_split = tl.cdiv(tl.cdiv(length, BLOCK_N), num_splits) * BLOCK_N
-    begin = split * units_per_split
-    end = tl.minimum(begin + units_per_split, length)
-
-    members = tl.arange(0, BLOCK_G)
+    heads, positions, is_query = query_tile(query_block, kv_head, num_positions, GROUP, BLOCK_M)
     dims = tl.arange(0, BLOCK_D)
-    in_group = members < GROUP
     in_head = dims < HEAD_DIM
-    heads = kv_head * GROUP + members
     queries = tl.load(
-        q + row * stride_qb + heads[:, None] * stride_qh + dims[None, :],
-        mask=in_group[:, None] & in_head[None, :],
+        q + row * stride_qb + heads[:, None] * stride_qh + positions[:, None] * stride_qq + dims[None, :],
+        mask=is_query[:, None] & in_head[None, :],
         other=0.0,
     )
-    # The tile's start moves as a pointer: offsets within a tile then fit in 32 bits.
-    keys_start = k + cache_row * stride_kb + kv_head * stride_kh + begin.to(tl.int64) * stride_kn
-    values_start = v + cache_row * stride_vb + kv_head * stride_vh + begin.to(tl.int64) * stride_vn
-    steps = tl.arange(0, BLOCK_N)
 
-    peak = tl.full([BLOCK_G], float("-inf"), tl.float32)
-    total = tl.zeros([BLOCK_G], tl.float32)
-    acc = tl.zeros([BLOCK_G, BLOCK_D], tl.float32)
-    for start in range(begin, end, BLOCK_N):
-        visible = start + steps < end
-        mask = visible[:, None] & in_head[None, :]
-        keys = tl.load(keys_start + steps[:, None] * stride_kn + dims[None, :], mask=mask, other=0.0)
-        values = tl.load(values_start + steps[:, None] * stride_vn + dims[None, :], mask=mask, other=0.0)
-        offset = tl.where(visible, 0.0, float("-inf"))
+    # Units that any of the queries sees, from the start of a tile.
+    length = tl.load(lengths + row * num_positions + positions, mask=is_query, other=0).to(tl.int32)
+    stop = tl.minimum(tl.max(length, 0), num_units)
+    first_unit = 0
+    if HAS_STARTS:
+        start = tl.load(starts + row * num_positions + positions, mask=is_query, other=2147483647).to(tl.int32)
+        first_unit = tl.maximum(tl.min(start, 0), 0) // BLOCK_N * BLOCK_N
+    near_tiles = 0
+    if HAS_WINDOW:
+        near_tiles = tl.cdiv(num_entries, BLOCK_N)
+    # Each row is cut by its own length, in whole tiles, so that its parts are equally long.
+    tiles = near_tiles + tl.cdiv(tl.maximum(stop - first_unit, 0), BLOCK_N)
+    tiles_per_split = tl.cdiv(tiles, num_splits)
+    low = split * tiles_per_split
+    high = tl.minimum(low + tiles_per_split, tiles)
+
+    peak = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    total = tl.zeros([BLOCK_M], tl.float32)
+    acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    if HAS_WINDOW:
+        last = tl.load(near_last + row * num_positions + positions, mask=is_query, other=-1)
+        peak, total, acc = attend_ring(
+            low * BLOCK_N,
+            tl.minimum(high, near_tiles) * BLOCK_N,
+            queries,
+            near_k + cache_row * stride_near_kb + kv_head * stride_near_kh,
+            near_v + cache_row * stride_near_vb + kv_head * stride_near_vh,
+            near_order + cache_row * pitch_order,
+            tl.load(near_first + row),
+            last,
+            tl.max(last, 0),
+            num_entries,
+            num_sinks,
+            stride_near_kn,
+            stride_near_vn,
+            in_head,
+            scale_log2,
+            peak,
+            total,
+            acc,
+            BLOCK_N,
+            BLOCK_D,
+        )
+
+    begin = first_unit + (tl.maximum(low, near_tiles) - near_tiles) * BLOCK_N
+    end = first_unit + (tl.maximum(high, near_tiles) - near_tiles) * BLOCK_N
+    keys_start = k + kv_head * stride_kh
+    values_start = v + kv_head * stride_vh
+    page_start = pages + cache_row * pitch_pages
+    for unit in range(begin, end, BLOCK_N):
+        units = unit + tl.arange(0, BLOCK_N)
+        alive = units < stop
+        # Where a unit lies: its block of memory (page or row) and its place there.
+        if PER_PAGE == 0:
+            block = cache_row
+            inside = units.to(tl.int64)
+        elif PER_PAGE % BLOCK_N == 0:
+            block = tl.load(page_start + unit // PER_PAGE).to(tl.int64)
+            inside = unit % PER_PAGE + tl.arange(0, BLOCK_N)
+        else:
+            block = tl.load(page_start + units // PER_PAGE, mask=alive, other=0).to(tl.int64)
+            inside = units % PER_PAGE
+        mask = alive[:, None] & in_head[None, :]
+        key_rows = keys_start + block * stride_kb + inside * stride_kn
+        value_rows = values_start + block * stride_vb + inside * stride_vn
+        keys = tl.load(key_rows[:, None] + dims[None, :], mask=mask, other=0.0)
+        values = tl.load(value_rows[:, None] + dims[None, :], mask=mask, other=0.0)
+        visible = units[None, :] < tl.minimum(length, stop)[:, None]
+        if HAS_STARTS:
+            visible = visible & (units[None, :] >= start[:, None])
+        bias = tl.zeros([BLOCK_N], tl.float32)
         if HAS_BIAS:
-            offset += tl.load(unit_bias + start + steps, mask=visible, other=0.0).to(tl.float32) * LOG2_E
+            bias = tl.load(unit_bias + units, mask=alive, other=0.0).to(tl.float32) * LOG2_E
+        offset = tl.where(visible, bias[None, :], float("-inf"))
         peak, total, acc = attend_tile(queries, keys, values, offset, scale_log2, peak, total, acc)
-        keys_start += BLOCK_N * stride_kn
-        values_start += BLOCK_N * stride_vn
 
     result, log_sum = finish_softmax(peak, total, acc)
-    target = (row * tl.num_programs(1) * GROUP + heads) * num_splits + split
+    target = ((row * tl.num_programs(1) * GROUP + heads) * num_positions + positions) * num_splits + split
     tl.store(
         out + target[:, None] * HEAD_DIM + dims[None, :],
         result.to(out.dtype.element_ty),
-        mask=in_group[:, None] & in_head[None, :],
+        mask=is_query[:, None] & in_head[None, :],
     )
-    tl.store(lse + target, log_sum, mask=in_group)
+    tl.store(lse + target, log_sum, mask=is_query)
 
 
 @triton.jit(do_not_specialize=["num_splits"])
@@ -155,55 +235,80 @@ def summary_decode_attention_triton(
     v: Tensor,
     lengths: Tensor,
     scale: float,
+    starts: Tensor | None = None,
     unit_bias: Tensor | None = None,
     rows: Tensor | None = None,
+    pages: Tensor | None = None,
+    window: Window | None = None,
     num_splits: int | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Output ``[B, Hq, D]`` and log-sum-exp ``[B, Hq]``; arguments as in ``summary_decode_attention``."""
-    batch, num_heads, head_dim = q.shape
-    num_kv_heads, num_units = k.shape[1:3]
+    """Output ``[B, Hq, Q, D]`` and log-sum-exp ``[B, Hq, Q]``; arguments as in ``summary_decode_attention``."""
+    batch, num_heads, num_positions, head_dim = q.shape
+    num_kv_heads, per_block = k.shape[1:3]
     group = num_heads // num_kv_heads
-    out = torch.empty(batch, num_heads, head_dim, dtype=q.dtype, device=q.device)
-    lse = torch.empty(batch, num_heads, dtype=torch.float32, device=q.device)
-    if batch == 0:
+    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    lse = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
+    if out.numel() == 0:
         return out, lse
+    q, k, v, pages = (x if x is None else with_dense_rows(x) for x in (q, k, v, pages))
+    num_units = per_block if pages is None else pages.shape[1] * per_block
+    config = choose_attention_config(LONG_STREAM, group * num_positions, head_dim, k.element_size())
+    query_blocks = triton.cdiv(group * num_positions, config.block_m)
     if num_splits is None:
-        num_splits = choose_num_splits(num_units, batch * num_kv_heads)
-    q, k, v = (with_dense_rows(tensor) for tensor in (q, k, v))
-    config = choose_attention_config(LONG_STREAM, group, head_dim, k.element_size())
+        num_splits = choose_num_splits(num_units, batch * num_kv_heads * query_blocks)
     if num_splits == 1:
         partial_out, partial_lse = out, lse
     else:
-        partial_out = torch.empty(batch, num_heads, num_splits, head_dim, dtype=torch.float32, device=q.device)
-        partial_lse = torch.empty(batch, num_heads, num_splits, dtype=torch.float32, device=q.device)
+        partial_out = torch.empty(*q.shape[:3], num_splits, head_dim, dtype=torch.float32, device=q.device)
+        partial_lse = torch.empty(*q.shape[:3], num_splits, dtype=torch.float32, device=q.device)
+    # A kernel wants a pointer even where it reads none.
+    near = Window(k, v, lengths, lengths, lengths) if window is None else window
+    near_k, near_v, near_order = (with_dense_rows(x) for x in near[:3])
     with current_device_of(q):
-        summary_split_kernel[(batch, num_kv_heads, num_splits)](
+        summary_split_kernel[(batch, num_kv_heads, query_blocks * num_splits)](
             q,
             k,
             v,
             lengths.contiguous(),
-            # A kernel wants a pointer even where it reads none.
+            lengths if starts is None else starts.contiguous(),
             lengths if unit_bias is None else unit_bias.contiguous(),
             lengths if rows is None else rows.contiguous(),
+            lengths if pages is None else pages,
+            near_k,
+            near_v,
+            near_order,
+            near.first_visible.contiguous(),
+            near.last_visible.contiguous(),
             partial_out,
             partial_lse,
             scale * LOG2_E.value,
+            num_positions,
             num_units,
-            *q.stride()[:2],
+            near_k.shape[2],
+            near.num_sinks,
+            num_splits,
+            *q.stride()[:3],
             *k.stride()[:3],
             *v.stride()[:3],
+            0 if pages is None else pages.stride(0),
+            *near_k.stride()[:3],
+            *near_v.stride()[:3],
+            near_order.stride(0),
             HAS_ROWS=rows is not None,
+            HAS_STARTS=starts is not None,
             HAS_BIAS=unit_bias is not None,
+            HAS_WINDOW=window is not None,
+            PER_PAGE=0 if pages is None else per_block,
             GROUP=group,
             HEAD_DIM=head_dim,
             BLOCK_N=config.block_n,
-            BLOCK_G=config.block_g,
+            BLOCK_M=config.block_m,
             BLOCK_D=config.block_d,
             num_warps=config.num_warps,
             num_stages=config.num_stages,
         )
         if num_splits > 1:
-            summary_combine_kernel[(batch * num_heads,)](
+            summary_combine_kernel[(lse.numel(),)](
                 partial_out,
                 partial_lse,
                 out,
@@ -217,29 +322,65 @@ def summary_decode_attention_triton(
     return out, lse
 
 
+class _Shape(NamedTuple):
+    """A case to compile: what distinguishes the kernels that users of a model run."""
+
+    dtype: str
+    element_size: int
+    num_positions: int
+    group: int
+    head_dim: int
+    per_page: int
+    window: bool
+    starts: bool = False
+
+
+COMPILED_SHAPES = [
+    _Shape("bf16", 2, 1, 4, 64, per_page=16, window=True),
+    _Shape("bf16", 2, 1, 4, 64, per_page=0, window=True),
+    _Shape("bf16", 2, 1, 4, 128, per_page=64, window=True),
+    _Shape("bf16", 2, 1, 8, 128, per_page=16, window=False),
+    _Shape("bf16", 2, 4, 4, 128, per_page=512, window=False),
+    _Shape("bf16", 2, 1, 4, 128, per_page=256, window=False, starts=True),
+    _Shape("fp16", 2, 1, 32, 128, per_page=16, window=True),
+    _Shape("fp32", 4, 1, 4, 128, per_page=16, window=True),
+]
+
+
 def compile_cases() -> Iterator[CompileCase]:
-    """What ``photon_kernels.aot`` compiles: (dtype, its bytes, group, head dimension) as users have them."""
-    shapes = [("bf16", 2, 4, 64), ("bf16", 2, 8, 128), ("fp16", 2, 32, 128), ("fp32", 4, 4, 128)]
-    for dtype, element_size, group, head_dim in shapes:
-        config = choose_attention_config(LONG_STREAM, group, head_dim, element_size)
+    """What ``photon_kernels.aot`` compiles."""
+    for shape in COMPILED_SHAPES:
+        config = choose_attention_config(
+            LONG_STREAM, shape.group * shape.num_positions, shape.head_dim, shape.element_size
+        )
+        layout = f"page={shape.per_page}" if shape.per_page else "contiguous"
+        extras = ("+window" if shape.window else "") + ("+starts" if shape.starts else "")
+        strides = ("qb", "qh", "qq", "kb", "kh", "kn", "vb", "vh", "vn")
+        near_strides = ("near_kb", "near_kh", "near_kn", "near_vb", "near_vh", "near_vn")
         yield CompileCase(
-            name=f"summary_split {dtype} group={group} D={head_dim}",
+            name=f"summary_split {shape.dtype} Q={shape.num_positions} group={shape.group} D={shape.head_dim} "
+            f"{layout}{extras}",
             kernel=summary_split_kernel,
             types={
-                **dict.fromkeys(("q", "k", "v"), f"*{dtype}"),
+                **dict.fromkeys(("q", "k", "v", "near_k", "near_v"), f"*{shape.dtype}"),
                 **dict.fromkeys(("unit_bias", "out", "lse"), "*fp32"),
-                **dict.fromkeys(("lengths", "rows"), "*i64"),
+                **dict.fromkeys(("lengths", "starts", "rows", "pages"), "*i64"),
+                **dict.fromkeys(("near_order", "near_first", "near_last"), "*i64"),
                 "scale_log2": "fp32",
-                "num_units": "i32",
-                **{f"stride_{name}": "i32" for name in ("qb", "qh", "kb", "kh", "kn", "vb", "vh", "vn")},
+                **dict.fromkeys(("num_positions", "num_units", "num_entries", "num_sinks", "num_splits"), "i32"),
+                **dict.fromkeys(("pitch_pages", "pitch_order"), "i32"),
+                **{f"stride_{name}": "i32" for name in (*strides, *near_strides)},
             },
             constants={
                 "HAS_ROWS": True,
+                "HAS_STARTS": shape.starts,
                 "HAS_BIAS": True,
-                "GROUP": group,
-                "HEAD_DIM": head_dim,
+                "HAS_WINDOW": shape.window,
+                "PER_PAGE": shape.per_page,
+                "GROUP": shape.group,
+                "HEAD_DIM": shape.head_dim,
                 "BLOCK_N": config.block_n,
-                "BLOCK_G": config.block_g,
+                "BLOCK_M": config.block_m,
                 "BLOCK_D": config.block_d,
             },
             num_warps=config.num_warps,

@@ -1,10 +1,16 @@
-"""Decode attention of one query per row over a bounded ring buffer: window, sinks and slots."""
+"""Decode attention over a bounded ring buffer: window, sinks and slots."""
 
 from __future__ import annotations
 
 from torch import Tensor
 
-from photon_kernels._backend import check_attention_shapes, check_backend, check_triton_inputs, check_vector
+from photon_kernels._backend import (
+    check_attention_shapes,
+    check_backend,
+    check_integers,
+    check_rows,
+    check_triton_inputs,
+)
 from photon_kernels.window_decode.naive import window_decode_attention_naive
 
 __all__ = ["window_decode_attention", "window_decode_attention_naive"]
@@ -23,43 +29,46 @@ def window_decode_attention(
     return_lse: bool = False,
     backend: str = "torch",
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """Attend from one query per row to the visible entries of a ring buffer, in whatever order they lie.
+    """Attend from a few queries per row to the visible entries of a ring buffer, in whatever order they lie.
 
-    Entry ``n`` of cache row ``r`` is visible to query ``b`` if ``0 <= order[r, n] <= last_visible[b]`` and either
-    ``order[r, n] >= first_visible[b]`` or ``n < num_sinks``. Slots of the hierarchy are entries like tokens.
+    Entry ``n`` of cache row ``r`` is visible to query ``i`` of row ``b`` if ``0 <= order[r, n] <= last_visible[b, i]``
+    and either ``order[r, n] >= first_visible[b]`` or ``n < num_sinks``. Slots of the hierarchy are entries like tokens.
 
     Args:
-        q: Queries ``[B, Hq, D]``; query head ``h`` reads key head ``h // (Hq / Hkv)``.
-        k: Keys ``[Bc, Hkv, N, D]``. What invisible entries hold (NaN included) has no influence.
+        q: Queries ``[B, Hq, Q, D]``; query head ``h`` reads key head ``h // (Hq / Hkv)``. Q is 1 for a token, R for the
+            slots of a chunk.
+        k: Keys ``[Bc, Hkv, N, D]``. What an entry holds that no query of the row sees (NaN included) has no influence.
         v: Values ``[Bc, Hkv, N, D]``.
         order: Integer ``[Bc, N]``, the place of each entry in its sequence; -1 marks an empty entry.
-        first_visible: Integer ``[B]``, the oldest place that each query sees besides the sinks.
-        last_visible: Integer ``[B]``, the youngest place that each query sees, usually its own.
+        first_visible: Integer ``[B]``, the oldest place that each row's queries see besides the sinks.
+        last_visible: Integer ``[B, Q]``, the youngest place that each query sees, usually its own.
         scale: Factor on the dot products, usually ``D ** -0.5``.
         num_sinks: The first so many entries of the buffer are never too old.
-        rows: Integer ``[B]``, the cache row that each query reads; ``None`` for row ``b`` (then Bc = B).
+        rows: Integer ``[B]``, the cache row that each row of queries reads; ``None`` for its own (then Bc = B).
         return_lse: Return the log-sum-exp of the logits too.
         backend: ``"torch"`` (any device, differentiable) or ``"triton"`` (GPU, forward only).
 
     Returns:
-        The output ``[B, Hq, D]`` in q's dtype; with ``return_lse`` also float32 ``[B, Hq]``, the natural logarithm of
-        the softmax denominator. A query that sees nothing gets 0 and -inf.
+        The output ``[B, Hq, Q, D]`` in q's dtype; with ``return_lse`` also float32 ``[B, Hq, Q]``, the natural
+        logarithm of the softmax denominator. A query that sees nothing gets 0 and -inf.
 
     Raises:
         ValueError: Shapes or dtypes do not fit together, or the backend is unknown.
         RuntimeError: Triton cannot run on these inputs; the message says why.
     """
     check_backend(backend)
-    check_attention_shapes(q, k, v, rows)
-    if order.shape != (k.shape[0], k.shape[2]):
-        raise ValueError(f"order must be [{k.shape[0]}, {k.shape[2]}] like the cache, got {list(order.shape)}")
-    check_vector("first_visible", first_visible, q.shape[0])
-    check_vector("last_visible", last_visible, q.shape[0])
+    check_attention_shapes(q, k, v)
+    batch, num_positions = q.shape[0], q.shape[2]
+    check_rows(rows, batch, k.shape[0])
+    check_integers("order", order, k.shape[0], k.shape[2])
+    check_integers("first_visible", first_visible, batch)
+    check_integers("last_visible", last_visible, batch, num_positions)
+    arguments = q, k, v, order, first_visible, last_visible, scale, num_sinks, rows
     if backend == "torch":
-        out, lse = window_decode_attention_naive(q, k, v, order, first_visible, last_visible, scale, num_sinks, rows)
+        out, lse = window_decode_attention_naive(*arguments)
     else:
         check_triton_inputs(q, k, v, order, first_visible, last_visible, rows)
         from photon_kernels.window_decode.triton import window_decode_attention_triton
 
-        out, lse = window_decode_attention_triton(q, k, v, order, first_visible, last_visible, scale, num_sinks, rows)
+        out, lse = window_decode_attention_triton(*arguments)
     return (out, lse) if return_lse else out

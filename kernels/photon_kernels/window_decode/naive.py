@@ -8,6 +8,14 @@ from torch import Tensor
 from photon_kernels._masked_attention import masked_attention
 
 
+def visible_in_window(order: Tensor, first_visible: Tensor, last_visible: Tensor, num_sinks: int) -> Tensor:
+    """Which entries each query sees, bool ``[B, Q, N]``, for ``order [B, N]``."""
+    place = order[:, None]
+    is_sink = torch.arange(order.shape[1], device=order.device) < num_sinks
+    old_enough = (place >= 0) & (place <= last_visible[:, :, None])
+    return old_enough & ((place >= first_visible[:, None, None]) | is_sink)
+
+
 def window_decode_attention_naive(
     q: Tensor,
     k: Tensor,
@@ -19,9 +27,7 @@ def window_decode_attention_naive(
     num_sinks: int = 0,
     rows: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Output ``[B, Hq, D]`` and log-sum-exp ``[B, Hq]``; arguments as in ``window_decode_attention``."""
+    """Output ``[B, Hq, Q, D]`` and log-sum-exp ``[B, Hq, Q]``; arguments as in ``window_decode_attention``."""
     if rows is not None:
         k, v, order = k[rows], v[rows], order[rows]
-    is_sink = torch.arange(k.shape[2], device=k.device) < num_sinks
-    visible = (order >= 0) & (order <= last_visible[:, None]) & ((order >= first_visible[:, None]) | is_sink)
-    return masked_attention(q, k, v, visible, scale)
+    return masked_attention(q, k, v, visible_in_window(order, first_visible, last_visible, num_sinks), scale)

@@ -1,7 +1,8 @@
 """Triton kernel of the windowed decode attention.
 
-One program serves one (row, key head): the query heads that share the key head are the rows of its tile, and it walks
-over the entries once with an online softmax. Invisible entries are not even read.
+One program serves one (row, key head) and walks over the entries once with an online softmax; entries that no query of
+the row sees are not even read. With tiny sequences (an isolated chunk has at most R + C entries) a program is one or
+two tiles, and the GPU is filled by rows and heads.
 """
 
 from __future__ import annotations
@@ -15,7 +16,8 @@ from torch import Tensor
 
 from photon_kernels._attention_config import choose_attention_config
 from photon_kernels._backend import current_device_of, with_dense_rows
-from photon_kernels._triton_math import LOG2_E, attend_tile, finish_softmax
+from photon_kernels._decode_tiles import attend_ring, query_tile
+from photon_kernels._triton_math import LOG2_E, finish_softmax
 from photon_kernels.aot import CompileCase
 
 
@@ -31,10 +33,12 @@ def window_decode_kernel(
     out,
     lse,
     scale_log2,
+    num_positions,
     num_entries,
     num_sinks,
     stride_qb,
     stride_qh,
+    stride_qq,
     stride_kb,
     stride_kh,
     stride_kn,
@@ -46,54 +50,58 @@ def window_decode_kernel(
     GROUP: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     BLOCK_N: tl.constexpr,
-    BLOCK_G: tl.constexpr,
+    BLOCK_M: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """Program ``(b, h)`` writes ``out[b, h * GROUP : (h + 1) * GROUP]`` and the same of ``lse``; both contiguous."""
+    """Program ``(b, h, t)`` writes the t-th tile of queries of key head h in ``out`` and ``lse``, both contiguous."""
     # 64 bits from here on: a cache may have more than 2^31 elements.
     row = tl.program_id(0).to(tl.int64)
     kv_head = tl.program_id(1).to(tl.int64)
     cache_row = row
     if HAS_ROWS:
         cache_row = tl.load(rows + row).to(tl.int64)
-    first = tl.load(first_visible + row)
-    last = tl.load(last_visible + row)
-
-    members = tl.arange(0, BLOCK_G)
+    heads, positions, is_query = query_tile(tl.program_id(2), kv_head, num_positions, GROUP, BLOCK_M)
     dims = tl.arange(0, BLOCK_D)
-    in_group = members < GROUP
     in_head = dims < HEAD_DIM
-    heads = kv_head * GROUP + members
     queries = tl.load(
-        q + row * stride_qb + heads[:, None] * stride_qh + dims[None, :],
-        mask=in_group[:, None] & in_head[None, :],
+        q + row * stride_qb + heads[:, None] * stride_qh + positions[:, None] * stride_qq + dims[None, :],
+        mask=is_query[:, None] & in_head[None, :],
         other=0.0,
     )
-    keys_start = k + cache_row * stride_kb + kv_head * stride_kh
-    values_start = v + cache_row * stride_vb + kv_head * stride_vh
-    order_start = order + cache_row * pitch_order
+    first = tl.load(first_visible + row)
+    last = tl.load(last_visible + row * num_positions + positions, mask=is_query, other=-1)
 
-    peak = tl.full([BLOCK_G], float("-inf"), tl.float32)
-    total = tl.zeros([BLOCK_G], tl.float32)
-    acc = tl.zeros([BLOCK_G, BLOCK_D], tl.float32)
-    for start in range(0, num_entries, BLOCK_N):
-        entries = start + tl.arange(0, BLOCK_N)
-        place = tl.load(order_start + entries, mask=entries < num_entries, other=-1)
-        visible = (place >= 0) & (place <= last) & ((place >= first) | (entries < num_sinks))
-        mask = visible[:, None] & in_head[None, :]
-        keys = tl.load(keys_start + entries[:, None] * stride_kn + dims[None, :], mask=mask, other=0.0)
-        values = tl.load(values_start + entries[:, None] * stride_vn + dims[None, :], mask=mask, other=0.0)
-        offset = tl.where(visible, 0.0, float("-inf"))
-        peak, total, acc = attend_tile(queries, keys, values, offset, scale_log2, peak, total, acc)
+    peak, total, acc = attend_ring(
+        0,
+        num_entries,
+        queries,
+        k + cache_row * stride_kb + kv_head * stride_kh,
+        v + cache_row * stride_vb + kv_head * stride_vh,
+        order + cache_row * pitch_order,
+        first,
+        last,
+        tl.max(last, 0),
+        num_entries,
+        num_sinks,
+        stride_kn,
+        stride_vn,
+        in_head,
+        scale_log2,
+        tl.full([BLOCK_M], float("-inf"), tl.float32),
+        tl.zeros([BLOCK_M], tl.float32),
+        tl.zeros([BLOCK_M, BLOCK_D], tl.float32),
+        BLOCK_N,
+        BLOCK_D,
+    )
 
     result, log_sum = finish_softmax(peak, total, acc)
-    target = row * tl.num_programs(1) * GROUP + heads
+    target = (row * tl.num_programs(1) * GROUP + heads) * num_positions + positions
     tl.store(
         out + target[:, None] * HEAD_DIM + dims[None, :],
         result.to(out.dtype.element_ty),
-        mask=in_group[:, None] & in_head[None, :],
+        mask=is_query[:, None] & in_head[None, :],
     )
-    tl.store(lse + target, log_sum, mask=in_group)
+    tl.store(lse + target, log_sum, mask=is_query)
 
 
 def window_decode_attention_triton(
@@ -107,18 +115,19 @@ def window_decode_attention_triton(
     num_sinks: int = 0,
     rows: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Output ``[B, Hq, D]`` and log-sum-exp ``[B, Hq]``; arguments as in ``window_decode_attention``."""
-    batch, num_heads, head_dim = q.shape
+    """Output ``[B, Hq, Q, D]`` and log-sum-exp ``[B, Hq, Q]``; arguments as in ``window_decode_attention``."""
+    batch, num_heads, num_positions, head_dim = q.shape
     num_kv_heads, num_entries = k.shape[1:3]
     group = num_heads // num_kv_heads
-    out = torch.empty(batch, num_heads, head_dim, dtype=q.dtype, device=q.device)
-    lse = torch.empty(batch, num_heads, dtype=torch.float32, device=q.device)
-    if batch == 0:
+    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    lse = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
+    if out.numel() == 0:
         return out, lse
     q, k, v, order = (with_dense_rows(tensor) for tensor in (q, k, v, order))
-    config = choose_attention_config(num_entries, group, head_dim, k.element_size())
+    config = choose_attention_config(num_entries, group * num_positions, head_dim, k.element_size())
+    grid = (batch, num_kv_heads, triton.cdiv(group * num_positions, config.block_m))
     with current_device_of(q):
-        window_decode_kernel[(batch, num_kv_heads)](
+        window_decode_kernel[grid](
             q,
             k,
             v,
@@ -130,9 +139,10 @@ def window_decode_attention_triton(
             out,
             lse,
             scale * LOG2_E.value,
+            num_positions,
             num_entries,
             num_sinks,
-            *q.stride()[:2],
+            *q.stride()[:3],
             *k.stride()[:3],
             *v.stride()[:3],
             order.stride(0),
@@ -140,7 +150,7 @@ def window_decode_attention_triton(
             GROUP=group,
             HEAD_DIM=head_dim,
             BLOCK_N=config.block_n,
-            BLOCK_G=config.block_g,
+            BLOCK_M=config.block_m,
             BLOCK_D=config.block_d,
             num_warps=config.num_warps,
             num_stages=config.num_stages,
@@ -149,29 +159,28 @@ def window_decode_attention_triton(
 
 
 def compile_cases() -> Iterator[CompileCase]:
-    """What ``photon_kernels.aot`` compiles: (dtype, its bytes, entries, group, head dimension) as users have them."""
+    """What ``photon_kernels.aot`` compiles: (dtype, its bytes, entries, queries, group, head dimension) in use."""
     shapes = [
-        ("bf16", 2, 8, 4, 64),
-        ("bf16", 2, 72, 4, 64),
-        ("bf16", 2, 300, 8, 128),
-        ("bf16", 2, 300, 1, 80),
-        ("fp16", 2, 300, 32, 128),
-        ("fp32", 4, 300, 4, 128),
+        ("bf16", 2, 8, 1, 4, 64),
+        ("bf16", 2, 72, 1, 4, 64),
+        ("bf16", 2, 72, 8, 4, 128),
+        ("bf16", 2, 300, 1, 8, 128),
+        ("bf16", 2, 300, 1, 1, 80),
+        ("fp16", 2, 300, 1, 32, 128),
+        ("fp32", 4, 300, 1, 4, 128),
     ]
-    for dtype, element_size, num_entries, group, head_dim in shapes:
-        config = choose_attention_config(num_entries, group, head_dim, element_size)
-        strides = ("qb", "qh", "kb", "kh", "kn", "vb", "vh", "vn")
+    for dtype, element_size, num_entries, num_positions, group, head_dim in shapes:
+        config = choose_attention_config(num_entries, group * num_positions, head_dim, element_size)
+        strides = ("qb", "qh", "qq", "kb", "kh", "kn", "vb", "vh", "vn")
         yield CompileCase(
-            name=f"window_decode {dtype} N={num_entries} group={group} D={head_dim}",
+            name=f"window_decode {dtype} N={num_entries} Q={num_positions} group={group} D={head_dim}",
             kernel=window_decode_kernel,
             types={
                 **dict.fromkeys(("q", "k", "v", "out"), f"*{dtype}"),
                 **dict.fromkeys(("order", "first_visible", "last_visible", "rows"), "*i64"),
                 "lse": "*fp32",
                 "scale_log2": "fp32",
-                "num_entries": "i32",
-                "num_sinks": "i32",
-                "pitch_order": "i32",
+                **dict.fromkeys(("num_positions", "num_entries", "num_sinks", "pitch_order"), "i32"),
                 **{f"stride_{name}": "i32" for name in strides},
             },
             constants={
@@ -179,7 +188,7 @@ def compile_cases() -> Iterator[CompileCase]:
                 "GROUP": group,
                 "HEAD_DIM": head_dim,
                 "BLOCK_N": config.block_n,
-                "BLOCK_G": config.block_g,
+                "BLOCK_M": config.block_m,
                 "BLOCK_D": config.block_d,
             },
             num_warps=config.num_warps,
