@@ -14,10 +14,13 @@ from typing import Protocol
 
 import torch
 import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
 from transformers import AttentionInterface
 
 ATTENTION_NAME = "photon"
 KeyValue = tuple[torch.Tensor, torch.Tensor]
+# Queries that a band takes at a time: enough to fill a GPU.
+PIECE = 2048
 
 
 class Span(Protocol):
@@ -77,6 +80,10 @@ def sdpa(
     dropout: float = 0.0,
 ) -> torch.Tensor:
     """`F.scaled_dot_product_attention` with grouped-query heads: ``[B, Hq, E, D]`` against ``[B, Hkv, K, D]``."""
+    groups = query.shape[1] // key.shape[1]
+    if mask is not None and groups > 1 and query.is_cuda:
+        # With a mask and grouped heads no fused CUDA kernel is chosen, and all scores would be held.
+        key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
     return F.scaled_dot_product_attention(
         query,
         key,
@@ -178,34 +185,85 @@ class BandSpan:
     def attend(self, layer, query, key, value, scale, dropout, sliding_window):
         if self.recorded is not None:
             self.recorded[layer] = (key, value)
-        return self._attend_blocks(query, key, value, self.mask, scale, dropout)
+        return self._attend_pieces(query, key, value, scale, dropout)
 
-    def _attend_blocks(self, query, key, value, mask, scale, dropout, extra: KeyValue | None = None):
-        batch, _, length, _ = query.shape
-        keys, values = self._gather(key, extra and extra[0]), self._gather(value, extra and extra[1])
+    def _attend_pieces(self, query, key, value, scale, dropout, units: KeyValue | None = None):
+        """Attend piece by piece; the backward pass gathers a piece's keys and values again.
+
+        So the layer keeps its queries, keys and values alone, and what is gathered for the blocks, the units of every
+        block included, is held for one piece at a time.
+        """
+        per_piece = max(1, PIECE // self.block)
+        queries, keys, values = (states.split(per_piece * self.block, dim=2) for states in (query, key, value))
+        sinks = [None, None] if self.sinks is None else [key[:, :, self.sinks], value[:, :, self.sinks]]
+        outputs = []
+        for number, own in enumerate(zip(queries, keys, values, strict=True)):
+            blocks = slice(number * per_piece, (number + 1) * per_piece)
+            before = [side[number - 1][:, :, -self.block :] if number else None for side in (keys, values)]
+            seen = [side[:, :, : self._num_visible(blocks)] for side in units] if units else [None, None]
+            arguments = (blocks, *own, *before, *sinks, *seen, scale, dropout)
+            if torch.is_grad_enabled() and query.requires_grad:
+                output = checkpoint(self._attend_piece, *arguments, use_reentrant=False, preserve_rng_state=dropout > 0)
+            else:
+                output = self._attend_piece(*arguments)
+            outputs.append(output)
+        return torch.cat(outputs, dim=1).transpose(1, 2)
+
+    def _attend_piece(
+        self,
+        blocks: slice,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        key_before: torch.Tensor | None,
+        value_before: torch.Tensor | None,
+        key_sinks: torch.Tensor | None,
+        value_sinks: torch.Tensor | None,
+        unit_keys: torch.Tensor | None,
+        unit_values: torch.Tensor | None,
+        scale: float,
+        dropout: float,
+    ) -> torch.Tensor:
+        """Outputs ``[B, E, Hq, D]`` of the E queries in `blocks`, from their own keys and those of the block before."""
+        batch, length = query.shape[0], query.shape[2]
+        keys = self._gather(key, key_before, key_sinks, unit_keys)
+        values = self._gather(value, value_before, value_sinks, unit_values)
         queries = self._fold(self._blocks(query))
+        mask = self._mask(blocks, query.dtype, unit_keys)
         mask = mask[None, :, None].expand(batch, -1, -1, -1, -1).flatten(0, 1)
         out = sdpa(queries, keys, values, scale, mask=mask, dropout=dropout)
-        out = out.view(batch, self.num_blocks, *out.shape[1:]).transpose(1, 2).flatten(2, 3)
-        return out[:, :, :length]
+        return out.transpose(1, 2).unflatten(0, (batch, -1)).flatten(1, 2)[:, :length]
+
+    def _mask(self, blocks: slice, dtype: torch.dtype, unit_keys: torch.Tensor | None) -> torch.Tensor:
+        """What the queries of `blocks` see of what `_gather` lays out for them."""
+        return self.mask[blocks]
+
+    def _num_visible(self, blocks: slice) -> int:
+        """Units that some query of `blocks` sees: the first ones."""
+        return 0
 
     def _blocks(self, states: torch.Tensor) -> torch.Tensor:
         """``[B, H, E, D]`` -> ``[B, H, blocks, block, D]``, padded with zeros."""
-        padding = self.num_blocks * self.block - states.shape[2]
-        return F.pad(states, (0, 0, 0, padding)).unflatten(2, (self.num_blocks, self.block))
+        return F.pad(states, (0, 0, 0, -states.shape[2] % self.block)).unflatten(2, (-1, self.block))
 
     @staticmethod
     def _fold(blocks: torch.Tensor) -> torch.Tensor:
         return blocks.transpose(1, 2).flatten(0, 1)
 
-    def _gather(self, states: torch.Tensor, extra: torch.Tensor | None) -> torch.Tensor:
-        """Keys or values of every block, ``[B * blocks, Hkv, 2 * block + s + extra, D]``."""
+    def _gather(
+        self,
+        states: torch.Tensor,
+        before: torch.Tensor | None,
+        sinks: torch.Tensor | None,
+        units: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """Keys or values for every block of a piece, ``[B * blocks, Hkv, 2 * block + s + U, D]``."""
         own = self._blocks(states)
-        parts = [F.pad(own[:, :, :-1], (0, 0, 0, 0, 1, 0)), own]
-        if self.sinks is not None:
-            parts.append(states[:, :, self.sinks][:, :, None].expand(-1, -1, self.num_blocks, -1, -1))
-        if extra is not None:
-            parts.append(extra[:, :, None].expand(-1, -1, self.num_blocks, -1, -1))
+        first = torch.zeros_like(own[:, :, :1]) if before is None else before[:, :, None]
+        parts = [torch.cat([first, own[:, :, :-1]], dim=2), own]
+        for shared in (sinks, units):
+            if shared is not None:
+                parts.append(shared[:, :, None].expand(-1, -1, own.shape[2], -1, -1))
         return self._fold(torch.cat(parts, dim=3))
 
 
@@ -229,21 +287,22 @@ class MemorySpan(BandSpan):
         units = self.pool(layer, key, value)
         if self.recorded_units is not None:
             self.recorded_units[layer] = units
-        mask = self._bias(units[0].shape[2]).to(query.dtype)
-        return self._attend_blocks(query, key, value, mask, scale, dropout, extra=units)
+        return self._attend_pieces(query, key, value, scale, dropout, units)
 
     @cached_property
-    def _biases(self) -> dict[int, torch.Tensor]:
-        return {}
+    def _visible(self) -> list[int]:
+        """Per block, the units that its last query sees."""
+        return (self._starts[:, -1] // self.unit_span).tolist()
 
-    def _bias(self, num_units: int) -> torch.Tensor:
-        """Additive mask ``[blocks, block, 2 * block + s + U]``; a unit counts as many times as it has tokens."""
-        if num_units not in self._biases:
-            device = self.positions.device
-            end = (torch.arange(num_units, device=device) + 1) * self.unit_span
-            outside = end[None, None, :] <= self._starts[:, :, None]
-            count = unit_log_count(num_units, self.unit_span, 0 if self.sinks is None else len(self.sinks), device)
-            never = torch.tensor(-math.inf, device=device)
-            window = torch.where(self.mask, 0.0, never)
-            self._biases[num_units] = torch.cat([window, torch.where(outside, count, never)], dim=2)
-        return self._biases[num_units]
+    def _num_visible(self, blocks: slice) -> int:
+        return self._visible[blocks][-1]
+
+    def _mask(self, blocks: slice, dtype: torch.dtype, unit_keys: torch.Tensor) -> torch.Tensor:
+        """Additive: a unit counts as many times as it has tokens, ``[blocks, block, 2 * block + s + U]``."""
+        count, near, starts = unit_keys.shape[2], self.mask[blocks], self._starts[blocks]
+        end = (torch.arange(count, device=starts.device) + 1) * self.unit_span
+        tokens = unit_log_count(count, self.unit_span, 0 if self.sinks is None else len(self.sinks), starts.device)
+        visible = torch.cat([near, end <= starts[:, :, None]], dim=2)
+        bias = torch.zeros(visible.shape, dtype=dtype, device=starts.device)
+        bias[:, :, near.shape[2] :] = tokens
+        return bias.masked_fill_(~visible, -math.inf)
