@@ -1,0 +1,91 @@
+"""Upper bounds against hand calculations and against the published table of bounds."""
+
+from __future__ import annotations
+
+import json
+import runpy
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from photon_train import accounting
+from photon_train.inference import roofline
+from photon_train.inference.roofline import H200, Device
+from photon_train.pipeline.shapes import dense_shape, photon_shape
+
+TOOL = Path(__file__).resolve().parents[2] / "tools" / "roofline.py"
+
+
+def best(bound, config, context):
+    return roofline.best(bound(config, context, batch, H200) for batch in roofline.batches())
+
+
+# Dense tokens per second and the ratio of graft (memory held by the top encoder alone), computed independently.
+@pytest.mark.parametrize(
+    ("shape", "context", "dense_tokens", "graft"),
+    [
+        ("1b", 4096, 35.1e3, 9.1),
+        ("1b", 32_768, 4.4e3, 72),
+        ("1b", 131_072, 1.1e3, 288),
+        ("8b", 4096, 8.0e3, 6.6),
+        ("8b", 32_768, 1.0e3, 53),
+        ("8b", 131_072, 0.25e3, 212),
+    ],
+)
+def test_bounds_of_known_shapes(shape, context, dense_tokens, graft):
+    dense = dense_shape(shape)
+    bound = best(roofline.dense_bound, dense, context)
+    assert bound.tokens_per_s == pytest.approx(dense_tokens, rel=0.02)
+    photon = best(roofline.photon_bound, photon_shape(dense, "graft-residual", 64), context)
+    assert photon.tokens_per_s / bound.tokens_per_s == pytest.approx(graft, rel=0.02)
+    split = best(roofline.photon_bound, photon_shape(dense, "split", 64), context)
+    assert split.tokens_per_s > photon.tokens_per_s
+
+
+def test_a_bound_is_the_slower_of_reading_and_computing():
+    config = dense_shape("demo")
+    weights, cache = 2 * accounting.dense_parameters(config), 3 * accounting.dense_cache_bytes(config, 100)
+    flops = 3 * accounting.dense_flops(config, 100)
+    slow_memory = roofline.dense_bound(config, 100, 3, Device("a", 1e3, 1e30, 1e30))
+    assert slow_memory.limit == "bandwidth"
+    assert slow_memory.tokens_per_s == pytest.approx(3 * 1e3 / (weights + cache))
+    slow_compute = roofline.dense_bound(config, 100, 3, Device("b", 1e30, 1e3, 1e30))
+    assert slow_compute.limit == "arithmetic"
+    assert slow_compute.tokens_per_s == pytest.approx(3 * 1e3 / flops)
+    assert roofline.dense_bound(config, 100, 3, Device("c", 1.0, 1.0, weights + cache - 1)) is None
+
+
+@pytest.mark.parametrize("system", ["graft", "graft-residual", "hourglass", "split", "paper"])
+def test_levels_are_read_as_often_as_their_chunks_close(system):
+    """One row reads a level's layers once per unit, many rows in nearly every step."""
+    photon = photon_shape(dense_shape("demo"), system, 64)
+    device = SimpleNamespace(bandwidth=1.0, flops=1e30, memory=1e30)
+    one, many = (roofline.photon_bound(photon, 0, batch, device) for batch in (1, 1000))
+    shape = accounting.Shape.of(photon.base_config)
+    constant = accounting.cache_bytes(photon, 0).constant
+    idle = shared = 0.0
+    for index, level in enumerate(photon.levels):
+        span = photon.span(index + 1)
+        idle += (1 - 1 / span) * (level["encoder_layers"] + (level["decoder_layers"] if index else 0)) * shape.layer * 2
+        shared += (1 - 1 / span) * level["encoder_layers"] * (level["encoder_window"] or 0) * shape.kv * 2
+    weights = 2 * accounting.photon_parameters(photon)
+    assert one.step_bytes == pytest.approx(weights - idle + constant - shared)
+    assert many.step_bytes == pytest.approx(weights + 1000 * (constant - shared))
+
+
+def test_predictions_are_written(tmp_path, monkeypatch):
+    output = tmp_path / "roofline.json"
+    arguments = ["roofline.py", "--shapes", "8b", "--contexts", "131072", "--batches", "1", "256"]
+    monkeypatch.setattr(sys, "argv", [*arguments, "--output", str(output)])
+    runpy.run_path(str(TOOL), run_name="__main__")
+    record = json.loads(output.read_text())
+    assert record["claims"] == "upper bounds, nothing measured"
+    rows = {(row["device"], row["batches"], row["batch"], row["system"]): row for row in record["rows"]}
+    assert rows["H200", "equal", 1, "dense"]["decode_ratio"] == 1
+    # 256 rows of 16 GiB each do not fit.
+    assert ("H200", "equal", 256, "dense") not in rows
+    assert rows["H200", "equal", 256, "graft-residual"]["decode_ratio"] is None
+    growing = rows["H200", "equal", 1, "graft-residual"]["kv_growing_bytes_per_token"]
+    assert growing == rows["H200", "equal", 1, "dense"]["kv_growing_bytes_per_token"] * 4 / (32 * 16)
