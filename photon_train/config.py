@@ -134,6 +134,10 @@ class TrainSettings:
         new_modules_learning_rate: Peak learning rate of the modules trained in full.
         weight_decay: AdamW weight decay (matrices only).
         warmup_steps: Linear warm-up steps; a cosine to 10% follows.
+        freeze_base_steps: Steps at the start in which the new modules learn alone; the rest of the model then begins
+            with a warm-up of its own.
+        window_anneal_steps: Steps over which the token window shrinks from nearly `seq_len` to its final size, halving
+            each time; evaluations use the final one throughout. Memory is that of the widest window. 0 does not anneal.
         max_grad_norm: Gradient clipping by global norm.
         spike_sigma: Skip a step whose loss or gradient norm lies this many standard deviations above the mean of the
             steps before it; 0 skips only what is not finite.
@@ -158,6 +162,8 @@ class TrainSettings:
     new_modules_learning_rate: float = 1e-3
     weight_decay: float = 0.0
     warmup_steps: int = 20
+    freeze_base_steps: int = 0
+    window_anneal_steps: int = 0
     max_grad_norm: float = 1.0
     spike_sigma: float = 6.0
     spike_window: int = 128

@@ -41,6 +41,8 @@ _AT_LEAST: dict[str, float] = {
     "train.max_skipped_in_row": 1,
     "train.max_skipped_steps": 1,
     "train.warmup_steps": 0,
+    "train.freeze_base_steps": 0,
+    "train.window_anneal_steps": 0,
     "train.eval_every": 0,
     "train.eval_sequences": 1,
     "train.log_every": 1,

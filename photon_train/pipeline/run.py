@@ -185,15 +185,16 @@ class _ConversionRun(TrainingRun):
             objective = TrainingObjective(model).to(self.accelerator.device)
             return {"initial_ce": evaluate(self.accelerator, objective, text.held_out, self.config)}
         self.say("Fine-tuning the dense model the same way, for comparison.")
-        # The baseline has no hierarchy to be consistent with and no teacher to learn from.
-        config = _without_auxiliary_losses(self.config)
+        config = _as_baseline(self.config)
         model = add_lora(model, config.lora, config.seed)
         return outcome(self.train(model, config, text, name="dense"))
 
 
-def _without_auxiliary_losses(config: RunConfig) -> RunConfig:
+def _as_baseline(config: RunConfig) -> RunConfig:
+    """`config` for the dense model: no hierarchy to be consistent with, no teacher, no window, no new modules."""
     return dataclasses.replace(
         config,
+        train=dataclasses.replace(config.train, freeze_base_steps=0, window_anneal_steps=0),
         distill=dataclasses.replace(config.distill, weight=0.0),
         consistency=dataclasses.replace(config.consistency, weight=0.0),
     )

@@ -14,7 +14,6 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedType, broadcast, send_to_device, set_seed
 from torch import nn
 from torch.optim import AdamW
-from torch.optim.lr_scheduler import LambdaLR
 
 from photon_train.config import RunConfig
 from photon_train.data.loader import batches
@@ -35,10 +34,10 @@ from photon_train.training.heads import IGNORED
 from photon_train.training.lora import base_model, parameter_groups
 from photon_train.training.losses import LossParts, TrainingObjective, num_target_tokens
 from photon_train.training.progress import MetricsLog, TrainingProgress
+from photon_train.training.schedule import learning_rates, window_at, window_schedule
 from photon_train.training.settings import settings_hash
 from photon_train.training.tracking import alert, log_metrics, tracked
 
-FINAL_LEARNING_RATE = 0.1
 _PARTS = ("total", "ce", "distill", "consistency")
 
 
@@ -66,14 +65,6 @@ class TrainResult:
     tokens: int
     seconds: float
     checkpoint: Path
-
-
-def learning_rate_factor(step: int, warmup_steps: int, max_steps: int) -> float:
-    """Factor on the peak learning rate for optimiser step `step` (from 0): linear up, then a cosine to 10%."""
-    if step < warmup_steps:
-        return (step + 1) / (warmup_steps + 1)
-    progress = min(1.0, (step - warmup_steps) / max(1, max_steps - warmup_steps))
-    return FINAL_LEARNING_RATE + (1 - FINAL_LEARNING_RATE) * 0.5 * (1 + math.cos(math.pi * progress))
 
 
 def _enable_checkpointing(model: nn.Module) -> None:
@@ -129,8 +120,11 @@ class _Run:
     scheduler: Any
     guard: SpikeGuard
     trained: list[nn.Parameter] = field(default_factory=list)
+    windows: list[int] = field(default_factory=list)
 
-    def step(self, micro_batches: list[dict[str, torch.Tensor]]) -> tuple[LossParts, float, int]:
+    def step(
+        self, micro_batches: list[dict[str, torch.Tensor]], window: int | None = None
+    ) -> tuple[LossParts, float, int]:
         """One optimiser step: the loss parts over all processes, the gradient norm and the tokens read.
 
         The guard's `reason` then tells whether the step was skipped.
@@ -151,7 +145,7 @@ class _Run:
         for batch in micro_batches:
             with accelerator.accumulate(self.objective):
                 batch = send_to_device(batch, accelerator.device)
-                parts = self.objective(**batch, target_tokens=target_tokens, sequences=sequences)
+                parts = self.objective(**batch, target_tokens=target_tokens, sequences=sequences, window=window)
                 present |= set(parts)
                 sums += torch.stack(
                     [parts[name].detach().float() if name in parts else sums.new_zeros(()) for name in _PARTS]
@@ -200,13 +194,13 @@ def _prepare(model: nn.Module, config: RunConfig, accelerator: Accelerator, teac
             if parameter.requires_grad:
                 parameter.data = parameter.data.float()
     optimizer = AdamW(parameter_groups(model, train), lr=train.learning_rate)
-    scheduler = LambdaLR(optimizer, lambda step: learning_rate_factor(step, train.warmup_steps, train.max_steps))
+    scheduler = learning_rates(optimizer, model, train)
     objective, optimizer, scheduler = accelerator.prepare(objective, optimizer, scheduler)
     trained = [parameter for parameter in objective.parameters() if parameter.requires_grad]
     guard = SpikeGuard(train, GuardState(), accelerator.mixed_precision == "fp16")
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
         guard.watch_zero(objective.optimizer)
-    return _Run(accelerator, config, objective, optimizer, scheduler, guard, trained)
+    return _Run(accelerator, config, objective, optimizer, scheduler, guard, trained, window_schedule(model, train))
 
 
 def train(
@@ -307,7 +301,10 @@ def train(
         window_began, window_tokens = time.perf_counter(), 0
         while state.step < settings.max_steps:
             rate = run.scheduler.get_last_lr()[0]
-            loss, norm, tokens = run.step(next(data))
+            window = window_at(state.step, run.windows, settings.window_anneal_steps)
+            if state.step and window != window_at(state.step - 1, run.windows, settings.window_anneal_steps):
+                run.guard.forget()
+            loss, norm, tokens = run.step(next(data), window)
             state.step += 1
             state.tokens += tokens
             window_tokens += tokens
@@ -322,6 +319,7 @@ def train(
                         **{f"train/{part}": value for part, value in asdict(loss).items() if part != "total"},
                         "train/learning_rate": rate,
                         "train/grad_norm": norm,
+                        "train/window": window,
                         "train/skipped_steps": run.guard.state.skipped or None,
                         "train/tokens_per_second": window_tokens / elapsed,
                         "train/tokens": state.tokens,

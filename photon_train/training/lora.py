@@ -86,7 +86,10 @@ def merge_lora(model: PeftModel | PreTrainedModel) -> PreTrainedModel:
 
 
 def parameter_groups(model: nn.Module, settings: TrainSettings) -> list[dict]:
-    """AdamW groups of the trainable parameters: two learning rates, and weight decay on matrices only."""
+    """AdamW groups of the trainable parameters: two learning rates, and weight decay on matrices only.
+
+    `is_new` of a group tells whether it is of the new modules; these come last.
+    """
     new = [f"{name}." for name in new_module_names(model)]
     groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
@@ -100,6 +103,7 @@ def parameter_groups(model: nn.Module, settings: TrainSettings) -> list[dict]:
             "params": parameters,
             "lr": settings.new_modules_learning_rate if is_new else settings.learning_rate,
             "weight_decay": settings.weight_decay if is_matrix else 0.0,
+            "is_new": is_new,
         }
-        for (is_new, is_matrix), parameters in groups.items()
+        for (is_new, is_matrix), parameters in sorted(groups.items(), key=lambda item: item[0])
     ]

@@ -119,6 +119,7 @@ class TrainingObjective(nn.Module):
         target_tokens: torch.Tensor,
         sequences: torch.Tensor,
         attention_mask: torch.Tensor | None = None,
+        window: int | None = None,
     ) -> dict[str, torch.Tensor]:
         """This micro-batch's share of the loss.
 
@@ -129,6 +130,7 @@ class TrainingObjective(nn.Module):
                 (1 gives sums).
             sequences: Integer scalar; the sequences of the optimiser step.
             attention_mask: [batch, tokens] or None.
+            window: Window of the token decoder in this pass; None is the model's own.
 
         Returns:
             ``total`` (with gradient), ``ce`` and, where there is one, ``distill`` and ``consistency`` (without):
@@ -139,7 +141,7 @@ class TrainingObjective(nn.Module):
             inputs["attention_mask"] = attention_mask
         base = base_model(self.model)
         with headless(base):
-            output = self.model(**inputs, use_cache=False)
+            output = self.model(**inputs, use_cache=False, **({} if window is None else {"window": window}))
         teacher = self._teacher_states(**inputs) if self.training and self.distill.weight else None
         head, temperature = base.get_output_embeddings(), self.distill.temperature
         ce, kl = vocabulary_losses(head, output.logits, labels, teacher, temperature)

@@ -23,7 +23,7 @@ from photon_train.training.lora import add_lora
 
 
 def run_config(name: str, batch_size: int) -> RunConfig:
-    """Two micro-batches per step and every loss part that the model has."""
+    """Two micro-batches per step, every loss part that the model has, and the stages of a schedule."""
     config = tiny_run(
         # Every adapter adds modules on which ZeRO-3 hangs its slow hooks.
         {"target_modules": ["q_proj", "down_proj"]},
@@ -32,6 +32,9 @@ def run_config(name: str, batch_size: int) -> RunConfig:
         max_steps=4,
         save_every=2,
         eval_every=0,
+        new_modules_learning_rate=5e-3,
+        freeze_base_steps=1,
+        window_anneal_steps=2 if name.startswith("memory") else 0,
     )
     config.distill = DistillSettings(weight=0.2 if name.startswith("memory") else 0.0)
     config.consistency = ConsistencySettings(weight=0.2)
@@ -62,6 +65,7 @@ def main(output: Path, batch_size: int, names: list[str]) -> None:
         spoiler = None
         if poisoned:
             config.train.spike_window, config.train.max_steps = 4, 6
+            config.train.freeze_base_steps = config.train.window_anneal_steps = 0
             spoiler = Poison(model, {3: "nan", 5: "gradient"}, active=accelerator.is_main_process)
         return train(model, *sets, config, output, accelerator=accelerator, name=name, on_step=spoiler)
 

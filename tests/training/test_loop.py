@@ -15,7 +15,7 @@ from photon_train.errors import PhotonError
 from photon_train.training.accelerator import make_accelerator
 from photon_train.training.checkpoint import checkpoint_dir, latest_checkpoint, read_state, run_settings
 from photon_train.training.collect import gather_full_model
-from photon_train.training.loop import TrainResult, learning_rate_factor, train
+from photon_train.training.loop import TrainResult, train
 from photon_train.training.lora import add_lora
 
 TRAIN, EVAL = tiny_data(14, seed=1), tiny_data(7, seed=2)
@@ -36,15 +36,6 @@ def crash_at(last: int):
             raise Crash
 
     return on_step
-
-
-def test_schedule_rises_linearly_and_falls_to_a_tenth():
-    factors = [learning_rate_factor(step, 4, 100) for step in range(101)]
-    assert factors[:5] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0])
-    assert factors[52] == pytest.approx(0.55)
-    assert factors[100] == pytest.approx(0.1)
-    assert all(a > b for a, b in zip(factors[4:], factors[5:], strict=False))
-    assert learning_rate_factor(0, 0, 10) == 1.0
 
 
 @pytest.mark.parametrize("model", ["llama", "memory-2-sinks", "block-2"])
