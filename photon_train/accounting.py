@@ -129,9 +129,14 @@ def new_parameters(photon: Any) -> int:
             total += int(index == 0 and photon.conditioning == "residual")  # its gate
         total += int(level["decoder_layers"] > 0)
     for level in photon.memory_levels:
+        if photon.memory_pooling == "latent":  # converters
+            total += photon.span(level) * shape.kv * (shape.kv + 1)
+            continue
         total += 2 * shape.kv_heads * (photon.span(level) + 1) + 2 * hidden * keys
         if photon.memory_pooling == "linear":
             total += 2 * shape.kv_heads * photon.span(level) * shape.head_dim**2
+    if photon.memory_pooling == "latent":  # chunkers, with the encoder state's projection and gate
+        total += sum((photon.span(at) * shape.kv + hidden + 1) * shape.kv for at in photon.source_levels.values())
     return total + (0 if photon.conditioning == "memory" else hidden)
 
 
@@ -207,12 +212,12 @@ def _isolated(photon: Any) -> list[tuple[int, Mapping[str, Any]]]:
 def cache_bytes(photon: Any, tokens: int, dtype_bytes: int = 2) -> CacheBytes:
     """Bytes of `PhotonCache` for one sequence of `tokens`, exactly.
 
-    With S_l tokens under a level-l unit: an unbounded encoder layer of level l and a memory layer on level l hold
+    With S_l tokens under a level-l unit: an unbounded encoder layer of level l and a memory source on level l hold
     floor(tokens / S_l) keys and values, a full-attention layer one per token (and slot). Constant are the encoders with
     a window (that many units), the windowed layers of the stream (sinks and ring), and isolated decoders (R + C - 1).
     """
     shape = Shape.of(photon.base_config)
-    growing = sum(tokens // photon.span(level) for level in photon.memory_levels)
+    growing = sum(tokens // photon.span(level) for level in photon.source_levels.values())
     constant = sum(
         level["decoder_layers"] * (level["num_slots"] + level["chunk_size"] - 1) for _, level in _isolated(photon)
     )
@@ -281,10 +286,15 @@ def photon_flops(photon: Any, context: int) -> float:
     for index, level in _isolated(photon):
         group = level["num_slots"] + level["chunk_size"] - 1
         keys += level["decoder_layers"] * group * (group + 1) / 2 / photon.span(index + 1)
-    for level in photon.memory_levels:
+    latent = photon.memory_pooling == "latent"
+    for level in photon.source_levels.values():
         weights += shape.hidden * shape.kv / photon.span(level)
+        weights += shape.kv * shape.kv if latent else 0  # span * kv numbers to kv, once per unit
+    for level in photon.memory_levels:
         weights += shape.kv * shape.head_dim if photon.memory_pooling == "linear" else 0
-        keys += max(0, context - photon.window) // photon.span(level)
+        units = max(0, context - photon.window) // photon.span(level)
+        keys += units * (photon.span(level) if latent else 1)
+        weights += units * photon.span(level) * shape.kv**2 if latent else 0  # unpacked where they are read
     if photon.layout == "stream":
         first, full = photon.levels[0], len(photon.full_attention_layers)
         per_token = 1 + (first["num_slots"] / first["chunk_size"] if photon.conditioning == "slots" else 0.0)

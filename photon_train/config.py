@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 PRESETS = ("graft", "hourglass", "split", "paper")
 CONDITIONINGS = ("slots", "residual", "memory")
 LAYOUTS = ("stream", "block")
-MEMORY_POOLINGS = ("mean", "linear")
+MEMORY_POOLINGS = ("mean", "linear", "latent")
 
 
 @dataclass
@@ -51,7 +51,10 @@ class PhotonSettings:
             is missed most by the dense model on the run's own text.
         num_memory_layers: Memory layers that the probe chooses; unset takes as many as the preset.
         memory_level: Level (1 is the lowest) whose units the memory layers attend to.
-        memory_pooling: How a unit's key and value are made of its tokens': `mean`, or `linear` (a matrix per place).
+        memory_pooling: How a unit's key and value are made of its tokens': `mean`, `linear` (a matrix per place), or
+            `latent`: packed, and unpacked to a key and value per token where they are read.
+        memory_latents: With `latent`, how many latents a unit has: so many groups of consecutive memory layers share
+            one (made by the group's first layer); unset gives each memory layer its own.
         full_attention_layers: Token-decoder layers kept at full attention (growing KV each).
         unit_positions: Rotary positions of units: `index`, or `scaled` by the tokens under a unit.
         calibrate: Set the scales of new paths from norms measured on text at conversion.
@@ -69,6 +72,7 @@ class PhotonSettings:
     num_memory_layers: int | None = None
     memory_level: int | None = None
     memory_pooling: str | None = None
+    memory_latents: int | None = None
     full_attention_layers: list[int] = field(default_factory=list)
     unit_positions: str = "index"
     calibrate: bool = True

@@ -29,6 +29,7 @@ _AT_LEAST: dict[str, float] = {
     "photon.branch_layer": 0,
     "photon.memory_level": 1,
     "photon.num_memory_layers": 1,
+    "photon.memory_latents": 1,
     "dataset.max_documents": 1,
     "dataset.num_workers": 0,
     "train.max_steps": 1,

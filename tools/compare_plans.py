@@ -30,7 +30,7 @@ from photon_train.cli import load_config, main_wrapper
 from photon_train.config import RunConfig
 from photon_train.config_yaml import read_yaml
 from photon_train.conversion.apply import convert
-from photon_train.conversion.calibrate import calibrate_directory
+from photon_train.conversion.calibrate import calibrate_directory, calibration_batches
 from photon_train.conversion.plan import make_plan
 from photon_train.conversion.presets import layer_map, photon_config
 from photon_train.conversion.source import DenseCheckpoint
@@ -108,9 +108,9 @@ def convert_plan(study: Study, config: RunConfig, directory: Path) -> PhotonForC
     checkpoint = DenseCheckpoint.open(str(study.dense))
     target = photon_config(checkpoint.config, config)
     plan = make_plan(checkpoint, target, layer_map(checkpoint.config, config), seed=config.seed)
-    sequences = study.held_out.batch(torch.arange(4))["input_ids"]
-    calibration = partial(calibrate_directory, batches=[sequences]) if config.photon.calibrate else None
-    convert(checkpoint, plan, target, directory, progress=False, on_written=calibration)
+    calibration = partial(calibrate_directory, batches=calibration_batches(study.train_set))
+    on_written = calibration if config.photon.calibrate else None
+    convert(checkpoint, plan, target, directory, progress=False, on_written=on_written)
     return PhotonForCausalLM.from_pretrained(directory, dtype="auto")
 
 

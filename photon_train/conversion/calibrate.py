@@ -10,14 +10,17 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from photon_train.conversion.apply import rewrite_new_tensors
+from photon_train.conversion.latents import fit_latents
 from photon_train.errors import PhotonError
 from photon_train.models import PhotonForCausalLM
 
 Norms = dict[str, list[torch.Tensor]]
+_SEQUENCES, _BATCH = 64, 4
 # Presets whose decoders are copies of upper dense layers; elsewhere the token decoder reads embeddings as before.
 _SCALES_INPUT = ("split", "paper")
 
@@ -68,20 +71,29 @@ def calibrate(model: PhotonForCausalLM, batches: Iterable[torch.Tensor]) -> dict
     return scales
 
 
+def calibration_batches(dataset: Any) -> list[torch.Tensor]:
+    """Token ids of the first sequences of a data set such as `PackedDataset` (up to 64), in batches of 4."""
+    count = min(_SEQUENCES, len(dataset))
+    return [dataset.batch(part)["input_ids"] for part in torch.arange(count).split(_BATCH)]
+
+
 def calibrate_directory(
     directory: Path, batches: Iterable[torch.Tensor], device: str | torch.device = "cpu"
 ) -> dict[str, float]:
-    """Calibrate the checkpoint in `directory`: load it, `calibrate`, rewrite the shard of new tensors.
+    """Calibrate the checkpoint in `directory`: load it, `calibrate`, `fit_latents`, rewrite the shard of new tensors.
 
-    Made for `convert`'s `on_written`, where the manifest is still to come.
+    Made for `convert`'s `on_written`, where the manifest is still to come. The first of `batches` gives the norms, all
+    of them the latents.
 
     Raises:
         PhotonError: as in `calibrate`.
     """
     model = PhotonForCausalLM.from_pretrained(directory, dtype="auto").to(device)
-    scales = calibrate(model, batches)
+    batches = list(batches)
+    scales = calibrate(model, batches[:1])
+    fitted = fit_latents(model, batches)
     parameters = dict(model.named_parameters())
-    rewrite_new_tensors(directory, {name: parameters[name] for name in scales})
+    rewrite_new_tensors(directory, {name: parameters[name] for name in (*scales, *fitted)})
     return scales
 
 

@@ -189,7 +189,7 @@ def _label(entry: TensorPlan) -> str:
 
 
 def _layer_numbers(names: Iterable[str]) -> list[int]:
-    found = (re.search(r"\.(?:layers|memory)\.(\d+)\.", name) for name in names)
+    found = (re.search(r"\.(?:layers|memory|latent)\.(\d+)\.", name) for name in names)
     return sorted({int(match[1]) for match in found if match})
 
 
@@ -277,7 +277,7 @@ def _drop_reason(name: str, config: PhotonConfig) -> str:
 
 _COPIED = {"model.embed_tokens.weight": "embedding", "model.norm.weight": "final norm", "lm_head.weight": "head"}
 _STACK = re.compile(r"model\.levels\.(\d+)\.(encoder|decoder)\.layers\.(\d+)\.(.+)")
-_NEW = re.compile(r"model\.levels\.(\d+)\.(?:decoder\.)?(chunker|converter|input_scale|memory)\.(.+)")
+_NEW = re.compile(r"model\.levels\.(\d+)\.(?:decoder\.)?(chunker|converter|input_scale|memory|latent)\.(.+)")
 
 
 def _plan_tensor(name: str, shape: tuple[int, ...], config: PhotonConfig, layers: LayerMap, seed: int) -> TensorPlan:
@@ -299,11 +299,15 @@ def _plan_tensor(name: str, shape: tuple[int, ...], config: PhotonConfig, layers
 
 def _new_values(name: str, role: str, rest: str, config: PhotonConfig, seed: int) -> tuple[str, dict[str, Any]]:
     """Operator and arguments of a tensor that no dense model has."""
+    if role == "latent" and rest.endswith(".proj.weight"):
+        return "mean_chunk", {}
+    if role == "memory" and rest.endswith(".proj.weight"):
+        return "identity_slots", {}
     if rest == "proj.weight":
         return ("mean_chunk" if role == "chunker" else "identity_slots"), {}
     if rest == "gate":  # the hourglass's change is what its middle layers did: it enters in full
         return "constant", {"value": 0.0 if config.preset == "graft" else 1.0}
-    if role == "memory":
+    if role in ("memory", "latent"):
         if rest.endswith("_proj.weight"):
             # Small, not zero: behind a zero gate, a zero projection would get no gradient.
             own_seed = zlib.crc32(f"{seed}:{name}".encode())

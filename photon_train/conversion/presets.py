@@ -38,6 +38,7 @@ from photon_train.models.configuration_photon import PhotonConfig
 CHUNK_SIZE = 4
 ENCODER_WINDOW = 64
 NUM_SINKS = 4
+_MEMORY_KEYS = ("memory_layers", "memory_level", "memory_pooling", "memory_latents")
 WINDOW, SMALL_WINDOW, SMALL_HIDDEN = 256, 64, 512
 # Of config.json: what describes the dense checkpoint as an object, not its architecture.
 _BOOKKEEPING = ("architectures", "transformers_version", "_name_or_path", "dtype", "torch_dtype", "auto_map")
@@ -334,7 +335,7 @@ def _stream_settings(
     """Window, sinks and the layers with memory or full attention."""
     photon, depth = settings.photon, len(layers.decoders[0])
     if layout == "block":
-        for key in ("window", "num_sinks", "full_attention_layers", "memory_layers", "memory_level", "memory_pooling"):
+        for key in ("window", "num_sinks", "full_attention_layers", *_MEMORY_KEYS):
             if getattr(photon, key):
                 raise PhotonError(f"photon.{key} has no effect with layout block: drop it, or use preset split")
         return {}
@@ -355,7 +356,7 @@ def _stream_settings(
     _check_layers("photon.full_attention_layers", full, depth)
     result: dict[str, Any] = {"window": window, "num_sinks": sinks, "full_attention_layers": full}
     if conditioning != "memory":
-        for key in ("memory_layers", "memory_level", "memory_pooling"):
+        for key in _MEMORY_KEYS:
             if getattr(photon, key):
                 raise PhotonError(f"photon.{key} needs photon.conditioning=memory: set that, or drop it")
         return result
@@ -389,7 +390,33 @@ def _memory_settings(
             f"photon.memory_level={level} leaves the levels above it unused: set photon.num_levels={level}"
         )
     pooling = photon.memory_pooling or MEMORY_POOLINGS[0]
-    return {"memory_layers": memory, "memory_levels": [level] * len(memory), "memory_pooling": pooling}
+    sources = _memory_sources(photon, memory, pooling)
+    levels = [level] * len(memory)
+    return {
+        "memory_layers": memory,
+        "memory_levels": levels,
+        "memory_pooling": pooling,
+        "memory_sources": sources,
+    }
+
+
+def _memory_sources(photon: PhotonSettings, memory: Sequence[int], pooling: str) -> list[int]:
+    """For each memory layer, the one whose entries it reads: consecutive groups, the first of each its source."""
+    count = photon.memory_latents
+    if count is None:
+        return list(memory)
+    if pooling != "latent":
+        raise PhotonError(f"photon.memory_latents={count} needs photon.memory_pooling=latent: set that, or drop it")
+    if not 1 <= count <= len(memory):
+        raise PhotonError(
+            f"photon.memory_latents={count} must be in 1...{len(memory)}, the number of memory layers: lower it, or "
+            "name more photon.memory_layers"
+        )
+    layers = sorted(memory)
+    first = {
+        layer: layers[-(-(index * count // len(layers)) * len(layers) // count)] for index, layer in enumerate(layers)
+    }
+    return [first[layer] for layer in memory]
 
 
 def _check_layers(key: str, layers: Sequence[int], depth: int) -> None:

@@ -19,6 +19,7 @@ from photon_train.inference.pages import PagedStack
 from photon_train.models.attention_photon import KeyValue, Span, sdpa, unit_log_count
 from photon_train.models.cache_photon import StackCache
 from photon_train.models.decoding_photon import Trace, fill_group, ring_order
+from photon_train.models.latent_photon import widen_far, widen_near
 from photon_train.models.modeling_photon import PhotonModel
 
 
@@ -147,6 +148,45 @@ class MemorySegmentSpan(SegmentSpan):
         self.units.counts[self.rows] = self.stop // self.unit_span
 
 
+@dataclass
+class LatentSegmentSpan(MemorySegmentSpan):
+    """A `SegmentSpan` whose softmax also holds the tokens under the units outside each element's window.
+
+    Attributes:
+        model: Unpacks latents and unrotates queries.
+        position: Tokens of the segment's elements, ``[n, q]``.
+    """
+
+    model: PhotonModel | None = None
+    position: torch.Tensor | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._latents: dict[int, KeyValue] = {}
+
+    @cached_property
+    def _far(self) -> torch.Tensor:
+        """Which tokens under the units before and in the segment each element sees, ``[n, q, units * S]``."""
+        unit = self._held_units[:, None]
+        outside = (unit >= 0) & ((unit + 1) * self.unit_span <= self.first[:, :, None])
+        token = unit[..., None] * self.unit_span + torch.arange(self.unit_span, device=unit.device)
+        return (outside[..., None] & (token >= self.num_sinks)).flatten(2)
+
+    def attend(self, layer, query, key, value, scale, dropout, sliding_window):
+        keys, values = self._with_past(layer, key, value)
+        source = self.model.config.source_of_layer[layer]
+        if source == layer:
+            past, new = self.units.read(layer, self.rows), self.pool(layer, key, value)
+            stop = self.stop // self.unit_span
+            scatter_real(self.units, layer, self.rows, self._new_units, stop, *new)
+            self._latents[layer] = tuple(torch.cat(pair, dim=2) for pair in zip(past, new, strict=True))
+        far = widen_far(*self.model.unpack_units(layer, self._latents[source]))
+        near = widen_near(query, self.model.turn_back(query, self.position), keys, values)
+        keys, values = (torch.cat(pair, dim=2) for pair in zip(near[1:], far, strict=True))
+        mask = torch.cat([self.visible, self._far], dim=2)
+        return sdpa(near[0], keys, values, scale, mask=mask[:, None])[..., : query.shape[-1]]
+
+
 class SegmentPass:
     """One segment of several sequences.
 
@@ -203,7 +243,7 @@ class SegmentPass:
         summaries, states = self._ascend(branch)
         if config.conditioning == "memory":
             for level in set(config.memory_levels):
-                pool = self._pooling(level, states[level - 1])
+                pool = partial(self.model.pool_units, states=states[level - 1], position=self.position)
                 for span in spans:
                     if isinstance(span, MemorySegmentSpan) and span.units is self.cache.memory[level]:
                         span.pool = pool
@@ -237,26 +277,17 @@ class SegmentPass:
             spans["full"] = SegmentSpan(cache.full, **shared, first=torch.zeros_like(order))
         for level, units in cache.memory.items():
             memory = {"units": units, "unit_span": config.span(level), "num_sinks": config.num_sinks}
-            spans[level] = MemorySegmentSpan(cache.window, **shared, **near, **memory)
+            make = MemorySegmentSpan
+            if config.memory_pooling == "latent":
+                make = LatentSegmentSpan
+                memory |= {"model": self.model, "position": position}
+            spans[level] = make(cache.window, **shared, **near, **memory)
         self.spans += spans.values()
         kinds = [
             "full" if layer in config.full_attention_layers else config.memory_level_of(layer) or "window"
             for layer in range(config.num_token_layers)
         ]
         return [spans[kind] for kind in kinds]
-
-    def _pooling(self, level: int, states: torch.Tensor) -> Callable[..., KeyValue]:
-        token = self.position.unflatten(1, (-1, self.config.span(level)))
-        return partial(
-            self._pool,
-            states=states,
-            rotary=self.model.rotary_emb(states, token[:, :, -1]),
-            excluded=token < self.config.num_sinks,
-        )
-
-    def _pool(self, layer, key, value, *, states, rotary, excluded) -> KeyValue:
-        grouped = (tensor.unflatten(2, excluded.shape[1:]) for tensor in (key, value))
-        return self.levels[0].decoder.memory[str(layer)](*grouped, states, rotary, excluded)
 
     # --- the hierarchy ---
 

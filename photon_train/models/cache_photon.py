@@ -187,7 +187,7 @@ class StackCache:
 class PhotonCache(Cache):
     """State of incremental decoding; every row keeps its own length and chunk phase.
 
-    Grows with the context: unbounded encoders (one entry per unit), memory layers (one per unit), full-attention
+    Grows with the context: unbounded encoders (one entry per unit), memory sources (one per unit), full-attention
     layers (one per token). Everything else is constant. `accounting` has the formula.
 
     Attributes:
@@ -225,7 +225,7 @@ class PhotonCache(Cache):
         self.window = StackCache(bounded, self.geometry.capacity)
         self.full = StackCache([layer for layer in stream if layer in config.full_attention_layers], None)
         self.memory = {
-            level: StackCache([k for k in config.memory_layers if config.memory_level_of(k) == level], None)
+            level: StackCache([source for source, at in config.source_levels.items() if at == level], None)
             for level in sorted(set(config.memory_levels))
         }
 

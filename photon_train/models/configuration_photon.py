@@ -10,7 +10,7 @@ from transformers import AutoConfig, PretrainedConfig
 LAYOUTS = ("stream", "block")
 CONDITIONINGS = ("slots", "residual", "memory")
 SUMMARIES = ("state", "change")
-MEMORY_POOLINGS = ("mean", "linear")
+MEMORY_POOLINGS = ("mean", "linear", "latent")
 UNIT_POSITIONS = ("index", "scaled")
 LEVEL_DEFAULTS = {
     "chunk_size": 4,
@@ -43,7 +43,10 @@ class PhotonConfig(PretrainedConfig):
         memory_layers: Token-decoder layers that attend to completed units.
         memory_levels: The level (1 ... L) whose units each of `memory_layers` attends to.
         memory_pooling: How a memory layer makes a unit's key and value from its tokens': a weighted ``mean`` (with a
-            correction by the encoder's state), or also a ``linear`` map per head and place, as the paper's chunker.
+            correction by the encoder's state), or also a ``linear`` map per head and place, as the paper's chunker; or
+            as a ``latent`` of the same size that gives a key and value per token when it is read (`latent_photon`).
+        memory_sources: With ``latent``, the memory layer whose latents each of `memory_layers` reads; layers that
+            share a source add growing KV once. Default: each its own.
         full_attention_layers: Token-decoder layers at full causal attention.
         summary: What the top encoder hands down: its ``state`` or the ``change`` it made (output - input).
         unit_positions: Rotary position of a unit: its ``index``, or ``scaled`` by the tokens under it.
@@ -69,6 +72,7 @@ class PhotonConfig(PretrainedConfig):
         memory_layers: list[int] | None = None,
         memory_levels: list[int] | None = None,
         memory_pooling: str = "mean",
+        memory_sources: list[int] | None = None,
         full_attention_layers: list[int] | None = None,
         summary: str = "state",
         unit_positions: str = "index",
@@ -86,6 +90,7 @@ class PhotonConfig(PretrainedConfig):
         self.memory_layers = list(memory_layers or [])
         self.memory_levels = list(memory_levels or [len(self.levels)] * len(self.memory_layers))
         self.memory_pooling = memory_pooling
+        self.memory_sources = list(memory_sources or self.memory_layers)
         self.full_attention_layers = list(full_attention_layers or [])
         self.summary = summary
         self.unit_positions = unit_positions
@@ -161,6 +166,16 @@ class PhotonConfig(PretrainedConfig):
         """The level whose units token-decoder layer `layer` attends to, or None."""
         return dict(zip(self.memory_layers, self.memory_levels, strict=True)).get(layer)
 
+    @property
+    def source_of_layer(self) -> dict[int, int]:
+        """Memory layers -> the memory layer whose unit entries each reads."""
+        return dict(zip(self.memory_layers, self.memory_sources, strict=True))
+
+    @property
+    def source_levels(self) -> dict[int, int]:
+        """Layers that store unit entries -> the level of the units."""
+        return {layer: self.memory_level_of(layer) for layer in dict.fromkeys(self.memory_sources)}
+
     def _check(self) -> None:
         def need(condition: bool, message: str) -> None:
             if not condition:
@@ -235,6 +250,7 @@ class PhotonConfig(PretrainedConfig):
                 f"no memory layer attends to the top level ({self.num_levels}): its encoder would be unused; "
                 "lower num_levels or raise a memory level",
             )
+            self._check_sources(need)
             both = sorted(set(self.memory_layers) & set(self.full_attention_layers))
             need(not both, f"layers {both} are in memory_layers and full_attention_layers: keep one")
             need(
@@ -257,3 +273,18 @@ class PhotonConfig(PretrainedConfig):
                     not distributes or slots in (1, chunk),
                     f"levels.{index}.num_slots must be 1 or chunk_size ({chunk}): each slot goes to one child",
                 )
+
+    def _check_sources(self, need: Any) -> None:
+        need(
+            len(self.memory_sources) == len(self.memory_layers),
+            "memory_sources must give one memory layer for each of memory_layers",
+        )
+        if self.memory_pooling != "latent":
+            need(self.memory_sources == self.memory_layers, "memory_sources needs memory_pooling=latent")
+        for layer, source in zip(self.memory_layers, self.memory_sources, strict=True):
+            fits = source in self.memory_layers and source <= layer and self.source_of_layer[source] == source
+            need(
+                fits and self.memory_level_of(source) == self.memory_level_of(layer),
+                f"memory_sources: layer {layer} cannot read the latents of layer {source}: it must be a memory layer "
+                "of the same level, not above it, that has its own",
+            )

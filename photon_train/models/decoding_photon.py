@@ -8,11 +8,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
+from typing import TYPE_CHECKING
 
 import torch
 
 from .attention_photon import KeyValue, sdpa, unit_log_count
 from .cache_photon import PhotonCache, StackCache
+from .latent_photon import widen_far, widen_near
+
+if TYPE_CHECKING:
+    from .modeling_photon import PhotonModel
 
 BACKENDS = ("torch", "triton")
 PROTOCOLS = ("hiergen", "recgen")
@@ -147,6 +152,42 @@ class MemoryStepSpan(StepSpan):
             window=kernels.Window(*self._window(layer), self.num_sinks),
             backend="triton",
         )
+
+
+@dataclass
+class LatentStepSpan(StepSpan):
+    """A `StepSpan` whose softmax also holds the tokens under the visible units of a latent memory.
+
+    It is computed in torch whatever the backend: there is no kernel for it yet.
+
+    Attributes:
+        model: Unpacks latents and unrotates queries.
+        units: The level's latents; `visible_units [n]`: units that lie outside each row's window.
+        unit_span: Tokens under a unit.
+        position: Of the new elements' tokens, ``[n, q]``.
+    """
+
+    model: PhotonModel | None = None
+    units: StackCache | None = None
+    visible_units: torch.Tensor | None = None
+    unit_span: int = 1
+    position: torch.Tensor | None = None
+
+    @cached_property
+    def _far(self) -> torch.Tensor:
+        """Which tokens under units are seen, ``[n, U * S]``: sinks are seen beside the window."""
+        token = torch.arange(self.units.size * self.unit_span, device=self.order.device)
+        return (token // self.unit_span < self.visible_units[:, None]) & (token >= self.num_sinks)
+
+    def attend(self, layer, query, key, value, scale, dropout, sliding_window):
+        self.cache.write(layer, self.rows, self.entries, key, value)
+        content = self.model.turn_back(query, self.position)
+        source = self.model.config.source_of_layer[layer]
+        far = self.model.unpack_units(layer, self.units.read(source, self.rows))
+        near = widen_near(query, content, *self.cache.read(layer, self.rows))
+        keys, values = (torch.cat(pair, dim=2) for pair in zip(near[1:], widen_far(*far), strict=True))
+        mask = torch.cat([self.visible, self._far[:, None].expand(-1, query.shape[2], -1)], dim=2)
+        return sdpa(near[0], keys, values, scale, mask=mask[:, None])[..., : query.shape[-1]]
 
 
 @dataclass
@@ -288,15 +329,11 @@ class TokenStepper:
         for level, units in cache.memory.items():
             span = config.span(level)
             start = (position - config.window + 1).clamp(min=0) // config.window_alignment * config.window_alignment
-            spans[level] = MemoryStepSpan(
-                cache.window,
-                **near,
-                **shared,
-                num_sinks=geometry.num_sinks,
-                units=units,
-                visible_units=start // span,
-                unit_span=span,
-            )
+            seen = {"units": units, "visible_units": start // span, "unit_span": span, "num_sinks": geometry.num_sinks}
+            if config.memory_pooling == "latent":
+                seen |= {"model": self.model, "position": position[:, None]}
+            make = LatentStepSpan if config.memory_pooling == "latent" else MemoryStepSpan
+            spans[level] = make(cache.window, **near, **shared, **seen)
         kinds = [
             "full" if layer in config.full_attention_layers else config.memory_level_of(layer) or "window"
             for layer in range(config.num_token_layers)
@@ -402,14 +439,12 @@ class TokenStepper:
             token = unit[:, None] * span + torch.arange(span, device=unit.device)
             entries = self.cache.geometry.entry(token)
             stack.place(rows, unit[:, None], unit[:, None])
-            excluded = (token < self.config.num_sinks)[:, None]
-            rotary = self.model.rotary_emb(state, token[:, -1:])
             for layer in stack.layers:
                 window = self.cache.window
-                keys = window.keys[layer][rows[:, None], :, entries].transpose(1, 2)[:, :, None]
-                values = window.values[layer][rows[:, None], :, entries].transpose(1, 2)[:, :, None]
-                memory = self.levels[0].decoder.memory[str(layer)]
-                stack.write(layer, rows, unit[:, None], *memory(keys, values, state[:, None], rotary, excluded))
+                keys = window.keys[layer][rows[:, None], :, entries].transpose(1, 2)
+                values = window.values[layer][rows[:, None], :, entries].transpose(1, 2)
+                units = self.model.pool_units(layer, keys, values, state[:, None], token)
+                stack.write(layer, rows, unit[:, None], *units)
 
     # --- top-down: condition what comes next ---
 

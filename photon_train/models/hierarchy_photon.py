@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
+from functools import partial
 
 import torch
 from torch import nn
@@ -13,6 +14,7 @@ from transformers import initialization as init
 from .attention_photon import ATTENTION_NAME, Span
 from .configuration_photon import PhotonConfig
 from .families_photon import family_classes
+from .latent_photon import LatentChunker, LatentConverter
 
 
 class Chunker(nn.Module):
@@ -157,7 +159,8 @@ class PhotonStack(nn.Module):
         num_layers: Depth.
         reads_below: Whether the stack is a decoder (it then has an `input_scale`).
         memory_spans: For memory layers, the tokens under a unit, by layer index.
-        linear_memory: See `UnitMemory`.
+        memory_pooling: See `PhotonConfig`.
+        latent_sources: Memory layers that make latents.
     """
 
     def __init__(
@@ -166,15 +169,17 @@ class PhotonStack(nn.Module):
         num_layers: int,
         reads_below: bool = False,
         memory_spans: dict[int, int] | None = None,
-        linear_memory: bool = False,
+        memory_pooling: str = "mean",
+        latent_sources: Collection[int] = (),
     ) -> None:
         super().__init__()
         layer = family_classes(base_config.model_type).layer
         self.layers = nn.ModuleList(layer(base_config, index) for index in range(num_layers))
         self.input_scale = InputScale() if reads_below else None
-        self.memory = nn.ModuleDict(
-            {str(index): UnitMemory(base_config, span, linear_memory) for index, span in (memory_spans or {}).items()}
-        )
+        make = LatentConverter if memory_pooling == "latent" else partial(UnitMemory, linear=memory_pooling == "linear")
+        spans = memory_spans or {}
+        self.memory = nn.ModuleDict({str(index): make(base_config, span) for index, span in spans.items()})
+        self.latent = nn.ModuleDict({str(index): LatentChunker(base_config, spans[index]) for index in latent_sources})
 
     def forward(
         self,
@@ -210,7 +215,8 @@ class PhotonLevel(nn.Module):
                 level["decoder_layers"],
                 reads_below=True,
                 memory_spans=memory_spans if index == 0 else None,
-                linear_memory=config.memory_pooling == "linear",
+                memory_pooling=config.memory_pooling,
+                latent_sources=config.source_levels if index == 0 and config.memory_pooling == "latent" else (),
             )
             if level["decoder_layers"]
             else None
@@ -249,6 +255,13 @@ def initialize(module: nn.Module, initializer_range: float) -> bool:
             init.zeros_(parameter)
         for projection in (module.key_proj, module.value_proj):
             init.normal_(projection.weight, std=initializer_range)
+    elif isinstance(module, LatentChunker):
+        init.copy_(module.proj.weight, _identity_blocks(module.proj.weight, module.span, 1, 1 / module.span))
+        init.normal_(module.state_proj.weight, std=initializer_range)
+        init.zeros_(module.state_gate)
+    elif isinstance(module, LatentConverter):
+        init.copy_(module.proj.weight, _identity_blocks(module.proj.weight, module.span, 0))
+        init.zeros_(module.proj.bias)
     else:
         return False
     return True

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -13,7 +14,7 @@ from transformers import GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils.generic import can_return_tuple
 
-from .attention_photon import BandSpan, FullSpan, MemorySpan, Span
+from .attention_photon import BandSpan, FullSpan, KeyValue, MemorySpan, Span
 from .cache_photon import PhotonCache, StreamGeometry
 from .configuration_photon import PhotonConfig
 from .decoding_photon import BACKENDS, PROTOCOLS, TokenStepper, Trace, fill_cache, load_kernels
@@ -28,6 +29,7 @@ from .hierarchy_photon import (
     initialize,
     stack_config,
 )
+from .latent_photon import LatentChunker, LatentConverter, LatentSpan
 
 
 @dataclass
@@ -54,6 +56,8 @@ class PhotonPreTrainedModel(PreTrainedModel):
         "Qwen2DecoderLayer",
         "Qwen3DecoderLayer",
         "UnitMemory",
+        "LatentChunker",
+        "LatentConverter",
         "Chunker",
         "Converter",
     ]
@@ -81,6 +85,7 @@ class PhotonModel(PhotonPreTrainedModel):
         self.start = StartState(base.hidden_size) if config.conditioning != "memory" else None
         self.norm = family.norm(base.hidden_size, eps=base.rms_norm_eps)
         self.rotary_emb = family.rotary(config=base)
+        self.apply_rotary = family.apply_rotary
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Embedding:
@@ -206,7 +211,7 @@ class PhotonModel(PhotonPreTrainedModel):
         positions: torch.Tensor,
         window: int | None,
         trace: Trace | None,
-        memory: dict[int, dict[str, Any]] | None = None,
+        memory: dict[int, Callable[..., Span]] | None = None,
     ) -> list[Span]:
         """One span per layer of the token decoder, for elements at token `positions [E]`."""
         config, geometry = self.config, StreamGeometry.of(self.config)
@@ -224,7 +229,7 @@ class PhotonModel(PhotonPreTrainedModel):
             "recorded": recorded,
         }
         window_span, full_span = BandSpan(**band), FullSpan(recorded)
-        memory_spans = {level: MemorySpan(**band, **settings) for level, settings in (memory or {}).items()}
+        memory_spans = {level: make(**band) for level, make in (memory or {}).items()}
         return [
             full_span
             if layer in config.full_attention_layers
@@ -253,32 +258,54 @@ class PhotonModel(PhotonPreTrainedModel):
         return self._upper_layers(hidden, window, trace)
 
     def _memory_stream(self, branch, states, window, trace) -> torch.Tensor:
-        device, length = branch.device, branch.shape[1]
-        token = torch.arange(length, device=device)
-        memory = {}
-        for level in set(self.config.memory_levels):
-            span = self.config.span(level)
-            count = length // span
-            last = (torch.arange(count, device=device) + 1) * span - 1
-            memory[level] = {
-                "pool": partial(
-                    self._pool,
-                    span=span,
-                    states=states[level - 1][:, :count],
-                    rotary=self._rotary(branch, last),
-                    excluded=(token[: count * span] < self.config.num_sinks).view(1, count, span),
-                ),
-                "unit_span": span,
-                "recorded_units": None if trace is None else trace.units,
-            }
+        config, token, memory = self.config, torch.arange(branch.shape[1], device=branch.device)[None], {}
+        for level in set(config.memory_levels):
+            pool = partial(self.pool_units, states=states[level - 1], position=token)
+            settings = {"unit_span": config.span(level), "recorded_units": None if trace is None else trace.units}
+            if config.memory_pooling == "latent":
+                access = {"pack": pool, "unpack": self.unpack_units, "sources": config.source_of_layer}
+                access["turn_back"] = partial(self.turn_back, position=token)
+                memory[level] = partial(LatentSpan, **access, **settings)
+            else:
+                memory[level] = partial(MemorySpan, pool=pool, **settings)
         return self._upper_layers(self._stream_input(branch), window, trace, memory)
 
-    def _pool(self, layer, key, value, *, span, states, rotary, excluded):
-        """Unit keys and values of memory layer `layer` from its own ``[B, Hkv, T, D]``."""
-        count = states.shape[1]
-        shape = (key.shape[0], key.shape[1], count, span, key.shape[3])
-        grouped = (tensor[:, :, : count * span].reshape(shape) for tensor in (key, value))
-        return self.levels[0].decoder.memory[str(layer)](*grouped, states, rotary, excluded)
+    def pool_units(
+        self, layer: int, key: torch.Tensor, value: torch.Tensor, states: torch.Tensor, position: torch.Tensor
+    ) -> KeyValue:
+        """What memory layer `layer` stores of complete units.
+
+        Args:
+            layer: A layer of `config.memory_sources`.
+            key, value: Its own, rotated, ``[B, Hkv, E, D]``; the first token is a unit's first, an open unit at the
+                end is left out.
+            states: Encoder states of at least ``E // S`` units, ``[B, U, d]``.
+            position: Tokens' positions, ``[B or 1, E]``.
+
+        Returns:
+            Unit keys and values (or the halves of latents), ``[B, Hkv, E // S, D]``.
+        """
+        decoder, span = self.levels[0].decoder, self.config.span(self.config.memory_level_of(layer))
+        count = key.shape[2] // span
+        key, value, position = key[:, :, : count * span], value[:, :, : count * span], position[:, : count * span]
+        latent = self.config.memory_pooling == "latent"
+        if latent:
+            key = self.turn_back(key, position)
+        grouped = [tensor.unflatten(2, (count, span)) for tensor in (key, value)]
+        if latent:
+            return decoder.latent[str(layer)](*grouped, states[:, :count])
+        rotary = self.rotary_emb(key, position[:, span - 1 :: span])
+        excluded = (position < self.config.num_sinks).unflatten(1, (count, span))
+        return decoder.memory[str(layer)](*grouped, states[:, :count], rotary, excluded)
+
+    def unpack_units(self, layer: int, latents: KeyValue) -> KeyValue:
+        """Keys and values of the tokens under units, as memory layer `layer` reads them (`latent_photon`)."""
+        return self.levels[0].decoder.memory[str(layer)](*latents)
+
+    def turn_back(self, states: torch.Tensor, position: torch.Tensor) -> torch.Tensor:
+        """Undo the rotation of queries or keys ``[B, H, E, D]`` at ``position [B or 1, E]``."""
+        cosine, sine = self.rotary_emb(states, position)
+        return self.apply_rotary(states, states, cosine, -sine)[0]
 
     def _slot_stream(self, embeds, slots, window, trace) -> torch.Tensor:
         decoder, count = self.levels[0].decoder, slots.shape[2]
@@ -326,7 +353,7 @@ class PhotonForCausalLM(PhotonPreTrainedModel, GenerationMixin):
 
     def new_module_names(self) -> list[str]:
         """Names of the modules that a conversion adds, for peft's `modules_to_save`."""
-        new = (Chunker, Converter, StartState, InputScale, UnitMemory)
+        new = (Chunker, Converter, StartState, InputScale, UnitMemory, LatentChunker, LatentConverter)
         return [name for name, module in self.named_modules() if isinstance(module, new)]
 
     def supports_dense_forward(self) -> bool:

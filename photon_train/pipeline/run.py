@@ -8,14 +8,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from accelerate.utils import broadcast_object_list
 from transformers import AutoModelForCausalLM
 
 from photon_train.cli import to_dict
 from photon_train.config import RunConfig
 from photon_train.conversion.apply import convert
-from photon_train.conversion.calibrate import calibrate_directory
+from photon_train.conversion.calibrate import calibrate_directory, calibration_batches
 from photon_train.conversion.source import DenseCheckpoint
 from photon_train.data.demo import demo_dense_model
 from photon_train.errors import PhotonError
@@ -37,8 +36,6 @@ from photon_train.training.accelerator import make_accelerator
 from photon_train.training.loop import evaluate
 from photon_train.training.lora import add_lora
 from photon_train.training.losses import TrainingObjective
-
-_CALIBRATION_SEQUENCES = 4
 
 
 def run_conversion(config: RunConfig, families: tuple[str, ...] | None = None) -> None:
@@ -159,7 +156,7 @@ class _ConversionRun(TrainingRun):
         def write() -> dict[str, Any]:
             if self.start.exists():
                 return {}  # a run that was killed right after: a directory is there only when it is complete
-            sequences = text.train.batch(torch.arange(min(_CALIBRATION_SEQUENCES, len(text.train))))["input_ids"]
+            calibration = partial(calibrate_directory, batches=calibration_batches(text.train))
             convert(
                 conversion.checkpoint,
                 conversion.plan,
@@ -167,7 +164,7 @@ class _ConversionRun(TrainingRun):
                 self.start,
                 self.config.export.max_shard_size,
                 run_config=to_dict(self.config),
-                on_written=partial(calibrate_directory, batches=[sequences]) if self.config.photon.calibrate else None,
+                on_written=calibration if self.config.photon.calibrate else None,
             )
             return {}
 

@@ -85,6 +85,15 @@ def test_overrides_reach_the_configuration():
     assert (config.window, config.num_sinks, config.top_span) == (50, 0, 24)
 
 
+@pytest.mark.parametrize(
+    ("count", "sources"), [(None, [1, 3, 4, 5, 7]), (1, [1] * 5), (2, [1, 1, 1, 5, 5]), (5, [1, 3, 4, 5, 7])]
+)
+def test_consecutive_memory_layers_share_latents(count, sources):
+    settings = run("graft", memory_layers=[1, 3, 4, 5, 7], memory_pooling="latent", memory_latents=count)
+    config = photon_config(eight_layers(), settings)
+    assert (config.memory_pooling, config.memory_sources) == ("latent", sources)
+
+
 def test_the_dense_architecture_is_kept_in_full():
     rope = {"rope_type": "llama3", "rope_theta": 1e4, "factor": 8.0, "low_freq_factor": 1.0}
     rope |= {"high_freq_factor": 4.0, "original_max_position_embeddings": 64}
@@ -153,6 +162,14 @@ BAD = {
     "memory layers without memory": (
         run("graft", conditioning="residual", memory_layers=[1]),
         "photon.memory_layers needs photon.conditioning=memory",
+    ),
+    "latents without latent pooling": (
+        run("graft", memory_latents=1, memory_pooling="mean"),
+        "photon.memory_latents=1 needs photon.memory_pooling=latent",
+    ),
+    "more latents than layers": (
+        run("graft", memory_layers=[1], memory_pooling="latent", memory_latents=2),
+        r"photon.memory_latents=2 must be in 1\.\.\.1",
     ),
     "window of blocks": (run("paper", window=64), "photon.window has no effect with layout block"),
     "unknown positions": (run("graft", unit_positions="none"), "photon.unit_positions='none'"),

@@ -51,6 +51,7 @@ def test_no_blind_spot_every_earlier_token_reaches_every_logit(name):
     layers = shallow["levels"][0]["decoder_layers"]
     if shallow["conditioning"] == "memory":
         shallow["memory_layers"], shallow["memory_levels"] = [layers - 1], [len(shallow["levels"])]
+        shallow["memory_sources"] = None
     config = PhotonConfig(base_config=base_config(), **shallow)
     model = shake(PhotonForCausalLM(config)).eval()
     ids = tokens(1, 26)
@@ -131,7 +132,7 @@ def test_bounded_means_bounded_only_declared_caches_grow(name):
         units = sum(
             lv["encoder_layers"] * (n // config.top_span) for lv in config.levels if lv["encoder_window"] is None
         )
-        units += sum(n // config.span(level) for level in config.memory_levels)
+        units += sum(n // config.span(level) for level in config.source_levels.values())
         slots = config.levels[0]["num_slots"] * -(-n // config.levels[0]["chunk_size"]) if config.uses_slots else 0
         assert held["growing"] == entry * (units + (n + slots) * len(config.full_attention_layers))
     cache = model(tokens(1, 50), use_cache=True).past_key_values
@@ -213,6 +214,7 @@ def test_rules_hold_over_configurations(data):
             options["branch_layer"] = draw(st.integers(0, depth - 1))
         if conditioning == "memory":
             options["memory_layers"] = [depth - 1]
+            options["memory_pooling"] = draw(st.sampled_from(["mean", "linear", "latent"]))
         else:
             options["full_attention_layers"] = draw(st.sampled_from([[], [depth - 1]]))
             options["summary"] = draw(st.sampled_from(["state", "change"]))

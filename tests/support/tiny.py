@@ -67,6 +67,17 @@ HIERARCHIES: dict[str, dict[str, Any]] = {
     "memory-two-levels": _stream(
         "memory", 2, 2, window=5, num_sinks=1, memory_layers=[0, 2], memory_levels=[1, 2], memory_pooling="linear"
     ),
+    "memory-latent": _stream("memory", 3, window=5, num_sinks=2, memory_layers=[0, 2], memory_pooling="latent"),
+    "memory-latent-shared": _stream(
+        "memory",
+        *(2, 2),
+        window=5,
+        num_sinks=1,
+        memory_layers=[0, 1, 2],
+        memory_levels=[1, 2, 2],
+        memory_sources=[0, 1, 1],
+        memory_pooling="latent",
+    ),
     "memory-3-full": _stream("memory", 2, 2, 2, window=9, memory_layers=[2], full_attention_layers=[1]),
     "memory-branch": _stream("memory", 3, window=4, branch_layer=1, memory_layers=[1, 2], unit_positions="scaled"),
     "residual-1-change": _stream("residual", 3, window=5, branch_layer=1, summary="change"),

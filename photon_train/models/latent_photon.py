@@ -1,0 +1,146 @@
+"""Memory units as latents: S tokens' keys and values packed into one vector, and unpacked again where they are read.
+
+The paper's chunker (C states -> 1) and converter (1 -> R slots) inside a layer's own softmax: a unit's latent has the
+width of one key and value, and gives one key and value *per token* under the unit when a layer reads it, so that single
+tokens can be told apart (a pooled entry is a superposition of them). The low-rank joint compression of keys and values
+of multi-head latent attention (arXiv 2405.04434), here over the tokens of a unit, and shared by layers if wanted.
+
+Far keys carry no position: queries meet them unrotated. Beyond the window, where units are read, what a retrieval head
+matches is content; and scores stay linear in the latent, so that the converter can be folded into the query.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import PretrainedConfig
+
+from .attention_photon import BandSpan, KeyValue
+
+
+def kv_shape(base_config: PretrainedConfig) -> tuple[int, int]:
+    """Key-value heads and head dimension."""
+    head_dim = getattr(base_config, "head_dim", None) or base_config.hidden_size // base_config.num_attention_heads
+    return base_config.num_key_value_heads, head_dim
+
+
+class LatentChunker(nn.Module):
+    """Keys and values of S tokens -> one latent, plus a correction by the unit's encoder state (gate zero at first)."""
+
+    def __init__(self, base_config: PretrainedConfig, span: int) -> None:
+        super().__init__()
+        self.span = span
+        self.heads, self.head_dim = kv_shape(base_config)
+        self.width = 2 * self.heads * self.head_dim
+        self.proj = nn.Linear(span * self.width, self.width, bias=False)
+        self.state_proj = nn.Linear(base_config.hidden_size, self.width, bias=False)
+        self.state_gate = nn.Parameter(torch.zeros(self.width))
+
+    def forward(self, keys: torch.Tensor, values: torch.Tensor, unit_states: torch.Tensor) -> KeyValue:
+        """Pack U units.
+
+        Args:
+            keys: The layer's own, unrotated, ``[B, Hkv, U, S, D]``; values: the same shape.
+            unit_states: Encoder states of the units, ``[B, U, d]``.
+
+        Returns:
+            The latents in the shape of keys and values, ``[B, Hkv, U, D]`` each.
+        """
+        latent = self.proj(join_heads(keys, values).flatten(-2))
+        latent = latent + self.state_gate * self.state_proj(unit_states)
+        return split_heads(latent.to(keys.dtype), self.heads)
+
+
+class LatentConverter(nn.Module):
+    """One latent -> a key and a value for each of the S tokens under the unit, for one layer."""
+
+    def __init__(self, base_config: PretrainedConfig, span: int) -> None:
+        super().__init__()
+        self.span = span
+        self.heads, head_dim = kv_shape(base_config)
+        self.width = 2 * self.heads * head_dim
+        self.proj = nn.Linear(self.width, span * self.width)
+
+    def forward(self, keys: torch.Tensor, values: torch.Tensor) -> KeyValue:
+        """Unpack latents ``[B, Hkv, U, D]`` (the two halves) to keys and values ``[B, Hkv, U * S, D]``."""
+        latent = join_heads(keys, values)
+        slots = self.proj(latent).unflatten(-1, (self.span, self.width)).flatten(1, 2)
+        return split_heads(slots.to(keys.dtype), self.heads)
+
+
+def join_heads(keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+    """``[B, Hkv, ..., D]`` twice -> ``[B, ..., 2 * Hkv * D]``."""
+    return torch.stack([keys, values], dim=1).flatten(1, 2).movedim(1, -2).flatten(-2)
+
+
+def split_heads(states: torch.Tensor, heads: int) -> KeyValue:
+    """``[B, E, 2 * Hkv * D]`` -> keys and values ``[B, Hkv, E, D]``."""
+    keys, values = states.unflatten(-1, (2, heads, -1)).movedim(2, 0)
+    return keys.transpose(1, 2), values.transpose(1, 2)
+
+
+def widen_near(query: torch.Tensor, content: torch.Tensor, key: torch.Tensor, value: torch.Tensor):
+    """Queries, keys and values of 2 D, so that one softmax takes rotated scores near and unrotated ones far.
+
+    A query is its rotated and its unrotated half side by side; a near key has zeros for the second half, a far key
+    (`widen_far`) for the first. Values are padded as well: fused attention wants one width.
+    """
+    size = query.shape[-1]
+    return torch.cat([query, content], dim=-1), F.pad(key, (0, size)), F.pad(value, (0, size))
+
+
+def widen_far(keys: torch.Tensor, values: torch.Tensor) -> KeyValue:
+    """See `widen_near`."""
+    size = keys.shape[-1]
+    return F.pad(keys, (size, 0)), F.pad(values, (0, size))
+
+
+@dataclass
+class LatentSpan(BandSpan):
+    """A band whose softmax also holds, one by one, the tokens under completed units outside the window.
+
+    Attributes:
+        pack: ``(source layer, keys, values) -> latents``, ``[B, Hkv, E, D] -> [B, Hkv, U, D]``.
+        unpack: ``(layer, latents) -> keys and values``, ``[B, Hkv, U, D] -> [B, Hkv, U * S, D]``.
+        turn_back: Unrotates queries.
+        sources: For each layer, the layer whose latents it reads.
+        unit_span: Tokens under a unit; `alignment` is a multiple of it.
+        recorded_units: If given, receives the latents by source layer.
+    """
+
+    pack: Callable[[int, torch.Tensor, torch.Tensor], KeyValue] | None = None
+    unpack: Callable[[int, KeyValue], KeyValue] | None = None
+    turn_back: Callable[[torch.Tensor], torch.Tensor] | None = None
+    sources: dict[int, int] = field(default_factory=dict)
+    unit_span: int = 1
+    recorded_units: dict[int, KeyValue] | None = None
+
+    def __post_init__(self) -> None:
+        self._latents: dict[int, KeyValue] = {}
+
+    def attend(self, layer, query, key, value, scale, dropout, sliding_window):
+        if self.recorded is not None:
+            self.recorded[layer] = (key, value)
+        source = self.sources[layer]
+        if source == layer:
+            self._latents[layer] = self.pack(layer, key, value)
+            if self.recorded_units is not None:
+                self.recorded_units[layer] = self._latents[layer]
+        far = widen_far(*self.unpack(layer, self._latents[source]))
+        near = widen_near(query, self.turn_back(query), key, value)
+        return self._attend_blocks(*near, self._visible, scale, dropout, extra=far)[..., : query.shape[-1]]
+
+    @cached_property
+    def _visible(self) -> torch.Tensor:
+        """``[blocks, block, 2 * block + s + U * S]``; sinks are seen beside the window, not under their unit."""
+        count = self.positions.shape[0] // self.unit_span
+        token = torch.arange(count * self.unit_span, device=self.positions.device)
+        end = (token // self.unit_span + 1) * self.unit_span
+        sinks = 0 if self.sinks is None else len(self.sinks)
+        outside = (end <= self._starts[:, :, None]) & (token >= sinks)
+        return torch.cat([self.mask, outside], dim=2)
