@@ -133,14 +133,20 @@ class LatentSpan(BandSpan):
                 self.recorded_units[layer] = self._latents[layer]
         far = widen_far(*self.unpack(layer, self._latents[source]))
         near = widen_near(query, self.turn_back(query), key, value)
-        return self._attend_blocks(*near, self._visible, scale, dropout, extra=far)[..., : query.shape[-1]]
+        return self._attend_pieces(*near, scale, dropout, far)[..., : query.shape[-1]]
 
     @cached_property
-    def _visible(self) -> torch.Tensor:
+    def _visible(self) -> list[int]:
+        """Per block, the tokens under the units that its last query sees."""
+        return (self._starts[:, -1] // self.unit_span * self.unit_span).tolist()
+
+    def _num_visible(self, blocks: slice) -> int:
+        return self._visible[blocks][-1]
+
+    def _mask(self, blocks: slice, dtype: torch.dtype, unit_keys: torch.Tensor) -> torch.Tensor:
         """``[blocks, block, 2 * block + s + U * S]``; sinks are seen beside the window, not under their unit."""
-        count = self.positions.shape[0] // self.unit_span
-        token = torch.arange(count * self.unit_span, device=self.positions.device)
+        token = torch.arange(unit_keys.shape[2], device=self.positions.device)
         end = (token // self.unit_span + 1) * self.unit_span
         sinks = 0 if self.sinks is None else len(self.sinks)
-        outside = (end <= self._starts[:, :, None]) & (token >= sinks)
-        return torch.cat([self.mask, outside], dim=2)
+        outside = (end <= self._starts[blocks, :, None]) & (token >= sinks)
+        return torch.cat([self.mask[blocks], outside], dim=2)
