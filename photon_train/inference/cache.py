@@ -220,6 +220,16 @@ class PagedCache(PhotonCache):
         """Announce the sequences of the next pass."""
         self.table.begin(sequences)
 
+    def fix_shapes(self, max_pages: int) -> None:
+        """Keep the shapes that passes see few: a page table of `max_pages` per row, and rounded numbers of pages.
+
+        Rows may then be given twice.
+        """
+        self.table.widen(max_pages)
+        self.table.rounded = True
+        for stack in self._bounded:
+            stack.all_in_order = False
+
     # --- bytes ---
 
     def kv_bytes(self) -> dict[str, int]:

@@ -20,6 +20,7 @@ from transformers import PreTrainedTokenizerBase
 from photon_train.errors import PhotonError
 from photon_train.files import parse_size
 from photon_train.inference.cache import CacheLayout, PagedCache
+from photon_train.inference.graphs import StaticParts
 from photon_train.inference.prefix import PrefixCache, prefix_keys
 from photon_train.inference.request import Completion, Event, SamplingParams, Sequence
 from photon_train.inference.runner import Runner
@@ -45,6 +46,7 @@ class EngineSettings:
         page_tokens: Tokens of a page; None: 256, rounded up to meta-contexts.
         segment_tokens: Prompt tokens that a sequence is fed at once (rounded up to meta-contexts).
         step_tokens: Prompt tokens fed between two decoding steps, of all sequences together.
+        cuda_graphs: Replay decoding steps as CUDA graphs: `auto` on a GPU, or `off`.
     """
 
     memory: int | str | None = None
@@ -54,6 +56,7 @@ class EngineSettings:
     page_tokens: int | None = None
     segment_tokens: int = 512
     step_tokens: int = 2048
+    cuda_graphs: str = "auto"
 
     def __post_init__(self) -> None:
         for name in ("max_sequences", "segment_tokens", "step_tokens"):
@@ -61,6 +64,8 @@ class EngineSettings:
                 raise PhotonError(f"{name}={getattr(self, name)} must be at least 1")
         if self.max_prefixes < 0:
             raise PhotonError(f"max_prefixes={self.max_prefixes} must not be negative")
+        if self.cuda_graphs not in ("auto", "off"):
+            raise PhotonError(f"cuda_graphs={self.cuda_graphs!r} is not auto or off")
 
 
 class Engine:
@@ -91,12 +96,19 @@ class Engine:
         self.scheduler = Scheduler(
             self.cache, self.prefixes, settings.max_sequences, self.segment_tokens, settings.step_tokens
         )
-        self.runner = Runner(model, self.cache)
+        graphs = settings.cuda_graphs == "auto" and model.device.type == "cuda"
+        self.runner = Runner(model, self.cache, self.static_parts(capture=True) if graphs else None)
         self._numbers = count()
         self._open: dict[int, list[Sequence]] = {}
         self._done: dict[int, list[Completion]] = {}
         ends = model.generation_config.eos_token_id
         self._ends = set(ends if isinstance(ends, list) else [] if ends is None else [ends])
+
+    def static_parts(self, capture: bool) -> StaticParts:
+        """Parts of decoding steps at fixed shapes for this engine's sizes."""
+        layout = self.cache.layout
+        longest = layout.pages_for(self.settings.max_length or self.model.config.max_position_embeddings)
+        return StaticParts(self.cache, self.settings.max_sequences, min(longest, layout.num_pages), capture)
 
     def _layout(self, settings: EngineSettings) -> CacheLayout:
         weights = self.model.get_input_embeddings().weight

@@ -75,24 +75,36 @@ class PagePool:
 
 
 class PageTable:
-    """The pages of every row on the device, ``[rows, width]``; the width grows with the longest sequence."""
+    """The pages of every row on the device, ``[rows, width]``; the width grows with the longest sequence.
+
+    Attributes:
+        bound: Pages per row that the next pass reads.
+        rounded: Whether `bound` takes few values only.
+    """
 
     def __init__(self, num_rows: int, device: torch.device) -> None:
         self.pages = torch.zeros(num_rows, 1, dtype=torch.long, device=device)
-        self.bound = 0
+        self.bound, self.rounded = 0, False
 
     def set(self, held: Held, first: int = 0) -> None:
         """Take over the pages of a sequence from the first-th on."""
         missing = len(held.pages) - self.pages.shape[1]
         if missing > 0:
-            width = max(missing, self.pages.shape[1])
-            self.pages = torch.nn.functional.pad(self.pages, (0, width))
+            self.widen(self.pages.shape[1] + max(missing, self.pages.shape[1]))
         new = torch.tensor(held.pages[first:], dtype=torch.long, device=self.pages.device)
         self.pages[held.row, first : len(held.pages)] = new
+
+    def widen(self, width: int) -> None:
+        """Make room for `width` pages per row."""
+        self.pages = torch.nn.functional.pad(self.pages, (0, max(0, width - self.pages.shape[1])))
 
     def begin(self, held: Iterable[Held]) -> None:
         """Announce the sequences of the next pass: reads return as many pages as the longest of them has."""
         self.bound = max(len(one.pages) for one in held)
+        if self.rounded:
+            # Two leading bits: 1, 2, 3, 4, 6, 8, 12, ...; entries of pages that a row does not have are masked.
+            unit = 1 << max(0, self.bound.bit_length() - 2)
+            self.bound = min(-(-self.bound // unit) * unit, self.pages.shape[1])
 
 
 class PagedStack(StackCache):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from photon_train.inference.cache import PagedCache
+from photon_train.inference.graphs import StaticParts
 from photon_train.inference.pages import Held
 from photon_train.inference.prefill import SegmentPass
 from photon_train.models import PhotonForCausalLM
@@ -15,10 +16,16 @@ class Runner:
     """The model and its cache.
 
     Prefill runs in torch; decoding on the model's backend (`PhotonForCausalLM.set_backend`).
+
+    Args:
+        model: In evaluation mode, on its device.
+        cache: The sequences' cache.
+        parts: How the parts of a decoding step are run, see `TokenStepper`; None calls them.
     """
 
-    def __init__(self, model: PhotonForCausalLM, cache: PagedCache) -> None:
+    def __init__(self, model: PhotonForCausalLM, cache: PagedCache, parts: StaticParts | None = None) -> None:
         self.model, self.cache = model, cache
+        self.stepper = TokenStepper(model.model, cache, model.backend, parts)
 
     @property
     def device(self) -> torch.device:
@@ -56,13 +63,17 @@ class Runner:
         order = sorted(range(len(work)), key=lambda index: work[index][0].row)
         rows = torch.tensor([work[index][0].row for index in order], device=self.device)
         tokens = torch.tensor([work[index][1] for index in order], device=self.device)
+        lengths = [work[index][0].length for index in order]
         self.cache.begin([held for held, _ in work])
-        stepper = TokenStepper(self.model.model, self.cache, rows, self.model.backend)
-        hidden = stepper.feed(self.model.get_input_embeddings()(tokens))
+        self.stepper.backend = self.model.backend
+        hidden = self.stepper.feed(rows, self.model.get_input_embeddings()(tokens), lengths)
         for held, _ in work:
             held.length += 1
-        logits = self._logits(hidden)
+        logits = self.stepper.run(self._head, 0, rows, hidden)
         return torch.empty_like(logits).index_copy(0, torch.tensor(order, device=self.device), logits)
+
+    def _head(self, level: int, rows: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
+        return self._logits(hidden)
 
     def _logits(self, hidden: torch.Tensor) -> torch.Tensor:
         return self.model.lm_head(self.model.model.norm(hidden))

@@ -89,12 +89,14 @@ class StackCache:
     Attributes:
         order: Sequence index of the element in each entry, ``[B, N]``, -1 where empty.
         capacity: Entries per row; None grows by what is written.
+        all_in_order: Whether as many rows as there are are all of them, ascending: they are then read as they lie.
     """
 
     def __init__(self, layers: Iterable[int], capacity: int | None) -> None:
         self.layers = list(layers)
         self.capacity = capacity
         self.order: torch.Tensor | None = None
+        self.all_in_order = True
         self.keys: dict[int, torch.Tensor] = {}
         self.values: dict[int, torch.Tensor] = {}
 
@@ -122,9 +124,8 @@ class StackCache:
         """What a kernel reads in place: keys, values, and the table of their pages (None: row r lies in row r)."""
         return self.keys[layer], self.values[layer], None
 
-    @staticmethod
-    def _of(states: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
-        return states if rows.numel() == states.shape[0] else states[rows]
+    def _of(self, states: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+        return states if self.all_in_order and rows.numel() == states.shape[0] else states[rows]
 
     def fill(self, recorded: dict[int, KeyValue], order: torch.Tensor, source: torch.Tensor | None = None) -> None:
         """Take over the keys and values of a whole-sequence pass.
@@ -170,7 +171,7 @@ class StackCache:
 
     def clear(self, rows: torch.Tensor) -> None:
         """Empty `rows`."""
-        self.order[rows] = -1
+        self.order.index_fill_(0, rows, -1)
 
     def select(self, rows: torch.Tensor) -> None:
         """Keep `rows`, in that order."""

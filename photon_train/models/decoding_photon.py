@@ -6,6 +6,7 @@ Every row of the batch has its own length and chunk phase: a level works only on
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING
@@ -277,42 +278,92 @@ def fill_group(stack: StackCache, recorded: dict[int, KeyValue], group: torch.Te
     stack.fill(opened, order, source=entries.expand_as(order))
 
 
+@dataclass
+class Closed:
+    """The rows whose chunk closes at a level in this step.
+
+    Attributes:
+        which: Their places among the rows of the level below, on the host; `rows [n]`: the rows themselves.
+        counts: Units that each of them has, the new one included, on the host.
+        summary, state: Input and output of the encoder, ``[n, d]``.
+    """
+
+    which: list[int]
+    rows: torch.Tensor
+    counts: list[int]
+    summary: torch.Tensor
+    state: torch.Tensor
+
+
 class TokenStepper:
-    """Feeds one token per row; built anew for each token.
+    """Feeds one token per row.
+
+    Which chunks close is decided from lengths on the host, so that no level works in vain and no GPU is waited for.
+    The work itself is done by *parts*: methods of a level, rows and tensors with one entry per row, which find
+    everything else in the cache and whose shapes follow from the number of rows.
 
     Args:
         model: A `PhotonModel`.
         cache: Its non-empty cache, updated in place.
-        rows: Rows that get a token, ``[n]``, ascending.
         backend: `torch` or `triton`.
+        run: How a part is run, ``run(part, level, rows, *tensors)``; default: it is called.
     """
 
-    def __init__(self, model, cache: PhotonCache, rows: torch.Tensor, backend: str) -> None:
-        self.model, self.cache, self.rows, self.backend = model, cache, rows, backend
+    def __init__(self, model, cache: PhotonCache, backend: str, run: Callable | None = None) -> None:
+        self.model, self.cache, self.backend = model, cache, backend
         self.config = model.config
         self.levels = model.levels
-        self.position = cache.lengths[rows]
+        self.run = run or (lambda part, level, rows, *tensors: part(level, rows, *tensors))
 
-    def feed(self, embeds: torch.Tensor) -> torch.Tensor:
-        """Feed ``embeds [n, d]``; returns the states that predict the next tokens, ``[n, d]`` (before the norm)."""
+    def feed(self, rows: torch.Tensor, embeds: torch.Tensor, lengths: list[int] | None = None) -> torch.Tensor:
+        """Feed a token to each of `rows`.
+
+        Args:
+            rows: Rows of the cache, ``[n]``, ascending.
+            embeds: Their tokens' embeddings, ``[n, d]``.
+            lengths: Tokens that each row holds already; None asks the cache.
+
+        Returns:
+            The states that predict the next tokens, ``[n, d]`` (before the norm).
+        """
+        lengths = self.cache.lengths[rows].tolist() if lengths is None else lengths
         chunk = self.config.levels[0]["chunk_size"]
-        offset = self.position % chunk
         if self.config.layout == "stream":
-            out, branch = self._feed_stream(embeds)
+            starts = [place for place, length in enumerate(lengths) if length % chunk == 0]
+            if starts and self.config.conditioning == "slots":
+                self.run(self._feed_stream_slots, 0, self._at(rows, starts))
+            out = self.run(self._feed_stream, 0, rows, embeds)
         else:
-            out, branch = torch.zeros_like(embeds), embeds
-            inside = offset < chunk - 1
-            if inside.any():
-                out[inside] = self._feed_group(0, self.rows[inside], embeds[inside], offset[inside])
-        self.cache.lengths[self.rows] = self.position + 1
-        self.cache.open[0][self.rows, offset] = branch.to(self.cache.open[0].dtype)
-        closed = self._ascend()
-        if closed:
-            self._remember(closed)
-            started = self._descend(closed) if self.config.conditioning != "memory" else None
+            out = torch.zeros_like(embeds)
+            inside = [place for place, length in enumerate(lengths) if length % chunk < chunk - 1]
+            if inside:
+                fed = self.run(self._feed_inside, 0, self._at(rows, inside), self._at(embeds, inside))
+                self._put(out, inside, fed)
+            self.run(self._hold, 0, rows, embeds)
+        closed = self._ascend(rows, [length + 1 for length in lengths])
+        if closed and self.config.conditioning != "memory":
+            started = self._descend(closed)
             if self.config.layout == "block":
-                out[offset == chunk - 1] = started
+                self._put(out, closed[0].which, started)
         return out
+
+    @staticmethod
+    def _at(states: torch.Tensor, places: list[int]) -> torch.Tensor:
+        return states if len(places) == len(states) else states[torch.tensor(places, device=states.device)]
+
+    @staticmethod
+    def _put(states: torch.Tensor, places: list[int], new: torch.Tensor) -> None:
+        states[torch.tensor(places, device=states.device)] = new.to(states.dtype)
+
+    def _hold(self, level: int, rows: torch.Tensor, states: torch.Tensor) -> None:
+        """Count a token of each row and keep its state for the chunker."""
+        position, chunk = self.cache.lengths[rows], self.config.levels[0]["chunk_size"]
+        self.cache.open[0][rows, position % chunk] = states.to(self.cache.open[0].dtype)
+        self.cache.lengths[rows] = position + 1
+
+    def _new_unit(self, level: int, rows: torch.Tensor) -> torch.Tensor:
+        """Index of the unit of `level` (from 0) that the last token has completed, ``[n]``."""
+        return self.cache.lengths[rows] // self.config.span(level + 1) - 1
 
     # --- the token stream ---
 
@@ -340,26 +391,25 @@ class TokenStepper:
         ]
         return [spans[kind] for kind in kinds]
 
-    def _feed_stream(self, embeds: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def _feed_stream(self, level: int, rows: torch.Tensor, embeds: torch.Tensor) -> torch.Tensor:
         config, decoder, geometry = self.config, self.levels[0].decoder, self.cache.geometry
-        chunk = config.levels[0]["chunk_size"]
-        if config.conditioning == "slots":
-            starts = self.position % chunk == 0
-            if starts.any():
-                self._feed_stream_slots(self.rows[starts], self.position[starts])
-        spans = self._stream_spans(self.rows, geometry.element_of_token(self.position)[:, None], self.position)
+        position = self.cache.lengths[rows]
+        spans = self._stream_spans(rows, geometry.element_of_token(position)[:, None], position)
         hidden = decoder.input_scale(embeds)[:, None]
-        rotary = self.model.rotary_emb(hidden, self.position[:, None])
+        rotary = self.model.rotary_emb(hidden, position[:, None])
         hidden = decoder(hidden, rotary, spans, stop=config.branch_layer)
         branch = hidden[:, 0] if config.branch_layer else embeds
         if config.conditioning == "residual":
-            slots = self.cache.slots[0][self.rows]
-            which = torch.zeros_like(self.position) if slots.shape[1] == 1 else self.position % chunk
+            slots = self.cache.slots[0][rows]
+            chunk = config.levels[0]["chunk_size"]
+            which = torch.zeros_like(position) if slots.shape[1] == 1 else position % chunk
             hidden = hidden + slots[torch.arange(len(which), device=which.device), which][:, None]
-        return decoder(hidden, rotary, spans, start=config.branch_layer)[:, 0], branch
+        out = decoder(hidden, rotary, spans, start=config.branch_layer)[:, 0]
+        self._hold(0, rows, branch)
+        return out
 
-    def _feed_stream_slots(self, rows: torch.Tensor, position: torch.Tensor) -> None:
-        slots = self.cache.slots[0][rows]
+    def _feed_stream_slots(self, level: int, rows: torch.Tensor) -> None:
+        position, slots = self.cache.lengths[rows], self.cache.slots[0][rows]
         count = slots.shape[1]
         order = self.cache.geometry.element_of_token(position)[:, None] - count
         order = order + torch.arange(count, device=order.device)
@@ -380,28 +430,38 @@ class TokenStepper:
         state = self.levels[level].decoder.input_scale(state)
         return self._run_group(level, rows, state[:, None], self.config.levels[level]["num_slots"] + offset)
 
+    def _feed_inside(self, level: int, rows: torch.Tensor, embeds: torch.Tensor) -> torch.Tensor:
+        """Tokens that do not close their chunk predict the next one inside it."""
+        return self._feed_group(0, rows, embeds, self.cache.lengths[rows] % self.config.levels[0]["chunk_size"])
+
     # --- bottom-up: close what is complete ---
 
-    def _ascend(self) -> dict[int, tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]]:
-        """Close chunks from the bottom; per level: rows, unit index, encoder input and output of the new units."""
+    def _ascend(self, rows: torch.Tensor, counts: list[int]) -> dict[int, Closed]:
+        """Close chunks from the bottom, by level; `counts`: tokens of each row."""
         closed = {}
-        rows, count = self.rows, self.position + 1
         for index, level in enumerate(self.config.levels):
-            full = count % level["chunk_size"] == 0
-            rows, count = rows[full], count[full] // level["chunk_size"]
-            if rows.numel() == 0:
+            chunk = level["chunk_size"]
+            which = [place for place, count in enumerate(counts) if count % chunk == 0]
+            if not which:
                 break
-            unit = count - 1
-            if self.cache.protocol == "recgen" and index + 1 < self.config.num_levels:
-                summary = state = self.cache.reconstructions[index][rows]
-            else:
-                summary = self._summarise(index, rows)
-                state = self._encode(index, rows, unit, summary)
-            closed[index] = (rows, unit, summary, state)
-            if index + 1 < self.config.num_levels:
-                above = self.config.levels[index + 1]["chunk_size"]
-                self.cache.open[index + 1][rows, unit % above] = state.to(self.cache.open[index + 1].dtype)
+            rows, counts = self._at(rows, which), [counts[place] // chunk for place in which]
+            closed[index] = Closed(which, rows, counts, *self.run(self._close, index, rows))
         return closed
+
+    def _close(self, level: int, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Summarise and encode the complete chunk of each row; the new units' summaries and states, ``[n, d]``."""
+        unit = self._new_unit(level, rows)
+        if self.cache.protocol == "recgen" and level + 1 < self.config.num_levels:
+            summary = state = self.cache.reconstructions[level][rows]
+        else:
+            summary = self._summarise(level, rows)
+            state = self._encode(level, rows, unit, summary)
+        if level + 1 < self.config.num_levels:
+            above = self.config.levels[level + 1]["chunk_size"]
+            self.cache.open[level + 1][rows, unit % above] = state.to(self.cache.open[level + 1].dtype)
+        if level + 1 in self.cache.memory:
+            self._remember(level + 1, rows, unit, state)
+        return summary, state
 
     def _summarise(self, index: int, rows: torch.Tensor) -> torch.Tensor:
         chunker = self.levels[index].chunker
@@ -429,57 +489,66 @@ class TokenStepper:
         rotary = self.model.rotary_emb(summary, self.model.unit_positions(index, unit)[:, None])
         return encoder(summary[:, None], rotary, [span] * len(encoder.layers))[:, 0]
 
-    def _remember(self, closed: dict) -> None:
-        """Append the unit entries of memory layers."""
-        for level, stack in self.cache.memory.items():
-            if level - 1 not in closed:
-                continue
-            rows, unit, _, state = closed[level - 1]
-            span = self.config.span(level)
-            token = unit[:, None] * span + torch.arange(span, device=unit.device)
-            entries = self.cache.geometry.entry(token)
-            stack.place(rows, unit[:, None], unit[:, None])
-            for layer in stack.layers:
-                window = self.cache.window
-                keys = window.keys[layer][rows[:, None], :, entries].transpose(1, 2)
-                values = window.values[layer][rows[:, None], :, entries].transpose(1, 2)
-                units = self.model.pool_units(layer, keys, values, state[:, None], token)
-                stack.write(layer, rows, unit[:, None], *units)
+    def _remember(self, level: int, rows: torch.Tensor, unit: torch.Tensor, state: torch.Tensor) -> None:
+        """Append the entries of the units of `level` (from 1) to the memory layers that read it."""
+        stack, span = self.cache.memory[level], self.config.span(level)
+        token = unit[:, None] * span + torch.arange(span, device=unit.device)
+        entries = self.cache.geometry.entry(token)
+        stack.place(rows, unit[:, None], unit[:, None])
+        for layer in stack.layers:
+            window = self.cache.window
+            keys = window.keys[layer][rows[:, None], :, entries].transpose(1, 2)
+            values = window.values[layer][rows[:, None], :, entries].transpose(1, 2)
+            units = self.model.pool_units(layer, keys, values, state[:, None], token)
+            stack.write(layer, rows, unit[:, None], *units)
 
     # --- top-down: condition what comes next ---
 
-    def _descend(self, closed: dict) -> torch.Tensor | None:
+    def _descend(self, closed: dict[int, Closed]) -> torch.Tensor | None:
         """New slots at every closed level; with isolated chunks, the states that predict the next first tokens."""
-        config, started = self.config, None
-        for index in reversed(sorted(closed)):
-            rows, unit, summary, state = closed[index]
-            if index == config.num_levels - 1:
-                condition = state - summary if config.summary == "change" else state
+        started = None
+        for level in reversed(sorted(closed)):
+            new = closed[level]
+            if level < self.config.num_levels - 1:
+                condition = self._condition_from_above(level, new, started)
             else:
-                condition = self._condition_from_above(index, rows, unit, state, started)
-                if self.cache.protocol == "recgen":
-                    self.cache.reconstructions[index][rows] = condition.to(self.cache.reconstructions[index].dtype)
-            slots = self.levels[index].converter(condition)
-            self.cache.slots[index][rows] = slots.to(self.cache.slots[index].dtype)
-            started = None
-            if self.cache.groups[index] is not None:
-                self.cache.groups[index].clear(rows)
-                started = self._run_group(index, rows, slots, torch.zeros_like(unit))
+                condition = new.state - new.summary if self.config.summary == "change" else new.state
+            started = self.run(self._start, level, new.rows, condition)
         return started
 
-    def _condition_from_above(self, index, rows, unit, state, started) -> torch.Tensor:
-        """The condition of the chunk after `unit`: from the decoder above, or from its slots if it has no layers."""
-        chunk = self.config.levels[index + 1]["chunk_size"]
-        if self.cache.groups[index + 1] is None:
-            slots = self.cache.slots[index + 1][rows]
-            child = torch.zeros_like(unit) if slots.shape[1] == 1 else (unit + 1) % chunk
-            return slots[torch.arange(len(child), device=child.device), child]
-        starts = (unit + 1) % chunk == 0
-        condition = torch.zeros_like(state)
-        if starts.any():
-            condition[starts] = started.to(condition.dtype)
-        if not starts.all():
-            goes_on = ~starts
-            offset = unit[goes_on] % chunk
-            condition[goes_on] = self._feed_group(index + 1, rows[goes_on], state[goes_on], offset).to(condition.dtype)
+    def _start(self, level: int, rows: torch.Tensor, condition: torch.Tensor) -> torch.Tensor | None:
+        """Slots for what follows the new unit; an isolated decoder begins its next group with them."""
+        if self.cache.protocol == "recgen" and level + 1 < self.config.num_levels:
+            self.cache.reconstructions[level][rows] = condition.to(self.cache.reconstructions[level].dtype)
+        slots = self.levels[level].converter(condition)
+        self.cache.slots[level][rows] = slots.to(self.cache.slots[level].dtype)
+        if self.cache.groups[level] is None:
+            return None
+        self.cache.groups[level].clear(rows)
+        return self._run_group(level, rows, slots, torch.zeros_like(rows))
+
+    def _condition_from_above(self, level: int, new: Closed, started: torch.Tensor | None) -> torch.Tensor:
+        """The condition of the chunk after the new unit: from the decoder above, or from its slots without layers."""
+        if self.cache.groups[level + 1] is None:
+            return self.run(self._slot_from_above, level, new.rows)
+        chunk = self.config.levels[level + 1]["chunk_size"]
+        starts = [place for place, count in enumerate(new.counts) if count % chunk == 0]
+        goes_on = [place for place, count in enumerate(new.counts) if count % chunk]
+        condition = torch.zeros_like(new.state)
+        if starts:
+            self._put(condition, starts, started)
+        if goes_on:
+            fed = self.run(self._feed_above, level, self._at(new.rows, goes_on), self._at(new.state, goes_on))
+            self._put(condition, goes_on, fed)
         return condition
+
+    def _slot_from_above(self, level: int, rows: torch.Tensor) -> torch.Tensor:
+        slots = self.cache.slots[level + 1][rows]
+        following = (self._new_unit(level, rows) + 1) % self.config.levels[level + 1]["chunk_size"]
+        child = torch.zeros_like(following) if slots.shape[1] == 1 else following
+        return slots[torch.arange(len(child), device=child.device), child]
+
+    def _feed_above(self, level: int, rows: torch.Tensor, state: torch.Tensor) -> torch.Tensor:
+        """Feed a unit to the decoder above, inside its group."""
+        offset = self._new_unit(level, rows) % self.config.levels[level + 1]["chunk_size"]
+        return self._feed_group(level + 1, rows, state, offset)

@@ -480,11 +480,11 @@ class PhotonForCausalLM(PhotonPreTrainedModel, GenerationMixin):
         if attention_mask is not None:
             real = attention_mask[:, -columns:].bool()
         hidden = torch.zeros_like(embeds)
+        stepper = TokenStepper(self.model, cache, self.backend)
         for column in range(columns):
             rows = real[:, column].nonzero()[:, 0]
             if rows.numel():
-                stepper = TokenStepper(self.model, cache, rows, self.backend)
-                hidden[rows, column] = stepper.feed(embeds[rows, column]).to(hidden.dtype)
+                hidden[rows, column] = stepper.feed(rows, embeds[rows, column]).to(hidden.dtype)
         cache.columns += columns
         return hidden
 
