@@ -90,6 +90,8 @@ def _fill_deepspeed(accelerator: Accelerator, config: RunConfig) -> None:
         config.train.batch_size * config.train.gradient_accumulation_steps * accelerator.num_processes
     )
     settings["gradient_clipping"] = config.train.max_grad_norm
+    # DeepSpeed's own choice is 5e8 elements, allocated whatever there is to reduce; "auto" takes hidden size squared.
+    settings["zero_optimization"].setdefault("reduce_bucket_size", "auto")
     unset_hf_deepspeed_config()
     # DeepSpeed 0.19 calls collectives that torch 2.13 has renamed; one warning per call and process hides the log.
     warnings.filterwarnings("ignore", message="`torch.distributed", category=FutureWarning)
