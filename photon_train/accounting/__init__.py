@@ -1,0 +1,43 @@
+"""What a model and its training cost, in closed form, before any weight is loaded."""
+
+from photon_train.accounting.estimate import Estimate, estimate, format_bytes
+from photon_train.accounting.memory import TrainingMemory, activation_bytes, training_memory
+from photon_train.accounting.model import (
+    TARGETS,
+    CacheBytes,
+    Shape,
+    cache_bytes,
+    dense_cache_bytes,
+    dense_flops,
+    dense_parameters,
+    growing_bytes_per_token,
+    layer_positions,
+    lora_parameters,
+    new_parameters,
+    photon_flops,
+    photon_parameters,
+    trainable_parameters,
+)
+
+__all__ = [
+    "TARGETS",
+    "CacheBytes",
+    "Estimate",
+    "Shape",
+    "TrainingMemory",
+    "activation_bytes",
+    "cache_bytes",
+    "dense_cache_bytes",
+    "dense_flops",
+    "dense_parameters",
+    "estimate",
+    "format_bytes",
+    "growing_bytes_per_token",
+    "layer_positions",
+    "lora_parameters",
+    "new_parameters",
+    "photon_flops",
+    "photon_parameters",
+    "trainable_parameters",
+    "training_memory",
+]
