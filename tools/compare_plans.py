@@ -14,6 +14,7 @@ import argparse
 import dataclasses
 import hashlib
 import json
+import shutil
 import tempfile
 import time
 from dataclasses import asdict
@@ -47,7 +48,7 @@ from photon_train.files import atomic_write_text
 from photon_train.models import PhotonForCausalLM
 from photon_train.training.accelerator import make_accelerator
 from photon_train.training.loop import train
-from photon_train.training.lora import add_lora
+from photon_train.training.lora import add_lora, merge_lora
 
 BEYOND = 256  # positions with more tokens before them count as beyond the window, in every row
 STUDY_FILE = "study.json"  # recipe of `pretrain_dense.py`: which text is held out
@@ -63,6 +64,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--plans", type=Path, required=True, help="YAML file with the plans")
     parser.add_argument("--output", type=Path, required=True, help="JSON; a table (.md) and plots (.png) go beside it")
     parser.add_argument("--only", nargs="*", default=None, help="names of the plans to run")
+    parser.add_argument("--save", type=Path, default=None, help="directory for the trained models, by row number")
     return parser.parse_args()
 
 
@@ -121,8 +123,8 @@ def freeze_new_modules(model: PreTrainedModel) -> None:
             parameter.requires_grad_(False)
 
 
-def run_plan(study: Study, plan: dict[str, Any], config: RunConfig) -> dict[str, Any]:
-    """One row: convert, measure, train, measure."""
+def run_plan(study: Study, plan: dict[str, Any], config: RunConfig, save: Path | None = None) -> dict[str, Any]:
+    """One row: convert, measure, train, measure; the trained model goes to `save`, ready to load."""
     began = time.perf_counter()
     is_dense, trained = plan["plan"] in ("dense", "dense-finetuned"), plan.get("trained", plan["plan"] != "dense")
     with tempfile.TemporaryDirectory() as scratch:
@@ -145,7 +147,12 @@ def run_plan(study: Study, plan: dict[str, Any], config: RunConfig) -> dict[str,
                 model, study.train_set, study.held_out, config, Path(scratch) / "run", accelerator=study.accelerator
             )
             tokens = result.tokens
-            final = measure_quality(study.accelerator.unwrap_model(result.model).model, study.held_out, BEYOND)
+            model = study.accelerator.unwrap_model(result.model).model
+            final = measure_quality(model, study.held_out, BEYOND)
+            if save is not None:
+                merge_lora(model).save_pretrained(save)
+                AutoTokenizer.from_pretrained(study.dense).save_pretrained(save)
+                shutil.copyfile(study.dense / STUDY_FILE, save / STUDY_FILE)
     return {
         "plan": plan["plan"],
         "name": plan.get("name", plan["plan"]),
@@ -198,7 +205,8 @@ def main() -> None:
             key = hashlib.sha256(json.dumps([common, plan, seed], sort_keys=True).encode()).hexdigest()[:16]
             if key in done:
                 continue
-            row = {"key": key, **run_plan(study, plan, settings_of(plan, common, seed))}
+            save = options.save and options.save / f"{len(rows):02d}-{plan['plan']}-{seed}"
+            row = {"key": key, **run_plan(study, plan, settings_of(plan, common, seed), save)}
             rows.append(row)
             add_recovered(rows)
             recipe = json.loads((options.dense / STUDY_FILE).read_text(encoding="utf-8"))

@@ -289,10 +289,12 @@ def photon_flops(photon: Any, context: int) -> float:
         weights += shape.hidden * shape.kv / photon.span(level)
         weights += shape.kv * shape.kv if latent else 0  # span * kv numbers to kv, once per unit
     for level in photon.memory_levels:
+        span = photon.span(level)
         weights += shape.kv * shape.head_dim if photon.memory_pooling == "linear" else 0
-        units = max(0, context - photon.window) // photon.span(level)
-        keys += units * (photon.span(level) if latent else 1)
-        weights += units * photon.span(level) * shape.kv**2 if latent else 0  # unpacked where they are read
+        # A latent's converter is folded into the queries, which then meet latents of a key and value's width.
+        weights += 2 * span * shape.kv * shape.heads * shape.head_dim if latent else 0
+        units = max(0, context - photon.window) // span
+        keys += units * (span * shape.kv / shape.head_dim if latent else 1)
     if photon.layout == "stream":
         first, full = photon.levels[0], len(photon.full_attention_layers)
         per_token = 1 + (first["num_slots"] / first["chunk_size"] if photon.conditioning == "slots" else 0.0)

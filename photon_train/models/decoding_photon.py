@@ -15,7 +15,7 @@ import torch
 
 from .attention_photon import KeyValue, sdpa, unit_log_count
 from .cache_photon import PhotonCache, StackCache
-from .latent_photon import widen_far, widen_near
+from .latent_photon import attend_folded
 
 if TYPE_CHECKING:
     from .modeling_photon import PhotonModel
@@ -162,7 +162,7 @@ class LatentStepSpan(StepSpan):
     It is computed in torch whatever the backend: there is no kernel for it yet.
 
     Attributes:
-        model: Unpacks latents and unrotates queries.
+        model: Holds the converters, and unrotates queries.
         units: The level's latents; `visible_units [n]`: units that lie outside each row's window.
         unit_span: Tokens under a unit.
         position: Of the new elements' tokens, ``[n, q]``.
@@ -183,12 +183,13 @@ class LatentStepSpan(StepSpan):
     def attend(self, layer, query, key, value, scale, dropout, sliding_window):
         self.cache.write(layer, self.rows, self.entries, key, value)
         content = self.model.turn_back(query, self.position)
-        source = self.model.config.source_of_layer[layer]
-        far = self.model.unpack_units(layer, self.units.read(source, self.rows))
-        near = widen_near(query, content, *self.cache.read(layer, self.rows))
-        keys, values = (torch.cat(pair, dim=2) for pair in zip(near[1:], widen_far(*far), strict=True))
-        mask = torch.cat([self.visible, self._far[:, None].expand(-1, query.shape[2], -1)], dim=2)
-        return sdpa(near[0], keys, values, scale, mask=mask[:, None])[..., : query.shape[-1]]
+        near, latents = (
+            self.cache.read(layer, self.rows),
+            self.units.read(self.model.config.source_of_layer[layer], self.rows),
+        )
+        visible = torch.cat([self.visible, self._far[:, None].expand(-1, query.shape[2], -1)], dim=2)
+        converter = self.model.levels[0].decoder.memory[str(layer)]
+        return attend_folded(query, content, near, latents, converter, visible, scale)
 
 
 @dataclass

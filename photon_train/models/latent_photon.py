@@ -6,7 +6,7 @@ tokens can be told apart (a pooled entry is a superposition of them). The low-ra
 of multi-head latent attention (arXiv 2405.04434), here over the tokens of a unit, and shared by layers if wanted.
 
 Far keys carry no position: queries meet them unrotated. Beyond the window, where units are read, what a retrieval head
-matches is content; and scores stay linear in the latent, so that the converter can be folded into the query.
+matches is content; and scores stay linear in the latent, so that decoding folds the converter into the query.
 """
 
 from __future__ import annotations
@@ -71,6 +71,49 @@ class LatentConverter(nn.Module):
         latent = join_heads(keys, values)
         slots = self.proj(latent).unflatten(-1, (self.span, self.width)).flatten(1, 2)
         return split_heads(slots.to(keys.dtype), self.heads)
+
+
+def attend_folded(
+    query: torch.Tensor,
+    content: torch.Tensor,
+    near: KeyValue,
+    latents: KeyValue,
+    converter: LatentConverter,
+    visible: torch.Tensor,
+    scale: float,
+) -> torch.Tensor:
+    """Attention of few queries over a window and over latents that are never unpacked.
+
+    What the converter would do to every latent is done to the queries, and to the weighted sums of latents, instead
+    (the absorption of multi-head latent attention, arXiv 2405.04434): per query head and key, the width of a latent
+    in place of its product with the converter.
+
+    Args:
+        query: Rotated, ``[n, Hq, q, D]``; content: unrotated.
+        near: Keys and values of the window, ``[n, Hkv, N, D]``.
+        latents: Halves of the latents, ``[n, Hkv, U, D]``.
+        visible: Entries of the window, then tokens under units, that each query sees, ``[n, q, N + U * S]``.
+
+    Returns:
+        ``[n, Hq, q, D]``.
+    """
+    heads, size = converter.heads, query.shape[-1]
+    latent = join_heads(*latents)
+    key_map, value_map = converter.proj.weight.unflatten(0, (converter.span, 2, heads, size)).unbind(1)
+    key_bias, value_bias = converter.proj.bias.unflatten(0, (converter.span, 2, heads, size)).unbind(1)
+    query, content = (states.unflatten(1, (heads, -1)) for states in (query, content))
+    folded = torch.einsum("nhgqd,shdc->nhgqsc", content, key_map)
+    far = torch.einsum("nhgqsc,nuc->nhgqus", folded, latent)
+    far = far + torch.einsum("nhgqd,shd->nhgqs", content, key_bias)[:, :, :, :, None]
+    scores = torch.cat([torch.einsum("nhgqd,nhkd->nhgqk", query, near[0]), far.flatten(-2)], dim=-1).float() * scale
+    weights = scores.masked_fill(~visible[:, None, None], -torch.inf).softmax(dim=-1).to(query.dtype)
+    count = near[0].shape[2]
+    out = torch.einsum("nhgqk,nhkd->nhgqd", weights[..., :count], near[1])
+    far = weights[..., count:].unflatten(-1, (-1, converter.span))
+    mixed = torch.einsum("nhgqus,nuc->nhgqsc", far, latent)
+    out = out + torch.einsum("nhgqsc,shdc->nhgqd", mixed, value_map)
+    out = out + torch.einsum("nhgqs,shd->nhgqd", far.sum(-2), value_bias)
+    return out.flatten(1, 2)
 
 
 def join_heads(keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
