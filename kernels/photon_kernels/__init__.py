@@ -5,8 +5,16 @@ Importing this package needs torch alone. Triton is imported by the first call w
 
 from __future__ import annotations
 
+from photon_kernels.cache_append import Append, cache_append
 from photon_kernels.chunker import gather_chunk_project
 from photon_kernels.summary_decode import Window, summary_decode_attention
 from photon_kernels.window_decode import window_decode_attention
 
-__all__ = ["Window", "gather_chunk_project", "summary_decode_attention", "window_decode_attention"]
+__all__ = [
+    "Append",
+    "Window",
+    "cache_append",
+    "gather_chunk_project",
+    "summary_decode_attention",
+    "window_decode_attention",
+]

@@ -1,14 +1,16 @@
 """Compile every kernel ahead of time and report the resources it takes: no GPU is needed.
 
-    python -m photon_kernels.aot sm_80 sm_90
+    python -m photon_kernels.aot sm_80 sm_90 --json report.json
 
-prints one JSON object per kernel, configuration and target. What the compiler rejects, and registers that spill to
-memory, show here long before a kernel meets a GPU.
+prints one JSON object per kernel, configuration and target, and fails where registers spill to memory. That, and what
+the compiler rejects, shows here long before a kernel meets a GPU.
 """
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
+import itertools
 import json
 import re
 import subprocess
@@ -29,7 +31,8 @@ class CompileCase:
     Attributes:
         name: Shown in the report; unique.
         kernel: The function decorated with ``triton.jit``.
-        types: Triton's type names of the arguments that are passed at launch, such as ``*bf16`` or ``i32``.
+        types: Triton's type names of the arguments that are passed at launch, such as ``*bf16`` or ``i32``; a tuple of
+            them for an argument that is a tuple.
         constants: Values of the ``constexpr`` arguments.
         num_warps: Warps per program.
         num_stages: Depth of the software pipeline.
@@ -37,7 +40,7 @@ class CompileCase:
 
     name: str
     kernel: Any
-    types: Mapping[str, str]
+    types: Mapping[str, Any]
     constants: Mapping[str, Any]
     num_warps: int
     num_stages: int
@@ -65,9 +68,15 @@ class ResourceReport:
     num_warps: int
     num_stages: int
 
+    @property
+    def fits(self) -> bool:
+        """Whether nothing is spilled and the shared memory is enough."""
+        return self.spill_bytes == 0 and self.shared_bytes <= SHARED_LIMITS[self.target]
+
 
 def all_cases() -> Iterator[CompileCase]:
     """The cases of every operation."""
+    from photon_kernels.cache_append.triton import compile_cases as append_cases
     from photon_kernels.chunker.triton import compile_cases as chunker_cases
     from photon_kernels.summary_decode.triton import compile_cases as summary_cases
     from photon_kernels.window_decode.triton import compile_cases as window_cases
@@ -75,6 +84,16 @@ def all_cases() -> Iterator[CompileCase]:
     yield from window_cases()
     yield from summary_cases()
     yield from chunker_cases()
+    yield from append_cases()
+
+
+def _leaves(kind: str | tuple, path: tuple[int, ...]) -> Iterator[tuple[tuple[int, ...], str]]:
+    """The types in an argument's type, with the path to each."""
+    if isinstance(kind, str):
+        yield path, kind
+        return
+    for index, part in enumerate(kind):
+        yield from _leaves(part, (*path, index))
 
 
 def compile_case(case: CompileCase, target: str) -> ResourceReport:
@@ -94,12 +113,17 @@ def compile_case(case: CompileCase, target: str) -> ResourceReport:
         raise RuntimeError("kernels are interpreted in this process: unset TRITON_INTERPRET to compile them")
     capability = int(target.removeprefix("sm_"))
     arguments = case.kernel.arg_names
-    aligned = [name for name, kind in case.types.items() if kind.startswith("*") or name.startswith("stride_")]
+    aligned = (
+        path
+        for index, name in enumerate(arguments)
+        for path, kind in _leaves(case.types.get(name, ()), (index,))
+        if kind.startswith("*") or "stride" in name
+    )
     source = ASTSource(
         fn=case.kernel,
         signature={name: case.types.get(name, "constexpr") for name in arguments},
         constexprs=dict(case.constants),
-        attrs={(arguments.index(name),): [["tt.divisibility", 16]] for name in aligned},
+        attrs={path: [["tt.divisibility", 16]] for path in aligned},
     )
     compiled = triton.compile(
         source,
@@ -124,12 +148,50 @@ def compile_case(case: CompileCase, target: str) -> ResourceReport:
     )
 
 
-def main(targets: list[str]) -> None:
-    """Print one JSON line per case and target (all known targets where none is given)."""
-    for target in targets or SHARED_LIMITS:
-        for case in all_cases():
-            print(json.dumps(dataclasses.asdict(compile_case(case, target))), flush=True)
+def environment() -> dict[str, str | None]:
+    """Versions, and the commit of the working tree that this file lies in (None outside one)."""
+    import torch
+    import triton
+
+    folder = Path(__file__).parent
+    described = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=folder, capture_output=True, text=True)
+    commit = described.stdout.strip() if described.returncode == 0 else None
+    return {"triton": triton.__version__, "torch": torch.__version__, "commit": commit}
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write a file whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    partial.replace(path)
+
+
+def main() -> None:
+    """Print one JSON line per case and target; fail on a spill or too much shared memory."""
+    parser = argparse.ArgumentParser(description="Compile every kernel and report the resources it takes.")
+    parser.add_argument("targets", nargs="*", metavar="TARGET", help=f"of {', '.join(SHARED_LIMITS)}; default: all")
+    parser.add_argument("--json", type=Path, help="also write the whole report, with versions and commit, to this file")
+    arguments = parser.parse_args()
+    targets = arguments.targets or list(SHARED_LIMITS)
+    unknown = sorted(set(targets) - set(SHARED_LIMITS))
+    if unknown:
+        parser.error(f"unknown targets {unknown}; known: {', '.join(SHARED_LIMITS)}")
+    reports = []
+    for target, case in itertools.product(targets, all_cases()):
+        reports.append(compile_case(case, target))
+        print(json.dumps(dataclasses.asdict(reports[-1])), flush=True)
+    if arguments.json is not None:
+        write_json(arguments.json, {**environment(), "kernels": [dataclasses.asdict(report) for report in reports]})
+    wrong = [report for report in reports if not report.fits]
+    for report in wrong:
+        print(
+            f"{report.name} for {report.target}: {report.spill_bytes} bytes spilled, {report.shared_bytes} bytes of "
+            f"shared memory (limit {SHARED_LIMITS[report.target]})",
+            file=sys.stderr,
+        )
+    sys.exit(bool(wrong))
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    main()

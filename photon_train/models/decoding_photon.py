@@ -72,7 +72,7 @@ class StepSpan:
         return (held >= 0) & (held <= self.order[:, :, None]) & ((held >= self.first[:, None, None]) | sink)
 
     def attend(self, layer, query, key, value, scale, dropout, sliding_window):
-        self.cache.write(layer, self.rows, self.entries, key, value)
+        self._store(layer, key, value)
         if self.backend == "triton":
             return self._attend_kernels(layer, query, scale, sliding_window)
         keys, values = self._keys_values(layer)
@@ -81,6 +81,18 @@ class StepSpan:
             held = self.cache.held(self.rows)[:, None]
             mask = mask & (held > self.order[:, :, None] - sliding_window)
         return sdpa(query, keys, values, scale, mask=mask[:, None])
+
+    def _store(self, layer: int, key: torch.Tensor, value: torch.Tensor) -> None:
+        if self.backend != "triton":
+            self.cache.write(layer, self.rows, self.entries, key, value)
+            return
+        kernels = load_kernels()
+        *targets, pages = self.cache.operands(layer)
+        appends = [
+            kernels.Append(states, target, self.rows, self.entries, pages)
+            for states, target in zip((key, value), targets, strict=True)
+        ]
+        kernels.cache_append(appends, backend="triton")
 
     def _keys_values(self, layer: int) -> KeyValue:
         return self.cache.read(layer, self.rows)
@@ -181,7 +193,7 @@ class LatentStepSpan(StepSpan):
         return (token // self.unit_span < self.visible_units[:, None]) & (token >= self.num_sinks)
 
     def attend(self, layer, query, key, value, scale, dropout, sliding_window):
-        self.cache.write(layer, self.rows, self.entries, key, value)
+        self._store(layer, key, value)
         content = self.model.turn_back(query, self.position)
         near, latents = (
             self.cache.read(layer, self.rows),

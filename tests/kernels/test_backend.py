@@ -8,13 +8,23 @@ import pytest
 import torch
 from torch import Tensor
 
-from photon_kernels import gather_chunk_project, summary_decode_attention, window_decode_attention
+from photon_kernels import (
+    Append,
+    cache_append,
+    gather_chunk_project,
+    summary_decode_attention,
+    window_decode_attention,
+)
 
 
 def call(op: str, backend: str, device: torch.device, requires_grad: bool = False) -> Tensor:
     q = torch.ones(2, 4, 1, 16, device=device, requires_grad=requires_grad)
     cache = torch.ones(2, 2, 5, 16, device=device)
     index = torch.tensor([3, 2], device=device)
+    if op == "cache_append":
+        entries = torch.zeros(2, 1, dtype=torch.long, device=device)
+        cache_append([Append(q[:, :2], cache, index - 2, entries)], backend=backend)
+        return cache
     if op == "window_decode":
         order = torch.arange(5, device=device).expand(2, 5)
         return window_decode_attention(q, cache, cache, order, index - 1, index[:, None], 1.0, backend=backend)
@@ -26,7 +36,7 @@ def call(op: str, backend: str, device: torch.device, requires_grad: bool = Fals
     )
 
 
-OPS = ["window_decode", "summary_decode", "chunker"]
+OPS = ["window_decode", "summary_decode", "chunker", "cache_append"]
 
 
 @pytest.mark.parametrize("op", OPS)
@@ -43,7 +53,7 @@ def test_triton_refuses_to_drop_gradients(op: str, device: torch.device) -> None
         call(op, "triton", device, requires_grad=True)
 
 
-@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("op", OPS[:3])
 def test_torch_backend_has_gradients(op: str) -> None:
     assert call(op, "torch", torch.device("cpu"), requires_grad=True).requires_grad
 

@@ -37,7 +37,7 @@ def choose_num_splits(num_units: int, num_programs: int) -> int:
     return max(1, min(wanted, num_units // MIN_UNITS_PER_SPLIT, MAX_SPLITS))
 
 
-@triton.jit(do_not_specialize=["num_units"])
+@triton.jit(do_not_specialize=["num_units", "num_entries", "num_splits", "pitch_pages"])
 def summary_split_kernel(
     q,
     k,
