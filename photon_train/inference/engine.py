@@ -134,11 +134,10 @@ class Engine:
         """
         params = params or SamplingParams()
         tokens = self._tokens(prompt)
-        layout, longest = self.cache.layout, len(tokens) + params.max_new_tokens
-        if layout.pages_for(longest) > layout.num_pages:
+        if len(tokens) + params.max_new_tokens > self.longest:
             raise PhotonError(
-                f"the prompt of {len(tokens)} tokens and max_new_tokens={params.max_new_tokens} exceed the cache of "
-                f"{layout.num_pages * layout.page_tokens} tokens: raise memory or max_length, or ask for less"
+                f"the prompt of {len(tokens)} tokens and max_new_tokens={params.max_new_tokens} exceed "
+                f"the {self.longest} tokens that memory and the model's positions hold: raise memory, or ask for less"
             )
         if params.stop and self.tokenizer is None:
             raise PhotonError("stop needs a tokenizer: give the engine one, or use stop_token_ids")
@@ -173,6 +172,12 @@ class Engine:
     def result(self, number: int) -> list[Completion] | None:
         """The n continuations of a finished request, once; None while it runs."""
         return self._done.pop(number, None)
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest sequence: what memory holds of one alone, within the model's longest position."""
+        layout = self.cache.layout
+        return min(layout.num_pages * layout.page_tokens, self.model.config.max_position_embeddings)
 
     @property
     def has_work(self) -> bool:
@@ -275,7 +280,9 @@ class Engine:
             text = sequence.text.take(sequence.finish_reason is not None)
         if sequence.finish_reason is not None:
             self._finish(sequence)
-        return Event(sequence.request_id, sequence.index, choice.token, choice.logprob, text, sequence.finish_reason)
+        return Event(
+            sequence.request_id, sequence.index, choice.token, choice.logprob, text, sequence.finish_reason, choice.top
+        )
 
     def _is_end(self, sequence: Sequence, token: int) -> bool:
         if token in sequence.params.stop_token_ids:

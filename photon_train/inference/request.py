@@ -125,6 +125,7 @@ class Event:
         token: Its id; `logprob`: its log-probability under the model, before any sampling setting.
         text: Text that has become final with it; empty without a tokenizer.
         finish_reason: `stop` or `length` with a sequence's last token, else None.
+        top_logprobs: Token -> log-probability of the most probable ones (if asked for).
     """
 
     request_id: int
@@ -133,6 +134,7 @@ class Event:
     logprob: float
     text: str
     finish_reason: str | None
+    top_logprobs: dict[int, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

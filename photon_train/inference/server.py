@@ -1,0 +1,255 @@
+"""An HTTP server with OpenAI's interface over one engine.
+
+Routes: /v1/completions, /v1/chat/completions, /v1/models, /health.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+import uuid
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from dataclasses import replace
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse, StreamingResponse
+
+from photon_train.errors import PhotonError
+from photon_train.inference.engine import Engine, Prompt
+from photon_train.inference.openai import (
+    ChatRequest,
+    ChatStyle,
+    Choice,
+    CompletionRequest,
+    Style,
+    error_body,
+    usage,
+)
+from photon_train.inference.request import Event, SamplingParams
+from photon_train.inference.worker import Ticket, Worker
+
+CLIENT_POLL_S = 0.2  # how often a waiting request looks whether its client is still there
+
+
+class Answer:
+    """Several prompts with the same settings, answered together.
+
+    Args:
+        worker: The engine's thread.
+        prompts: Token ids of each.
+        params: For each of them.
+        style: How the answer is written.
+        model: The name it is given under.
+        keep: Continuations per prompt that are given, the best by mean log-probability; None: all, in order.
+    """
+
+    def __init__(
+        self,
+        worker: Worker,
+        prompts: list[list[int]],
+        params: SamplingParams,
+        style: Style,
+        model: str,
+        keep: int | None = None,
+    ) -> None:
+        self.worker, self.prompts, self.params = worker, prompts, params
+        self.style, self.keep = style, keep
+        self.tickets: list[Ticket] = []
+        self.completion_tokens = 0
+        self.head = {"id": f"{style.prefix}-{uuid.uuid4().hex}", "created": int(time.time()), "model": model}
+
+    async def begin(self) -> None:
+        """Queue every prompt, or none.
+
+        Raises:
+            PhotonError: if one is refused.
+        """
+        try:
+            for prompt in self.prompts:
+                self.tickets.append(await self.worker.submit(prompt, self.params))
+        except BaseException:
+            self.end()
+            raise
+
+    def end(self) -> None:
+        """Whatever still runs is dropped."""
+        for ticket in self.tickets:
+            self.worker.drop(ticket)
+
+    async def whole(self) -> dict[str, Any]:
+        """The answer once everything is there."""
+        try:
+            choices = [choice for place in range(len(self.tickets)) for choice in await self._collect(place)]
+        finally:
+            self.end()
+        written = [self.style.whole(choice) for choice in choices]
+        return {**self.head, "object": self.style.object_name, "choices": written, "usage": self._usage()}
+
+    async def _collect(self, place: int) -> list[Choice]:
+        kept = self.keep or self.params.n
+        choices = [Choice(index) for index in range(self.params.n)]
+        async for event in self.tickets[place]:
+            choices[event.index].events.append(event)
+            self.completion_tokens += 1
+        if kept < len(choices):
+            choices = sorted(choices, key=lambda choice: -choice.mean_logprob)[:kept]
+        return [replace(choice, index=place * kept + index) for index, choice in enumerate(choices)]
+
+    async def stream(self, with_usage: bool) -> AsyncIterator[str]:
+        """The answer as server-sent events."""
+        head = {**self.head, "object": self.style.chunk_name}
+        offsets: dict[int, int] = {}
+        try:
+            async for place, event in self._merged():
+                self.completion_tokens += 1
+                index = place * self.params.n + event.index
+                opening = self.style.opening(index)
+                if index not in offsets and opening:
+                    yield _event({**head, "choices": [opening]})
+                yield _event({**head, "choices": [self.style.piece(index, event, offsets.get(index, 0))]})
+                offsets[index] = offsets.get(index, 0) + len(event.text)
+            if with_usage:
+                yield _event({**head, "choices": [], "usage": self._usage()})
+            yield "data: [DONE]\n\n"
+        except Exception as error:  # the answer has begun: all that is left is to say so in it
+            yield _event(error_body(str(error), "server_error"))
+        finally:
+            self.end()
+
+    async def _merged(self) -> AsyncIterator[tuple[int, Event]]:
+        """The events of all prompts as they come."""
+        queue: asyncio.Queue = asyncio.Queue()
+
+        async def forward(place: int, ticket: Ticket) -> None:
+            try:
+                async for event in ticket:
+                    queue.put_nowait((place, event))
+                queue.put_nowait((place, None))
+            except Exception as error:
+                queue.put_nowait((place, error))
+
+        tasks = [asyncio.create_task(forward(*numbered)) for numbered in enumerate(self.tickets)]
+        try:
+            left = len(tasks)
+            while left:
+                place, item = await queue.get()
+                if isinstance(item, Exception):
+                    raise item
+                if item is None:
+                    left -= 1
+                else:
+                    yield place, item
+        finally:
+            for task in tasks:
+                task.cancel()
+
+    def _usage(self) -> dict[str, int]:
+        return usage(sum(map(len, self.prompts)), self.completion_tokens)
+
+
+def _event(content: dict[str, Any]) -> str:
+    return f"data: {json.dumps(content, ensure_ascii=False)}\n\n"
+
+
+async def _unless_gone(request: Request, work: Any) -> Any:
+    """The result of a coroutine; it is cancelled when the client goes away (then None)."""
+    task = asyncio.ensure_future(work)
+    try:
+        while not task.done():
+            await asyncio.wait([task], timeout=CLIENT_POLL_S)
+            if not task.done() and await request.is_disconnected():
+                return None
+        return task.result()
+    finally:
+        task.cancel()
+
+
+def create_app(engine: Engine, name: str) -> FastAPI:
+    """The server's application; it starts and stops the engine's thread.
+
+    Args:
+        engine: With a tokenizer.
+        name: Under which the model is listed.
+    """
+    worker, tokenizer, started = Worker(engine), engine.tokenizer, int(time.time())
+
+    @asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        worker.start()
+        try:
+            yield
+        finally:
+            worker.stop()
+
+    app = FastAPI(title="photon-train", lifespan=lifespan)
+    app.state.worker = worker
+
+    @app.exception_handler(PhotonError)
+    async def refused(_: Request, error: PhotonError) -> JSONResponse:
+        return JSONResponse(error_body(str(error)), 400 if worker.is_healthy else 503)
+
+    @app.exception_handler(RequestValidationError)
+    async def malformed(_: Request, error: RequestValidationError) -> JSONResponse:
+        first = error.errors()[0]
+        param = ".".join(str(part) for part in first["loc"] if part != "body")
+        return JSONResponse(error_body(f"{param}: {first['msg']}" if param else first["msg"], param=param or None), 400)
+
+    @app.exception_handler(Exception)
+    async def failed(_: Request, error: Exception) -> JSONResponse:
+        return JSONResponse(error_body(str(error), "server_error"), 500)
+
+    def check_model(asked: str | None) -> None:
+        if asked not in (None, name):
+            raise PhotonError(f"model {asked!r} is not served here: the model is {name!r}")
+
+    def tokens_of(prompt: Prompt) -> list[int]:
+        return tokenizer(prompt)["input_ids"] if isinstance(prompt, str) else prompt
+
+    async def respond(request: Request, body: Any, answer: Callable[[], Answer]) -> Any:
+        check_model(body.model)
+        answering = answer()
+        await answering.begin()
+        if body.stream:
+            with_usage = bool(body.stream_options and body.stream_options.include_usage)
+            return StreamingResponse(answering.stream(with_usage), media_type="text/event-stream")
+        return JSONResponse(await _unless_gone(request, answering.whole()))
+
+    @app.get("/health")
+    async def health() -> JSONResponse:
+        state = {"status": "ok" if worker.is_healthy else "failed", "open_requests": worker.num_open}
+        return JSONResponse(state, 200 if worker.is_healthy else 503)
+
+    @app.get("/v1/models")
+    async def models() -> dict[str, Any]:
+        entry = {"id": name, "object": "model", "created": started, "owned_by": "photon-train"}
+        return {"object": "list", "data": [entry | {"max_model_len": engine.longest}]}
+
+    @app.post("/v1/completions")
+    async def completions(body: CompletionRequest, request: Request) -> Any:
+        drawn = body.best_of or body.n
+        if drawn < body.n or (body.best_of and body.stream):
+            raise PhotonError("best_of must not be smaller than n, and cannot be streamed")
+
+        def answer() -> Answer:
+            params = body.sampling(body.max_tokens, drawn, body.logprobs or 0)
+            prompts = [tokens_of(prompt) for prompt in body.prompts]
+            return Answer(worker, prompts, params, Style(tokenizer, body.logprobs is not None), name, body.n)
+
+        return await respond(request, body, answer)
+
+    @app.post("/v1/chat/completions")
+    async def chat(body: ChatRequest, request: Request) -> Any:
+        def answer() -> Answer:
+            prompt = body.tokens(tokenizer)
+            room = max(1, engine.longest - len(prompt))
+            limit = body.max_completion_tokens or body.max_tokens or room
+            params = body.sampling(limit, body.n, body.top_logprobs or 0)
+            return Answer(worker, [prompt], params, ChatStyle(tokenizer, body.logprobs), name)
+
+        return await respond(request, body, answer)
+
+    return app
