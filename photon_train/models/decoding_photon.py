@@ -39,6 +39,15 @@ def load_kernels():
     return photon_kernels
 
 
+def append_layer(
+    stack: StackCache, layer: int, rows: torch.Tensor, entries: torch.Tensor, key: torch.Tensor, value: torch.Tensor
+) -> list:
+    """What `cache_append` of the kernels stores of ``key, value [n, Hkv, q, D]`` at ``entries [n, q]``."""
+    keys, values, pages = stack.operands(layer)
+    make = load_kernels().Append
+    return [make(key, keys, rows, entries, pages), make(value, values, rows, entries, pages)]
+
+
 @dataclass
 class StepSpan:
     """Attention of newly fed elements over a cache; writes them first.
@@ -86,13 +95,8 @@ class StepSpan:
         if self.backend != "triton":
             self.cache.write(layer, self.rows, self.entries, key, value)
             return
-        kernels = load_kernels()
-        *targets, pages = self.cache.operands(layer)
-        appends = [
-            kernels.Append(states, target, self.rows, self.entries, pages)
-            for states, target in zip((key, value), targets, strict=True)
-        ]
-        kernels.cache_append(appends, backend="triton")
+        appends = append_layer(self.cache, layer, self.rows, self.entries, key, value)
+        load_kernels().cache_append(appends, backend="triton")
 
     def _keys_values(self, layer: int) -> KeyValue:
         return self.cache.read(layer, self.rows)
@@ -469,11 +473,7 @@ class TokenStepper:
         else:
             summary = self._summarise(level, rows)
             state = self._encode(level, rows, unit, summary)
-        if level + 1 < self.config.num_levels:
-            above = self.config.levels[level + 1]["chunk_size"]
-            self.cache.open[level + 1][rows, unit % above] = state.to(self.cache.open[level + 1].dtype)
-        if level + 1 in self.cache.memory:
-            self._remember(level + 1, rows, unit, state)
+        self._keep(level, rows, unit, state)
         return summary, state
 
     def _summarise(self, index: int, rows: torch.Tensor) -> torch.Tensor:
@@ -502,18 +502,40 @@ class TokenStepper:
         rotary = self.model.rotary_emb(summary, self.model.unit_positions(index, unit)[:, None])
         return encoder(summary[:, None], rotary, [span] * len(encoder.layers))[:, 0]
 
-    def _remember(self, level: int, rows: torch.Tensor, unit: torch.Tensor, state: torch.Tensor) -> None:
-        """Append the entries of the units of `level` (from 1) to the memory layers that read it."""
-        stack, span = self.cache.memory[level], self.config.span(level)
-        token = unit[:, None] * span + torch.arange(span, device=unit.device)
-        entries = self.cache.geometry.entry(token)
+    def _keep(self, level: int, rows: torch.Tensor, unit: torch.Tensor, state: torch.Tensor) -> None:
+        """Store what a new unit of `level` (from 0) leaves: its state in the open chunk above, its memory entries."""
+        units, held = self._memory_entries(level + 1, rows, unit, state), None
+        if level + 1 < self.config.num_levels:
+            held, place = self.cache.open[level + 1], unit % self.config.levels[level + 1]["chunk_size"]
+        stack = self.cache.memory.get(level + 1)
+        if self.backend == "triton":
+            kernels = load_kernels()
+            appends = (
+                [] if held is None else [kernels.Append(state[:, None, None], held[:, None], rows, place[:, None])]
+            )
+            for layer, (key, value) in units.items():
+                appends += append_layer(stack, layer, rows, unit[:, None], key, value)
+            kernels.cache_append(appends, backend="triton")
+            return
+        if held is not None:
+            held[rows, place] = state.to(held.dtype)
+        for layer, (key, value) in units.items():
+            stack.write(layer, rows, unit[:, None], key, value)
+
+    def _memory_entries(self, level: int, rows, unit, state) -> dict[int, KeyValue]:
+        """Keys and values of the new units of `level` (from 1) for the layers that remember it; announces them."""
+        stack, span = self.cache.memory.get(level), self.config.span(level)
+        if stack is None:
+            return {}
         stack.place(rows, unit[:, None], unit[:, None])
+        token = unit[:, None] * span + torch.arange(span, device=unit.device)
+        entries, window = self.cache.geometry.entry(token), self.cache.window
+        units = {}
         for layer in stack.layers:
-            window = self.cache.window
             keys = window.keys[layer][rows[:, None], :, entries].transpose(1, 2)
             values = window.values[layer][rows[:, None], :, entries].transpose(1, 2)
-            units = self.model.pool_units(layer, keys, values, state[:, None], token)
-            stack.write(layer, rows, unit[:, None], *units)
+            units[layer] = self.model.pool_units(layer, keys, values, state[:, None], token)
+        return units
 
     # --- top-down: condition what comes next ---
 
