@@ -14,7 +14,8 @@
 
 set -euo pipefail
 export MAIN_IP PORT GPUS
-MAIN_IP=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+HOSTS=$(scontrol show hostnames "$SLURM_JOB_NODELIST")
+MAIN_IP=${HOSTS%%$'\n'*}
 PORT=$((20000 + SLURM_JOB_ID % 10000))
 GPUS=${SLURM_GPUS_PER_NODE:-8}
 

@@ -38,7 +38,7 @@ def run_finetuning(config: RunConfig) -> None:
         if rank == 0:
             Console().print(numbers.table())
         return
-    stages = Stages(config, writes=rank == 0)
+    stages = Stages(config, rank == 0, num_processes)
     run = _FinetuningRun(config, make_accelerator(config, config.output), stages)
     run.start, run.dtype, run.numbers = Path(config.model), config.export.dtype, numbers
     run.carry_out(photon)

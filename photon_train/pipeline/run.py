@@ -56,7 +56,7 @@ def run_conversion(config: RunConfig, families: tuple[str, ...] | None = None) -
         if rank == 0:
             show_conversion(plan_conversion(_open(config, families, weights=False), config, num_processes))
         return
-    stages = Stages(config, writes=rank == 0)
+    stages = Stages(config, rank == 0, num_processes)
     if config.model is not None:
         # Settings that cannot be served are known before the processes join.
         plan_conversion(_open(config, families), config, num_processes)

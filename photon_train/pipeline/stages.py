@@ -23,17 +23,18 @@ class Stages:
     Args:
         config: The run; `output` and `resume` decide what is found.
         writes: Whether this process keeps the record (the main process).
+        num_processes: Processes of the run.
 
     Raises:
         PhotonError: if the output directory holds anything and the run does not resume it, or it belongs to a run
             with other settings.
     """
 
-    def __init__(self, config: RunConfig, writes: bool) -> None:
+    def __init__(self, config: RunConfig, writes: bool, num_processes: int = 1) -> None:
         self.path = Path(config.output) / FILE_NAME
         self._writes, self._begun = writes, False
         self.done: dict[str, dict[str, Any]] = {}
-        directory, settings = self.path.parent, binding_settings(config)
+        directory, settings = self.path.parent, binding_settings(config, num_processes)
         if directory.exists() and not directory.is_dir():
             raise PhotonError(f"output {directory} is a file: give a directory")
         if not directory.exists() or all(is_leftover(path) for path in directory.iterdir()):

@@ -1,7 +1,8 @@
 """Checkpoints: what training needs to go on, complete or absent, and refused by a run that computes otherwise.
 
 A checkpoint holds the trained parameters, optimiser, schedule and the random generators of every process, as
-accelerate and DeepSpeed write them. Frozen weights are not stored: they come from the converted model. With several
+accelerate and DeepSpeed write them. Another number of processes can go on from it as long as the sequences per step
+stay the same. Frozen weights are not stored: they come from the converted model. With several
 machines the output directory must be one that all of them share.
 
 The files are written under a hidden name, `manifest.json` with their hashes last; all is brought to the disk and the
@@ -24,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
-from accelerate.utils import RNG_STATE_NAME, DistributedType, broadcast_object_list
+from accelerate.utils import RNG_STATE_NAME, DistributedType, broadcast_object_list, set_seed
 from safetensors import SafetensorError, safe_open
 
 from photon_train.config import RunConfig
@@ -32,6 +33,7 @@ from photon_train.errors import PhotonError
 from photon_train.files import atomic_directory, atomic_write_text, hidden_sibling, remove_leftovers
 from photon_train.manifest import FILE_NAME as MANIFEST
 from photon_train.manifest import file_entries, package_versions, verify_manifest
+from photon_train.training.reshard import load_resharded
 from photon_train.training.settings import binding_settings, settings_hash
 
 logger = logging.getLogger(__name__)
@@ -54,6 +56,7 @@ class TrainingState:
         best_ce: Lowest held-out cross-entropy so far.
         best_step: The step it was reached at.
         guard: What the guard against loss spikes remembers (`GuardState`).
+        num_processes: Processes that wrote the checkpoint.
         settings: What the run computes (`run_settings`).
         settings_hash: Its hash.
     """
@@ -66,13 +69,23 @@ class TrainingState:
     best_ce: float = math.inf
     best_step: int = 0
     guard: dict[str, Any] = field(default_factory=dict)
+    num_processes: int = 1
     settings: dict[str, Any] = field(default_factory=dict)
     settings_hash: str = ""
 
 
-def run_settings(config: RunConfig, name: str, num_processes: int, num_sequences: int) -> dict[str, Any]:
-    """Everything that must be equal for a continued run to be the same run."""
-    return {**binding_settings(config), "name": name, "num_processes": num_processes, "num_sequences": num_sequences}
+def run_settings(
+    config: RunConfig, name: str, num_processes: int, num_sequences: int, sharding: str = "none"
+) -> dict[str, Any]:
+    """Everything that must be equal for a continued run to be the same run (see `sharding_of`)."""
+    own = {"name": name, "num_sequences": num_sequences, "sharding": sharding}
+    return {**binding_settings(config, num_processes), **own}
+
+
+def sharding_of(accelerator: Accelerator) -> str:
+    """What decides about the files of a checkpoint: `none` (one process, DDP), or `zero1`, `zero2`, `zero3`."""
+    plugin = accelerator.deepspeed_plugin
+    return "none" if plugin is None else f"zero{plugin.zero_stage}"
 
 
 def checkpoint_dir(output_dir: Path, name: str) -> Path:
@@ -217,20 +230,34 @@ def read_state(path: Path, settings: dict[str, Any]) -> TrainingState:
             for key in sorted({*state.settings, *known})
             if state.settings.get(key, missing) != known.get(key, missing)
         ]
-        if (before := state.settings.get("num_processes")) != known["num_processes"]:
-            differing.append(f"each process has its own shards and random state, so start {before} of them again")
+        if state.settings.get("sharding") != known["sharding"]:
+            differing.append("start it with the accelerate config that it was begun with")
         raise PhotonError(
             f"cannot resume from {path}: {'; '.join(differing)}. Restore these settings, or choose another output"
         )
     return state
 
 
-def load_checkpoint(accelerator: Accelerator, path: Path) -> None:
+def load_checkpoint(accelerator: Accelerator, path: Path, state: TrainingState, seed: int) -> None:
     """Restore what `save_checkpoint` stored into the objects that `accelerator` has prepared.
+
+    Another number of processes than the one that wrote it shares the work in another way, and its random generators are
+    seeded anew, by `seed`, step and process: losses then differ by rounding, and by dropout where there is any.
 
     Raises:
         PhotonError: if a trained parameter is not in the checkpoint or has another shape.
     """
+    if state.num_processes == accelerator.num_processes:
+        _load_state(accelerator, path)
+        return
+    if accelerator.distributed_type == DistributedType.DEEPSPEED:
+        load_resharded(accelerator, path)
+    else:
+        _load_state(accelerator, path)
+    set_seed((seed + 1_000_003 * (state.step + 1)) % 2**31, device_specific=True)
+
+
+def _load_state(accelerator: Accelerator, path: Path) -> None:
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
         accelerator.load_state(str(path), load_module_strict=False)
         return

@@ -27,6 +27,7 @@ from photon_train.training.checkpoint import (
     read_state,
     run_settings,
     save_checkpoint,
+    sharding_of,
     usable_checkpoint,
 )
 from photon_train.training.guard import GuardState, SpikeGuard
@@ -244,13 +245,15 @@ def train(
     accelerator.free_memory()
     set_seed(config.seed, device_specific=True)
     run = _prepare(model, config, accelerator, teacher)
-    bound = run_settings(config, name, accelerator.num_processes, len(train_set))
-    state = TrainingState(settings=bound, settings_hash=settings_hash(bound))
+    processes = accelerator.num_processes
+    bound = run_settings(config, name, processes, len(train_set), sharding_of(accelerator))
+    state = TrainingState(num_processes=processes, settings=bound, settings_hash=settings_hash(bound))
     directory = checkpoint_dir(output_dir, name)
     saved = usable_checkpoint(accelerator, directory, settings.keep_checkpoints) if config.resume else None
     if saved is not None:
         state = read_state(saved, bound)
-        load_checkpoint(accelerator, saved)
+        load_checkpoint(accelerator, saved, state, config.seed)
+        state.num_processes = processes
         run.guard.state = GuardState(**state.guard)
     is_main, start = accelerator.is_main_process, state.step
     log = MetricsLog(output_dir, name, start, is_main)

@@ -28,6 +28,10 @@ FREE_ON_RESUME = (
     "train.dense_baseline",
 )
 
+# Free too, as long as their product with the number of processes is the same.
+_PARTS_OF_A_STEP = ("train.batch_size", "train.gradient_accumulation_steps")
+SEQUENCES_PER_STEP = "sequences per step (processes x train.batch_size x train.gradient_accumulation_steps)"
+
 
 def flat_config(config: RunConfig) -> dict[str, Any]:
     """`config` with dotted keys and JSON values; lists are kept whole. The hub token is left out.
@@ -49,13 +53,17 @@ def flat_config(config: RunConfig) -> dict[str, Any]:
     return rows
 
 
-def binding_settings(config: RunConfig) -> dict[str, Any]:
-    """The part of `flat_config` that a continued run must share with the run it continues."""
-    return {
+def binding_settings(config: RunConfig, num_processes: int) -> dict[str, Any]:
+    """What a run on `num_processes` must share with the run that it continues: most of `flat_config`."""
+    rows = {
         key: value
         for key, value in flat_config(config).items()
-        if not any(key == free or (free.endswith(".") and key.startswith(free)) for free in FREE_ON_RESUME)
+        if key not in _PARTS_OF_A_STEP
+        and not any(key == free or (free.endswith(".") and key.startswith(free)) for free in FREE_ON_RESUME)
     }
+    train = config.train
+    rows[SEQUENCES_PER_STEP] = num_processes * train.batch_size * train.gradient_accumulation_steps
+    return rows
 
 
 def settings_hash(settings: dict[str, Any]) -> str:

@@ -1,6 +1,6 @@
 """Train a tiny model as one node of several; started by test_nodes.py through `accelerate launch`.
 
-Usage: accelerate launch ... run_node.py <output> <step to hang after, 0 for none>
+Usage: accelerate launch ... run_node.py <output> <batch size per process> <step to hang after, 0 for none>
 """
 
 from __future__ import annotations
@@ -35,4 +35,4 @@ def main(output: Path, batch_size: int, hang_after: int) -> TrainResult:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), 2, int(sys.argv[2]))
+    main(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]))

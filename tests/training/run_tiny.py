@@ -1,6 +1,7 @@
 """Train a tiny model as the recipes do and write what it computed; started by test_deepspeed.py.
 
 Usage: accelerate launch ... run_tiny.py <output> <batch size per process> <model> [<model> ...]
+Where <output> holds checkpoints already, each model is trained to its end from the newest of them.
 """
 
 from __future__ import annotations
@@ -67,8 +68,16 @@ def main(output: Path, batch_size: int, names: list[str]) -> None:
             config.train.spike_window, config.train.max_steps = 4, 6
             config.train.freeze_base_steps = config.train.window_anneal_steps = 0
             spoiler = Poison(model, {3: "nan", 5: "gradient"}, active=accelerator.is_main_process)
-        return train(model, *sets, config, output, accelerator=accelerator, name=name, on_step=spoiler)
+        folder = output / "poisoned" if poisoned else output
+        return train(model, *sets, config, folder, accelerator=accelerator, name=name, on_step=spoiler)
 
+    if (output / "checkpoints").exists():
+        for name in names:
+            result = run(name, resume=True)
+            if accelerator.is_main_process:
+                found = {key: losses(result.history, key) for key in ("train/loss", "train/learning_rate", "eval/ce")}
+                (output / f"{name}.json").write_text(json.dumps({"processes": accelerator.num_processes, **found}))
+        return
     for name in names:
         result = run(name)
         state = gather_full_model(accelerator, result.model)

@@ -190,12 +190,20 @@ def test_a_full_disk_is_one_error_and_costs_no_checkpoint(tmp_path, monkeypatch)
     assert [path.name for path in checkpoint_dir(tmp_path, "photon").iterdir()] == ["step_000002"]
 
 
-def test_another_number_of_processes_is_refused(tmp_path):
+def test_what_may_change_with_the_number_of_processes(tmp_path):
     run(tiny_run(max_steps=3), tmp_path)
     config = tiny_run(max_steps=3)
     path = checkpoint_dir(tmp_path, "photon") / "step_000003"
-    with pytest.raises(PhotonError, match=r"num_processes \(checkpoint: 1, now: 2\).*so start 1 of them again"):
-        read_state(path, run_settings(config, "photon", num_processes=2, num_sequences=len(TRAIN)))
+    same = {"num_processes": 1, "num_sequences": len(TRAIN)}
+    assert read_state(path, run_settings(config, "photon", **same)).step == 3
+    message = r"sequences per step \(processes x .* \(checkpoint: 4, now: 8\)"
+    with pytest.raises(PhotonError, match=message):
+        read_state(path, run_settings(config, "photon", **{**same, "num_processes": 2}))
+    message = r"sharding \(checkpoint: 'none', now: 'zero2'\).*the accelerate config that it was begun with"
+    with pytest.raises(PhotonError, match=message):
+        read_state(path, run_settings(config, "photon", **same, sharding="zero2"))
+    config.train.batch_size = 2
+    assert read_state(path, run_settings(config, "photon", **{**same, "num_processes": 2})).num_processes == 1
 
 
 def test_a_crash_while_saving_leaves_the_checkpoint_before(tmp_path, monkeypatch):
