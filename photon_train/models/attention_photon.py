@@ -17,8 +17,13 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 from transformers import AttentionInterface
 
+from . import flex_photon
+
 ATTENTION_NAME = "photon"
 KeyValue = tuple[torch.Tensor, torch.Tensor]
+# How bands are attended to: by one fused kernel (`flex_photon`; its gradients need a GPU), block by block in SDPA, or
+# the first where gradients are computed on a GPU and the kernel has been found to work there.
+FUSED = ("auto", "yes", "no")
 # Queries that a band takes at a time: enough to fill a GPU.
 PIECE = 2048
 
@@ -140,6 +145,7 @@ class BandSpan:
         alignment: See `window_start`.
         sinks: Indices of the elements that every later element sees, ``[s]``, or None.
         recorded: If given, receives every layer's keys and values.
+        fused: See `FUSED`.
     """
 
     positions: torch.Tensor
@@ -148,6 +154,7 @@ class BandSpan:
     alignment: int = 1
     sinks: torch.Tensor | None = None
     recorded: dict[int, KeyValue] | None = None
+    fused: str = "auto"
 
     @property
     def num_blocks(self) -> int:
@@ -188,11 +195,15 @@ class BandSpan:
         return self._attend_pieces(query, key, value, scale, dropout)
 
     def _attend_pieces(self, query, key, value, scale, dropout, units: KeyValue | None = None):
-        """Attend piece by piece; the backward pass gathers a piece's keys and values again.
+        """Attend with one fused kernel, or piece by piece; the backward pass gathers a piece's keys and values again.
 
         So the layer keeps its queries, keys and values alone, and what is gathered for the blocks, the units of every
         block included, is held for one piece at a time.
         """
+        if self._is_fused(query, key, dropout):
+            function = flex_photon.compiled() if query.is_cuda else flex_photon.flex_attention
+            mask = self._flex_mask(0 if units is None else units[0].shape[2])
+            return flex_photon.attend(query, key, value, mask, scale, units, function)
         per_piece = max(1, PIECE // self.block)
         queries, keys, values = (states.split(per_piece * self.block, dim=2) for states in (query, key, value))
         sinks = [None, None] if self.sinks is None else [key[:, :, self.sinks], value[:, :, self.sinks]]
@@ -208,6 +219,31 @@ class BandSpan:
                 output = self._attend_piece(*arguments)
             outputs.append(output)
         return torch.cat(outputs, dim=1).transpose(1, 2)
+
+    def _is_fused(self, query: torch.Tensor, key: torch.Tensor, dropout: float) -> bool:
+        if self.fused == "no" or dropout:
+            return False
+        if self.fused == "yes":
+            return True
+        # Training has one length; evaluation would compile for each.
+        if not (query.is_cuda and torch.is_grad_enabled() and query.requires_grad):
+            return False
+        return flex_photon.works(query.device, query.dtype, query.shape[1], key.shape[1], query.shape[3])
+
+    @cached_property
+    def _flex_masks(self) -> dict[int, flex_photon.FlexMask]:
+        return {}
+
+    def _flex_mask(self, num_units: int) -> flex_photon.FlexMask:
+        if num_units not in self._flex_masks:
+            starts = window_start(self.positions, self.window, self.alignment)
+            units = self._unit_ends(num_units) if num_units else (None, None)
+            self._flex_masks[num_units] = flex_photon.band_mask(starts, self.positions, self.sinks, *units)
+        return self._flex_masks[num_units]
+
+    def _unit_ends(self, count: int) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Where the window of a query must start at least for it to see each unit, and the bias of its logits."""
+        raise NotImplementedError("a band without memory has no units")
 
     def _attend_piece(
         self,
@@ -297,11 +333,15 @@ class MemorySpan(BandSpan):
     def _num_visible(self, blocks: slice) -> int:
         return self._visible[blocks][-1]
 
+    def _unit_ends(self, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+        device = self.positions.device
+        end = (torch.arange(count, device=device) + 1) * self.unit_span
+        return end, unit_log_count(count, self.unit_span, 0 if self.sinks is None else len(self.sinks), device)
+
     def _mask(self, blocks: slice, dtype: torch.dtype, unit_keys: torch.Tensor) -> torch.Tensor:
         """Additive: a unit counts as many times as it has tokens, ``[blocks, block, 2 * block + s + U]``."""
         count, near, starts = unit_keys.shape[2], self.mask[blocks], self._starts[blocks]
-        end = (torch.arange(count, device=starts.device) + 1) * self.unit_span
-        tokens = unit_log_count(count, self.unit_span, 0 if self.sinks is None else len(self.sinks), starts.device)
+        end, tokens = self._unit_ends(count)
         visible = torch.cat([near, end <= starts[:, :, None]], dim=2)
         bias = torch.zeros(visible.shape, dtype=dtype, device=starts.device)
         bias[:, :, near.shape[2] :] = tokens

@@ -21,6 +21,7 @@ from torch import nn
 from transformers import PretrainedConfig
 
 from .attention_photon import BandSpan, KeyValue
+from .flex_photon import NEVER
 
 
 def kv_shape(base_config: PretrainedConfig) -> tuple[int, int]:
@@ -188,8 +189,10 @@ class LatentSpan(BandSpan):
 
     def _mask(self, blocks: slice, dtype: torch.dtype, unit_keys: torch.Tensor) -> torch.Tensor:
         """``[blocks, block, 2 * block + s + U * S]``; sinks are seen beside the window, not under their unit."""
-        token = torch.arange(unit_keys.shape[2], device=self.positions.device)
-        end = (token // self.unit_span + 1) * self.unit_span
-        sinks = 0 if self.sinks is None else len(self.sinks)
-        outside = (end <= self._starts[blocks, :, None]) & (token >= sinks)
+        outside = self._unit_ends(unit_keys.shape[2])[0] <= self._starts[blocks, :, None]
         return torch.cat([self.mask[blocks], outside], dim=2)
+
+    def _unit_ends(self, count: int) -> tuple[torch.Tensor, None]:
+        token = torch.arange(count, device=self.positions.device)
+        end = (token // self.unit_span + 1) * self.unit_span
+        return end.masked_fill(token < (0 if self.sinks is None else len(self.sinks)), NEVER), None

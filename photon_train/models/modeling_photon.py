@@ -14,7 +14,7 @@ from transformers import GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils.generic import can_return_tuple
 
-from .attention_photon import BandSpan, FullSpan, KeyValue, MemorySpan, Span
+from .attention_photon import FUSED, BandSpan, FullSpan, KeyValue, MemorySpan, Span
 from .cache_photon import PhotonCache, StreamGeometry
 from .configuration_photon import PhotonConfig
 from .decoding_photon import BACKENDS, PROTOCOLS, TokenStepper, Trace, fill_cache, load_kernels
@@ -85,6 +85,7 @@ class PhotonModel(PhotonPreTrainedModel):
         self.start = StartState(base.hidden_size) if config.conditioning != "memory" else None
         self.norm = family.norm(base.hidden_size, eps=base.rms_norm_eps)
         self.rotary_emb = family.rotary(config=base)
+        self.fused_bands = "auto"
         self.apply_rotary = family.apply_rotary
         self.post_init()
 
@@ -227,6 +228,7 @@ class PhotonModel(PhotonPreTrainedModel):
             "alignment": geometry.alignment,
             "sinks": index[geometry.is_sink(index)] if config.num_sinks else None,
             "recorded": recorded,
+            "fused": self.fused_bands,
         }
         window_span, full_span = BandSpan(**band), FullSpan(recorded)
         memory_spans = {level: make(**band) for level, make in (memory or {}).items()}
@@ -398,6 +400,16 @@ class PhotonForCausalLM(PhotonPreTrainedModel, GenerationMixin):
                 "conditioning slots or residual: use 'hiergen', or a model of the preset paper"
             )
         self.protocol = protocol
+
+    def set_fused_bands(self, fused: str) -> None:
+        """Choose how windowed layers attend over whole sequences: ``auto``, ``yes`` (flex_attention) or ``no`` (SDPA).
+
+        Raises:
+            ValueError: for another name.
+        """
+        if fused not in FUSED:
+            raise ValueError(f"fused={fused!r} is not one of {', '.join(FUSED)}")
+        self.model.fused_bands = fused
 
     @can_return_tuple
     def forward(
