@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from photon_train import accounting
-from photon_train.config import PRESETS, RunConfig
+from photon_train.config import PRESETS, PhotonSettings, RunConfig
 from photon_train.conversion import presets
 from photon_train.models import PhotonForCausalLM
 from photon_train.training.lora import add_lora
@@ -170,6 +170,16 @@ def test_flops_of_graft_grow_with_its_units_only():
     # Per token: 4 memory layers see 100 units more, the top encoder's layer too, but once in 16 tokens.
     assert far - near == pytest.approx(4 * 32 * (4 * 100 + 100 / 16))
     assert accounting.dense_flops(dense, 3200) - accounting.dense_flops(dense, 1600) == 4 * 32 * 8 * 1600
+
+
+def test_flops_of_a_latent_memory_count_the_tokens_under_units():
+    photon = PhotonSettings(num_levels=1, memory_layers=[1, 4, 7], memory_pooling="latent", memory_latents=1)
+    dense = dense_config(num_hidden_layers=8)
+    config = presets.photon_config(dense, RunConfig(photon=photon))
+    near, far = (accounting.photon_flops(config, n) for n in (1600, 3200))
+    # Per token: 3 layers meet 1600 tokens more, each through a latent of 2 * 2 * 8 numbers; the encoder 400 units.
+    assert far - near == pytest.approx(4 * (3 * 4 * 32 * 1600 + 32 * 400 / 4))
+    assert accounting.growing_bytes_per_token(config, 2) == pytest.approx((1 + 1) * 32 * 2 / 4)
 
 
 # --- training memory ---
