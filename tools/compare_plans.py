@@ -41,7 +41,7 @@ from photon_train.data.repeats import Repeats
 from photon_train.data.study import study_documents
 from photon_train.errors import PhotonError
 from photon_train.evaluation.benchmark import read_rows, write_rows
-from photon_train.evaluation.plots import plot_quality
+from photon_train.evaluation.plots import plot_budget, plot_quality
 from photon_train.evaluation.quality import Quality, measure_quality
 from photon_train.evaluation.study import add_recovered, markdown_table
 from photon_train.files import atomic_write_text
@@ -224,6 +224,7 @@ def main() -> None:
             )
             print(json.dumps({k: row.get(k) for k in shown}), flush=True)
     plot_quality(rows, options.output.with_suffix(".png"))
+    plot_budget(rows, options.output.with_name(f"{options.output.stem}-budget.png"))
 
 
 if __name__ == "__main__":

@@ -63,6 +63,37 @@ def plot_quality(rows: list[dict[str, Any]], output: Path) -> None:
     _save(figure, output)
 
 
+def plot_budget(rows: list[dict[str, Any]], output: Path) -> None:
+    """Draw quality against the tokens trained, one line per name that was trained on several budgets.
+
+    Args:
+        rows: Of `tools/compare_plans.py`.
+        output: PNG to write; nothing is written if every name has one budget.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    lines = {name: [row for row in rows if row["name"] == name and row["tokens"]] for name in {r["name"] for r in rows}}
+    lines = {name: found for name, found in sorted(lines.items()) if len({row["tokens"] for row in found}) > 1}
+    if not lines:
+        return
+    figure = Figure(figsize=(12, 5), layout="constrained")
+    left, right = FigureCanvasAgg(figure).figure.subplots(1, 2)
+    for axes, column, label in (
+        (left, "ce_repeated", "cross-entropy on repeated text (nats)"),
+        (right, "ce_beyond_window", "cross-entropy beyond the window (nats)"),
+    ):
+        for index, (name, found) in enumerate(lines.items()):
+            points = sorted((row["tokens"], row[column]) for row in found)
+            axes.plot(*zip(*points, strict=True), marker="o", color=f"C{index % 10}", label=name)
+        axes.set_xscale("log")
+        axes.set_xlabel("tokens trained")
+        axes.set_ylabel(label)
+        axes.grid(alpha=0.3)
+    right.legend(fontsize=7)
+    _save(figure, output)
+
+
 def _save(figure: Any, output: Path) -> None:
     temporary = output.with_name(f".{output.name}")
     figure.savefig(temporary, format="png", dpi=120)

@@ -13,6 +13,7 @@ from photon_train.data.packing import PackedDataset
 from photon_train.data.repeats import Repeats
 from photon_train.errors import PhotonError
 from photon_train.evaluation.copying import copy_gain
+from photon_train.evaluation.plots import plot_budget
 from photon_train.evaluation.quality import measure_quality, periodic
 from photon_train.evaluation.study import add_recovered, markdown_table
 
@@ -130,3 +131,12 @@ def test_recovered_share_uses_rows_trained_alike() -> None:
     alone = [row("graft", 3.0, 10)]
     add_recovered(alone)
     assert alone[0]["recovered"] is None and markdown_table(alone)
+
+
+def test_budgets_are_drawn_where_a_plan_has_several(tmp_path):
+    rows = [{"name": name, "tokens": tokens, "ce_repeated": 2.0 - tokens / 99, "ce_beyond_window": 2.0}
+            for name, tokens in (("a", 10), ("a", 20), ("b", 10), ("dense", 0))]  # fmt: skip
+    plot_budget(rows, tmp_path / "budget.png")
+    assert (tmp_path / "budget.png").read_bytes().startswith(b"\x89PNG")
+    plot_budget(rows[1:], tmp_path / "none.png")
+    assert not (tmp_path / "none.png").exists()
