@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import warnings
 from pathlib import Path
@@ -16,6 +17,8 @@ from photon_train.data.pretrain import fast_dtype
 from photon_train.errors import PhotonError
 from photon_train.training.tracking import require_tracker
 
+logger = logging.getLogger(__name__)
+
 
 def make_accelerator(config: RunConfig, output_dir: str | os.PathLike[str]) -> Accelerator:
     """Set up the processes of `accelerate launch` (or the one process of plain python) for `config`.
@@ -28,7 +31,8 @@ def make_accelerator(config: RunConfig, output_dir: str | os.PathLike[str]) -> A
     loads the whole model on the CPU, and it is sharded when training starts.
 
     Raises:
-        PhotonError: for a precision that the hardware or the accelerate config cannot serve, or a tracker that is
+        PhotonError: for a precision that the hardware or the accelerate config cannot serve, a way to divide the work
+            other than DDP and ZeRO, more processes than GPUs, a DeepSpeed that cannot be imported, or a tracker that is
             not installed.
     """
     train = config.train
@@ -49,6 +53,8 @@ def make_accelerator(config: RunConfig, output_dir: str | os.PathLike[str]) -> A
         )
     uses_deepspeed = os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true"
     is_launched = int(os.environ.get("LOCAL_RANK", -1)) != -1
+    _check_strategy()
+    _check_machine(on_cpu, uses_deepspeed)
     if on_cpu and uses_deepspeed:
         _use_gloo_alone()
     tracker = require_tracker(config.tracking)
@@ -67,6 +73,51 @@ def make_accelerator(config: RunConfig, output_dir: str | os.PathLike[str]) -> A
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
         _fill_deepspeed(accelerator, config)
     return accelerator
+
+
+def _check_strategy() -> None:
+    """Refuse what accelerate offers beside DDP and ZeRO: it would run, and compute something else."""
+    for name, key in (("sequence", "SP"), ("context", "CP"), ("tensor", "TP")):
+        size = os.environ.get(f"PARALLELISM_CONFIG_{key}_SIZE", "1")
+        if size != "1":
+            raise PhotonError(
+                f"the accelerate config asks for {name} parallelism (parallelism_config_{key.lower()}_size: {size}), "
+                "which PHOTON's attention cannot be cut up for: set it to 1. For long contexts take "
+                "train.gradient_checkpointing and accelerate_configs/zero3.yaml (docs/training.md)"
+            )
+    for name in ("FSDP", "MEGATRON_LM"):
+        if os.environ.get(f"ACCELERATE_USE_{name}", "false").lower() == "true":
+            raise PhotonError(
+                f"the accelerate config asks for {name}, whose checkpoints and exports are not supported: take "
+                "accelerate_configs/zero3.yaml, which shards the same"
+            )
+
+
+def _check_machine(on_cpu: bool, uses_deepspeed: bool) -> None:
+    """What an accelerate config asks for and this machine does not have, in one line and before the processes join."""
+    asks_for_gpu = os.environ.get("ACCELERATE_USE_CPU", "").lower() == "false"
+    if on_cpu and asks_for_gpu and os.environ.get("DS_ACCELERATOR") != "cpu" and os.environ.get("RANK", "0") == "0":
+        logger.warning(
+            "no GPU is visible, so this runs on the CPU. If the machine has one: is torch (%s) built for it, and does "
+            "CUDA_VISIBLE_DEVICES name it? If not: accelerate_configs/cpu.yaml",
+            torch.__version__,
+        )
+    processes, devices = int(os.environ.get("LOCAL_WORLD_SIZE", "1")), 0 if on_cpu else torch.accelerator.device_count()
+    if not on_cpu and processes > devices:
+        raise PhotonError(
+            f"{processes} processes were started on this machine and {devices} GPUs are visible: set num_processes in "
+            "the accelerate config, or pass --num_processes to `accelerate launch` (it counts those of all machines)"
+        )
+    if uses_deepspeed:
+        try:
+            import deepspeed  # noqa: F401
+        except Exception as error:  # not only ImportError: it looks for compilers and toolkits while it is imported
+            reason = f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"
+            raise PhotonError(
+                f"the accelerate config asks for DeepSpeed, which cannot be imported ({reason}): pip install "
+                "'photon-train[train]'; where it misses CUDA_HOME, set that to the directory of the CUDA toolkit, or "
+                "take accelerate_configs/single_gpu.yaml"
+            ) from error
 
 
 def _use_gloo_alone() -> None:
