@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 from transformers import AttentionInterface
 
-from . import flex_photon
+from .flex_photon import FlexMask, attend_fused, band_mask, compiled, flex_attention, works
 
 ATTENTION_NAME = "photon"
 KeyValue = tuple[torch.Tensor, torch.Tensor]
@@ -201,9 +201,9 @@ class BandSpan:
         block included, is held for one piece at a time.
         """
         if self._is_fused(query, key, dropout):
-            function = flex_photon.compiled() if query.is_cuda else flex_photon.flex_attention
+            function = compiled() if query.is_cuda else flex_attention
             mask = self._flex_mask(0 if units is None else units[0].shape[2])
-            return flex_photon.attend(query, key, value, mask, scale, units, function)
+            return attend_fused(query, key, value, mask, scale, units, function)
         per_piece = max(1, PIECE // self.block)
         queries, keys, values = (states.split(per_piece * self.block, dim=2) for states in (query, key, value))
         sinks = [None, None] if self.sinks is None else [key[:, :, self.sinks], value[:, :, self.sinks]]
@@ -228,17 +228,17 @@ class BandSpan:
         # Training has one length; evaluation would compile for each.
         if not (query.is_cuda and torch.is_grad_enabled() and query.requires_grad):
             return False
-        return flex_photon.works(query.device, query.dtype, query.shape[1], key.shape[1], query.shape[3])
+        return works(query.device, query.dtype, query.shape[1], key.shape[1], query.shape[3])
 
     @cached_property
-    def _flex_masks(self) -> dict[int, flex_photon.FlexMask]:
+    def _flex_masks(self) -> dict[int, FlexMask]:
         return {}
 
-    def _flex_mask(self, num_units: int) -> flex_photon.FlexMask:
+    def _flex_mask(self, num_units: int) -> FlexMask:
         if num_units not in self._flex_masks:
             starts = window_start(self.positions, self.window, self.alignment)
             units = self._unit_ends(num_units) if num_units else (None, None)
-            self._flex_masks[num_units] = flex_photon.band_mask(starts, self.positions, self.sinks, *units)
+            self._flex_masks[num_units] = band_mask(starts, self.positions, self.sinks, *units)
         return self._flex_masks[num_units]
 
     def _unit_ends(self, count: int) -> tuple[torch.Tensor, torch.Tensor | None]:

@@ -131,7 +131,7 @@ def band_mask(
     return FlexMask(starts.int(), after.int(), at_least.int(), at_most.int(), bias)
 
 
-def attend(
+def attend_fused(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
@@ -183,7 +183,7 @@ def works(device: torch.device, dtype: torch.dtype, heads: int, kv_heads: int, h
     # What the caller runs under must not round the reference.
     with torch.autocast(device.type, enabled=False), torch.enable_grad():
         try:
-            out = attend(query, key, value, mask, 0.3, tuple(units), compiled())
+            out = attend_fused(query, key, value, mask, 0.3, tuple(units), compiled())
             upstream = torch.randn(out.shape, generator=generator).to(device, dtype)
             results = [out, *torch.autograd.grad(out, leaves, upstream)]
         except Exception as error:  # compilers fail in many ways, and the blockwise path is always there

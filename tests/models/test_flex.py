@@ -77,7 +77,7 @@ def test_the_kernel_is_trusted_only_if_it_gives_the_softmax(monkeypatch, caplog,
 
 
 def test_bands_are_blockwise_on_the_cpu_unless_asked_for(monkeypatch):
-    monkeypatch.setattr(flex_photon, "attend", lambda *arguments: pytest.fail("fused"))
+    monkeypatch.setattr(attention_photon, "attend_fused", lambda *arguments: pytest.fail("fused"))
     model, ids = photon_model("memory-1").train(), tokens(1, 20)
     model(ids, labels=ids).loss.backward()
     with pytest.raises(ValueError, match="fused='flex' is not one of auto, yes, no"):

@@ -29,13 +29,13 @@ def choose_chunker_config(num_rows: int, width: int, element_size: int) -> Chunk
     """Configuration for ``num_rows`` closing chunks of states with ``width`` elements of so many bytes.
 
     In a decode step few rows close and reading the weight is the work, so narrow tiles of outputs spread it over many
-    programs; with many rows, larger tiles read it fewer times.
+    programs (about one per multiprocessor for the widths in use); with many rows, larger tiles read it fewer times.
     """
     block_m = min(64, max(16, next_power_of_2(num_rows)))
     longest = 128 if element_size <= 2 else 32
     return ChunkerConfig(
         block_m=block_m,
-        block_n=32 if block_m <= 32 else 64,
+        block_n=64 if block_m > 32 else 16 if width <= 2048 else 32,
         block_k=min(longest, max(16, next_power_of_2(width))),
         num_warps=4,
         num_stages=3,

@@ -1,0 +1,298 @@
+"""Time the kernels on a GPU: achieved bytes per second against a measured copy, and against what torch offers.
+
+    python tools/bench_kernels.py --output benchmarks/kernels/h200.json    # on a GPU
+    python tools/bench_kernels.py --check                                  # correctness alone; runs in the interpreter
+
+Every case is first compared with its definition in float64; only what is right is timed. Times are medians with a cold
+cache. On a CPU nothing is timed: the interpreter's times say nothing about a GPU's.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+# The interpreter must be chosen before triton is imported.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
+from photon_kernels import (  # noqa: E402
+    Append,
+    Window,
+    cache_append,
+    gather_chunk_project,
+    summary_decode_attention,
+    window_decode_attention,
+)
+from photon_train.cli import main_wrapper  # noqa: E402
+from photon_train.errors import PhotonError  # noqa: E402
+from photon_train.evaluation.benchmark import write_rows  # noqa: E402
+from photon_train.models.attention_photon import BandSpan  # noqa: E402
+
+# Norm of the error, relative to the result's; rounding to bfloat16 alone gives about 2e-3.
+TOLERANCE = 1e-2
+DTYPE = torch.bfloat16
+
+
+@dataclass
+class Case:
+    """One kernel at one shape.
+
+    Attributes:
+        kernel, shape: Names in the result.
+        run: Runs it.
+        expected: The definition, in float64.
+        nbytes: Bytes that must be read and written once; 0 where arithmetic is the limit.
+        references: What torch offers for the same, by name.
+        outcome: What `run` has left to be compared; None: it returns it.
+    """
+
+    kernel: str
+    shape: str
+    run: Callable[[], Any]
+    expected: Callable[[], Tensor]
+    nbytes: int = 0
+    references: dict[str, Callable[[], Any]] = field(default_factory=dict)
+    outcome: Callable[[], Tensor] | None = None
+
+    def error(self) -> float:
+        """Norm of the error relative to that of the result."""
+        with torch.no_grad():
+            result = self.run()
+            result = self.outcome() if self.outcome else result
+            expected = self.expected()
+            return float((result.double() - expected).norm() / expected.norm())
+
+
+def random(*shape: int) -> Tensor:
+    return torch.randn(*shape, device=device()).to(DTYPE)
+
+
+def device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def nbytes(*tensors: Tensor) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
+def window_case(batch: int, heads: tuple[int, int, int], entries: int, positions: int = 1) -> Case:
+    """A full ring, in shuffled order: a window, or an isolated chunk of R + C entries."""
+    num_heads, kv_heads, dim = heads
+    q = random(batch, num_heads, positions, dim)
+    ring = make_ring(batch, kv_heads, entries, dim, positions)
+    run = partial(window_decode_attention, q, *ring[:5], dim**-0.5, backend="triton")
+    double = (ring.k.double(), ring.v.double(), *ring[2:5])
+    expected = partial(window_decode_attention, q.double(), *double, dim**-0.5)
+    grouped = num_heads != kv_heads
+    dense = partial(F.scaled_dot_product_attention, q, ring.k, ring.v, enable_gqa=grouped)
+    shape = f"B={batch} heads={num_heads}/{kv_heads} D={dim} N={entries} Q={positions}"
+    return Case("window_decode", shape, run, expected, 2 * nbytes(q) + nbytes(ring.k, ring.v), {"sdpa": dense})
+
+
+def make_ring(batch: int, kv_heads: int, entries: int, dim: int, positions: int = 1) -> Window:
+    """A ring whose entries are all visible to every query."""
+    k, v = random(batch, kv_heads, entries, dim), random(batch, kv_heads, entries, dim)
+    order = torch.stack([torch.randperm(entries, device=device()) for _ in range(batch)])
+    first = torch.zeros(batch, dtype=torch.long, device=device())
+    return Window(k, v, order, first, torch.full((batch, positions), entries, device=device()))
+
+
+def summary_case(batch: int, heads: tuple[int, int, int], units: int, per_page: int, window: int) -> Case:
+    """A paged stream beside a ring of `window` entries (0: none, as in a full-attention layer)."""
+    num_heads, kv_heads, dim = heads
+    pages = torch.randperm(batch * units // per_page, device=device()).view(batch, -1)
+    q = random(batch, num_heads, 1, dim)
+    k, v = (random(pages.numel(), kv_heads, per_page, dim) for _ in range(2))
+    lengths = torch.full((batch, 1), units, device=device())
+    ring = make_ring(batch, kv_heads, window, dim) if window else None
+    bias = torch.full((units,), 2.77, device=device())
+    settings = {"unit_bias": bias, "pages": pages}
+    run = partial(summary_decode_attention, q, k, v, lengths, dim**-0.5, window=ring, backend="triton", **settings)
+    double = ring and ring._replace(k=ring.k.double(), v=ring.v.double())
+    states = (q.double(), k.double(), v.double())
+    expected = partial(summary_decode_attention, *states, lengths, dim**-0.5, window=double, **settings)
+    # The stream alone and in one piece: less than the kernel does.
+    rows = [states[pages].transpose(1, 2).flatten(2, 3) for states in (k, v)]
+    dense = partial(F.scaled_dot_product_attention, q, *rows, enable_gqa=num_heads != kv_heads)
+    moved = 2 * nbytes(q) + nbytes(k, v, pages) + (nbytes(ring.k, ring.v) if ring else 0)
+    shape = f"B={batch} heads={num_heads}/{kv_heads} D={dim} U={units} page={per_page} window={window}"
+    return Case("summary_decode", shape, run, expected, moved, {"sdpa, contiguous, no window": dense})
+
+
+def append_case(batch: int, kv_heads: int, dim: int, entries: int) -> Case:
+    """Keys and values of one token per row into a ring."""
+    sources = [random(batch, kv_heads, 1, dim) for _ in range(2)]
+    targets = [torch.zeros(batch, kv_heads, entries, dim, device=device(), dtype=DTYPE) for _ in range(2)]
+    rows, place = torch.randperm(batch, device=device()), torch.randint(0, entries, (batch, 1), device=device())
+    appends = [Append(states, target, rows, place) for states, target in zip(sources, targets, strict=True)]
+
+    def index_put() -> None:
+        for states, target in zip(sources, targets, strict=True):
+            target[rows[:, None], :, place] = states.transpose(1, 2)
+
+    def expected() -> Tensor:
+        double = [Append(states.double(), torch.zeros_like(kept).double(), rows, place) for states, kept, *_ in appends]
+        cache_append(double)
+        return torch.stack([append.target for append in double])
+
+    return Case(
+        "cache_append",
+        f"B={batch} heads={kv_heads} D={dim} N={entries}",
+        run=partial(cache_append, appends, backend="triton"),
+        expected=expected,
+        nbytes=2 * nbytes(*sources),
+        references={"index_put": index_put},
+        outcome=lambda: torch.stack(targets),
+    )
+
+
+def chunker_case(rows: int, width: int, chunk: int) -> Case:
+    """The chunker of the rows that close, out of twice as many."""
+    states, weight = random(2 * rows, chunk, width), random(width, chunk * width) * (chunk * width) ** -0.5
+    picked, scale = torch.randperm(2 * rows, device=device())[:rows], torch.tensor(1.3, device=device())
+    run = partial(gather_chunk_project, states, picked, weight, scale, backend="triton")
+    expected = partial(gather_chunk_project, states.double(), picked, weight.double(), scale)
+    plain = partial(gather_chunk_project, states, picked, weight, scale)
+    moved = nbytes(weight) + rows * (chunk + 1) * width * weight.element_size()
+    return Case("chunker", f"rows={rows} C={chunk} d={width}", run, expected, moved, {"index, linear": plain})
+
+
+def band_case(length: int, heads: tuple[int, int, int], window: int, backward: bool) -> Case:
+    """A window with sinks over a whole sequence: flex_attention against blocks in SDPA."""
+    num_heads, kv_heads, dim = heads
+    states = [random(1, count, length, dim).requires_grad_(backward) for count in (num_heads, kv_heads, kv_heads)]
+    positions = torch.arange(length, device=device())
+    spans = {name: BandSpan(positions, window, window, sinks=positions[:4], fused=name) for name in ("yes", "no")}
+
+    def run(name: str) -> Tensor:
+        out = spans[name].attend(0, *states, dim**-0.5, 0.0, None)
+        return torch.autograd.grad(out, states, torch.ones_like(out))[0] if backward else out
+
+    def expected() -> Tensor:
+        double = [each.detach().double().requires_grad_(backward) for each in states]
+        with torch.enable_grad():
+            out = spans["no"].attend(0, *double, dim**-0.5, 0.0, None)
+            return torch.autograd.grad(out, double, torch.ones_like(out))[0] if backward else out
+
+    name = "band, forward and backward" if backward else "band, forward"
+    shape = f"T={length} heads={num_heads}/{kv_heads} D={dim} W={window}"
+    return Case(name, shape, partial(run, "yes"), expected, references={"blocks in sdpa": partial(run, "no")})
+
+
+def cases(small: bool) -> Iterator[Callable[[], Case]]:
+    """Builders of all cases: shapes of 1B and 8B models, or tiny ones."""
+    if small:
+        heads = (4, 2, 16)
+        yield partial(window_case, 2, heads, 8)
+        yield partial(window_case, 2, heads, 40, positions=3)
+        yield partial(summary_case, 2, heads, 32, per_page=8, window=20)
+        yield partial(summary_case, 2, heads, 64, per_page=64, window=0)
+        yield partial(append_case, 3, 2, 16, 12)
+        yield partial(chunker_case, 3, 32, 4)
+        yield partial(band_case, 150, heads, 16, backward=False)
+        return
+    small_heads, large_heads = (32, 8, 64), (32, 8, 128)
+    for heads in (small_heads, large_heads):
+        yield partial(summary_case, 32, heads, 8192, per_page=16, window=84)
+        yield partial(summary_case, 256, heads, 256, per_page=16, window=84)
+        yield partial(window_case, 4096, heads, 8)
+        yield partial(window_case, 1024, heads, 72)
+        yield partial(window_case, 256, heads, 84)
+        yield partial(window_case, 256, heads, 276)
+        yield partial(append_case, 256, 8, heads[2], 84)
+    yield partial(summary_case, 1, small_heads, 8192, per_page=16, window=84)
+    yield partial(summary_case, 8, small_heads, 32768, per_page=256, window=0)
+    yield partial(window_case, 1024, small_heads, 8, positions=4)
+    for rows, width in ((8, 2048), (64, 2048), (8, 4096), (64, 4096)):
+        yield partial(chunker_case, rows, width, 4)
+    yield partial(band_case, 8192, small_heads, 64, backward=False)
+    yield partial(band_case, 8192, small_heads, 64, backward=True)
+    yield partial(band_case, 8192, large_heads, 256, backward=True)
+
+
+def microseconds(function: Callable[[], Any]) -> float:
+    """Median time with a cold cache."""
+    from triton.testing import do_bench
+
+    return 1e3 * do_bench(function, warmup=10, rep=50, return_mode="median")
+
+
+def copy_bandwidth() -> float:
+    """Bytes per second of a device-to-device copy of 1 GiB, read and written."""
+    source = torch.empty(2**30, dtype=torch.uint8, device="cuda")
+    target = torch.empty_like(source)
+    return 2 * source.numel() / (1e-6 * microseconds(lambda: target.copy_(source)))
+
+
+def row_of(case: Case, bandwidth: float | None) -> dict[str, Any]:
+    """Error of a case and, with a bandwidth, its times.
+
+    Raises:
+        PhotonError: if it is wrong.
+    """
+    error = case.error()
+    if not error < TOLERANCE:
+        raise PhotonError(f"{case.kernel} ({case.shape}) is off by {error:.1e} of its size, more than {TOLERANCE}")
+    row: dict[str, Any] = {
+        "kernel": case.kernel,
+        "shape": case.shape,
+        "dtype": str(DTYPE),
+        "error": float(f"{error:.2g}"),
+    }
+    if bandwidth is None:
+        return row
+    row["microseconds"] = round(microseconds(case.run), 2)
+    if case.nbytes:
+        achieved = case.nbytes / (1e-6 * row["microseconds"])
+        row |= {"bytes": case.nbytes, "bytes_per_s": round(achieved), "copy_share": round(achieved / bandwidth, 3)}
+    for name, reference in case.references.items():
+        took = microseconds(reference)
+        row[f"times {name}"] = round(took / row["microseconds"], 2)
+    return row
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="compare tiny cases with their definitions, time nothing")
+    parser.add_argument("--output", type=Path, default=Path("benchmarks/kernels/gpu.json"), help="JSON to write")
+    parser.add_argument("--budget-seconds", type=float, default=60.0, help="leave out the cases after so many seconds")
+    return parser.parse_args()
+
+
+def main() -> None:
+    options = arguments()
+    if not options.check and not torch.cuda.is_available():
+        raise PhotonError("there is no GPU, and the interpreter's times mean nothing: give --check to test the kernels")
+    torch.manual_seed(0)
+    bandwidth = None if options.check else copy_bandwidth()
+    rows, began, left_out = [], time.monotonic(), 0
+    for build in cases(small=options.check):
+        if not options.check and time.monotonic() - began > options.budget_seconds:
+            left_out += 1
+            continue
+        rows.append(row_of(build(), bandwidth))
+        print(
+            "  ".join(
+                f"{name}={value:.3g}" if isinstance(value, float) else str(value) for name, value in rows[-1].items()
+            )
+        )
+        if bandwidth is not None:
+            # After every case, so that a run that is stopped has written what it measured.
+            write_rows(options.output, rows, copy_bytes_per_s=round(bandwidth))
+    if left_out:
+        print(f"{left_out} cases left out after {options.budget_seconds:.0f} seconds: raise --budget-seconds")
+
+
+if __name__ == "__main__":
+    main_wrapper(main)
