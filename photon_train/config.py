@@ -150,6 +150,8 @@ class TrainSettings:
         max_skipped_steps: Skipped steps in all that end the run.
         mixed_precision: `bf16`, `fp16`, `no`, or `auto`: bf16 where the hardware multiplies it natively, else no.
         gradient_checkpointing: Recompute activations in the backward pass.
+        gpu_memory: Memory of one GPU, such as 80GiB, for which `dry_run` recommends an accelerate config; unset takes
+            that of the GPU that is present.
         eval_every: Optimiser steps between evaluations; 0 evaluates at the start and the end only.
         eval_sequences: Held-out sequences per evaluation.
         log_every: Optimiser steps between log lines.
@@ -175,6 +177,7 @@ class TrainSettings:
     max_skipped_steps: int = 100
     mixed_precision: str = "auto"
     gradient_checkpointing: bool = False
+    gpu_memory: str | None = None
     eval_every: int = 200
     eval_sequences: int = 64
     log_every: int = 10

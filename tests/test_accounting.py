@@ -76,8 +76,8 @@ def test_what_lora_trains(target_modules):
         assert accounting.trainable_parameters(config, 3, target_modules) == counted(model, trainable=True)
         assert accounting.trainable_parameters(config, 0) == accounting.photon_parameters(config)
         # What `training_memory` counts as held: the originals of the new modules stay beside their copies.
-        memory = accounting.training_memory(config, 1, 3, target_modules, dtype_bytes=4)
-        assert memory.weights == 4 * counted(model)
+        setup = accounting.TrainingSetup(1, 1, 3, tuple(target_modules), weight_bytes=4, precision="no")
+        assert accounting.training_memory(config, setup).weights == 4 * counted(model)
 
 
 # --- caches ---
@@ -182,60 +182,31 @@ def test_flops_of_a_latent_memory_count_the_tokens_under_units():
     assert accounting.growing_bytes_per_token(config, 2) == pytest.approx((1 + 1) * 32 * 2 / 4)
 
 
-# --- training memory ---
-
-
-def test_what_sharding_divides():
-    config = photon_config("memory-2-sinks")
-    memory = {
-        stage: accounting.training_memory(config, 64, rank=4, dtype_bytes=2, zero_stage=stage, num_processes=4)
-        for stage in (0, 1, 2, 3)
-    }
-    trained = accounting.trainable_parameters(config, 4)
-    weights = 2 * (accounting.photon_parameters(config) + trained)
-    assert [memory[stage].weights for stage in memory] == [weights, weights, weights, weights // 4]
-    assert [memory[stage].gradients for stage in memory] == [2 * trained, 2 * trained, trained // 2, trained // 2]
-    # Plain AdamW keeps its moments in the weights' type; ZeRO keeps them and master weights in fp32.
-    assert [memory[stage].optimizer for stage in memory] == [4 * trained, 3 * trained, 3 * trained, 3 * trained]
-    assert len({memory[stage].activations for stage in memory}) == 1
-
-
-def test_offloading_moves_bytes_to_main_memory():
-    config = photon_config("memory-2-sinks")
-    for stage, moved in ((2, ("optimizer",)), (3, ("optimizer", "weights"))):
-        kept = accounting.training_memory(config, 64, zero_stage=stage, num_processes=2)
-        away = accounting.training_memory(config, 64, zero_stage=stage, num_processes=2, offload=True)
-        assert away.host == sum(getattr(kept, part) for part in moved)
-        assert away.optimizer == 0 and away.device < kept.device
-
-
-def test_checkpointing_keeps_less():
-    config = photon_config("memory-2-sinks")
-    full, less = (accounting.activation_bytes(config, 1024, gradient_checkpointing=on) for on in (False, True))
-    assert less < full
-
-
-def test_an_unknown_zero_stage():
-    with pytest.raises(ValueError, match="zero_stage=4"):
-        accounting.training_memory(photon_config("memory-1"), 1, zero_stage=4)
-
-
 # --- all of it ---
 
 
 def test_the_estimate_is_shown_and_saved():
     dense = dense_config(num_hidden_layers=8)
-    result = accounting.estimate(dense, graft(dense), seq_len=2048, batch_size=2, zero_stage=3, num_processes=2)
+    setup = accounting.TrainingSetup(2048, 2, zero_stage=3, num_processes=2)
+    result = accounting.estimate(dense, graft(dense), setup, gpu_bytes=2**30)
     content = json.loads(json.dumps(result.to_dict()))
     assert content["dense_parameters"] == accounting.dense_parameters(dense)
     assert content["added_parameters"] == content["photon_parameters"] - content["dense_parameters"] > 0
     assert content["kv_ratio"] == pytest.approx((4 + 1) / (8 * 16))
     assert content["memory"]["device"] == result.memory.device > 0
-    console = Console(width=100, record=True, file=open("/dev/null", "w"))
+    assert content["fit"]["recommended"]["config"] == "zero2"
+    console = Console(width=140, record=True, file=open("/dev/null", "w"))
     console.print(result.table())
     shown = console.export_text()
     for words in ("Cache per token", "3.9%", "trainable", "2 processes, ZeRO stage 3", "activations"):
         assert words in shown
+    for words in ("Fits 2 GPUs of 1.00 GiB", "zero3_offload", "--config_file accelerate_configs/zero2.yaml"):
+        assert words in shown
+
+
+def test_without_a_gpu_nothing_is_recommended():
+    dense = dense_config(num_hidden_layers=8)
+    assert accounting.estimate(dense, graft(dense), accounting.TrainingSetup(64)).to_dict()["fit"] is None
 
 
 @pytest.mark.parametrize(("count", "text"), [(0, "0 B"), (1023, "1023 B"), (1536, "1.50 KiB"), (3 * 2**40, "3.00 TiB")])

@@ -26,7 +26,7 @@ import torch
 from accelerate import Accelerator
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-from photon_train.accounting import dense_flops, dense_parameters, estimate
+from photon_train.accounting import TrainingSetup, dense_flops, dense_parameters, estimate
 from photon_train.cli import load_config, main_wrapper
 from photon_train.config import RunConfig
 from photon_train.config_yaml import read_yaml
@@ -180,7 +180,7 @@ def _sizes(model: PreTrainedModel, config: RunConfig, is_dense: bool) -> dict[st
             "layer_positions": layers,
             "flops_per_token": flops,
         }
-    numbers = estimate(model.config.base_config, model.config, config.train.seq_len)
+    numbers = estimate(model.config.base_config, model.config, TrainingSetup(config.train.seq_len))
     return {
         "parameters": numbers.photon_parameters,
         "kv_growing_percent": 100 * numbers.kv_ratio,

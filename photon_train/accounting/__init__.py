@@ -1,7 +1,8 @@
 """What a model and its training cost, in closed form, before any weight is loaded."""
 
-from photon_train.accounting.estimate import Estimate, estimate, format_bytes
-from photon_train.accounting.memory import TrainingMemory, activation_bytes, training_memory
+from photon_train.accounting.estimate import Estimate, estimate
+from photon_train.accounting.fit import Fit, Option, find_fit, format_bytes
+from photon_train.accounting.memory import TrainingMemory, TrainingSetup, activation_bytes, training_memory
 from photon_train.accounting.model import (
     TARGETS,
     CacheBytes,
@@ -17,20 +18,25 @@ from photon_train.accounting.model import (
     photon_flops,
     photon_parameters,
     trainable_parameters,
+    widest_positions,
 )
 
 __all__ = [
     "TARGETS",
     "CacheBytes",
     "Estimate",
+    "Fit",
+    "Option",
     "Shape",
     "TrainingMemory",
+    "TrainingSetup",
     "activation_bytes",
     "cache_bytes",
     "dense_cache_bytes",
     "dense_flops",
     "dense_parameters",
     "estimate",
+    "find_fit",
     "format_bytes",
     "growing_bytes_per_token",
     "layer_positions",
@@ -40,4 +46,5 @@ __all__ = [
     "photon_parameters",
     "trainable_parameters",
     "training_memory",
+    "widest_positions",
 ]

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from rich.table import Table
 
-from photon_train.accounting.memory import TrainingMemory, training_memory
+from photon_train.accounting.fit import Fit, find_fit, format_bytes
+from photon_train.accounting.memory import TrainingMemory, TrainingSetup, training_memory
 from photon_train.accounting.model import (
-    TARGETS,
     Shape,
     cache_bytes,
     dense_cache_bytes,
@@ -40,7 +39,8 @@ class Estimate:
         dense_layer_positions, photon_layer_positions: Positions through a layer per token.
         dense_flops, photon_flops: Forward FLOPs per token at `context`.
         memory: Training memory per process.
-        zero_stage, num_processes: What `memory` was computed for.
+        setup: What `memory` was computed for.
+        fit: Which accelerate configs fit a GPU; None where no GPU is known.
     """
 
     dense_parameters: int
@@ -59,8 +59,8 @@ class Estimate:
     dense_flops: float
     photon_flops: float
     memory: TrainingMemory
-    zero_stage: int
-    num_processes: int
+    setup: TrainingSetup
+    fit: Fit | None
 
     @property
     def added_parameters(self) -> int:
@@ -78,6 +78,7 @@ class Estimate:
             "added_parameters": self.added_parameters,
             "kv_ratio": self.kv_ratio,
             "memory": asdict(self.memory) | {"device": self.memory.device},
+            "fit": None if self.fit is None else self.fit.to_dict(),
         }
 
     def table(self) -> Table:
@@ -102,58 +103,36 @@ class Estimate:
         compare(f"Cache {at}", self.dense_kv, self.photon_kv, format_bytes)
         compare("Layer positions per token", self.dense_layer_positions, self.photon_layer_positions, "{:.2f}".format)
         compare(f"FLOPs per token {at}", self.dense_flops, self.photon_flops, "{:.3g}".format)
-        processes = (
-            f"{self.num_processes} process{'es' if self.num_processes > 1 else ''}, ZeRO stage {self.zero_stage}"
-        )
+        count, stage = self.setup.num_processes, self.setup.zero_stage
+        processes = f"{count} process{'es' if count > 1 else ''}, ZeRO stage {stage}, {self.setup.precision} precision"
         single(f"Training memory per process ({processes})", format_bytes(self.memory.device))
-        for part in ("weights", "gradients", "optimizer", "activations"):
+        for part in ("weights", "gradients", "optimizer", "buffers", "activations"):
             single(f"  {part}", format_bytes(getattr(self.memory, part)))
         if self.memory.host:
             single("  in main memory", format_bytes(self.memory.host))
+        if self.fit is None:
+            single("Fits a GPU", "unknown size: --train.gpu_memory")
+        else:
+            self.fit.add_rows(single)
         return table
 
 
-def format_bytes(count: float) -> str:
-    """``1536`` -> ``1.50 KiB``."""
-    power = 0
-    while count >= 1024 and power < 4:
-        count, power = count / 1024, power + 1
-    return f"{count:.2f} {('B', 'KiB', 'MiB', 'GiB', 'TiB')[power]}" if power else f"{count:.0f} B"
-
-
-def estimate(
-    dense: Any,
-    photon: Any,
-    seq_len: int,
-    batch_size: int = 1,
-    rank: int = 16,
-    target_modules: Sequence[str] = TARGETS,
-    dtype_bytes: int = 2,
-    zero_stage: int = 0,
-    num_processes: int = 1,
-    offload: bool = False,
-    gradient_checkpointing: bool = False,
-) -> Estimate:
+def estimate(dense: Any, photon: Any, setup: TrainingSetup, gpu_bytes: int | None = None) -> Estimate:
     """All numbers of a conversion and its fine-tuning.
 
     Args:
         dense: Dense configuration.
         photon: PHOTON configuration.
-        seq_len: Tokens per training sequence; caches and FLOPs are given at this length.
-        batch_size: Sequences per process and micro-step.
-        rank, target_modules, zero_stage, num_processes, offload, gradient_checkpointing: See `training_memory`.
-        dtype_bytes: Bytes of one weight and one cache element.
-
-    Raises:
-        ValueError: as `training_memory`.
+        setup: The training; caches and FLOPs are given at its sequence length, cache elements as large as its weights.
+        gpu_bytes: Memory of one GPU, to recommend an accelerate config for.
     """
-    shape = Shape.of(dense)
+    shape, seq_len, dtype_bytes = Shape.of(dense), setup.seq_len, setup.weight_bytes
     at_context = cache_bytes(photon, seq_len, dtype_bytes)
     return Estimate(
         dense_parameters=dense_parameters(dense),
         photon_parameters=photon_parameters(photon),
         new_parameters=new_parameters(photon),
-        trainable_parameters=trainable_parameters(photon, rank, target_modules),
+        trainable_parameters=trainable_parameters(photon, setup.rank, setup.target_modules),
         dtype_bytes=dtype_bytes,
         context=seq_len,
         dense_kv_per_token=sum(window is None for window in shape.windows) * shape.kv * dtype_bytes,
@@ -165,17 +144,7 @@ def estimate(
         photon_layer_positions=layer_positions(photon),
         dense_flops=dense_flops(dense, seq_len),
         photon_flops=photon_flops(photon, seq_len),
-        memory=training_memory(
-            photon,
-            tokens=batch_size * seq_len,
-            rank=rank,
-            target_modules=target_modules,
-            dtype_bytes=dtype_bytes,
-            zero_stage=zero_stage,
-            num_processes=num_processes,
-            offload=offload,
-            gradient_checkpointing=gradient_checkpointing,
-        ),
-        zero_stage=zero_stage,
-        num_processes=num_processes,
+        memory=training_memory(photon, setup),
+        setup=setup,
+        fit=None if gpu_bytes is None else find_fit(photon, setup, gpu_bytes),
     )

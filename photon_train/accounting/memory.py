@@ -1,12 +1,105 @@
-"""Memory of a training process in closed form."""
+"""Memory of a training process in closed form: the most that tensors take, as `tools/measure_memory.py` measures it.
+
+What counts is what torch's allocators are asked for. The CUDA context (about half a GiB), libraries' workspaces and
+fragmentation come on top.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from photon_train.accounting.model import TARGETS, Shape, layer_positions, photon_parameters, trainable_parameters
+from photon_train.accounting.model import (
+    TARGETS,
+    Shape,
+    layer_positions,
+    photon_parameters,
+    trainable_parameters,
+    widest_positions,
+)
+
+ZERO_STAGES = (0, 1, 2, 3)
+# Elements of the logits that a loss takes at a time (`photon_train.training.heads`).
+LOGIT_CHUNK = 2**24
+# Bytes per element of a chunk's logits in the backward pass: log-probabilities, their gradient and the logits', fp32.
+_CROSS_ENTROPY, _DISTILLATION = 12, 32
+# DeepSpeed's defaults, in elements: gathered weights are kept if they are used again within `max_reuse_distance`, and
+# half of that lies before the end of the forward pass; `prefetch_bucket_size`; smaller parameters are kept whole.
+_KEPT_GATHERED, _PREFETCHED, _PERSISTENT = 5 * 10**8, 5 * 10**7, 10**5
+
+
+@dataclass(frozen=True)
+class TrainingSetup:
+    """What a training's memory depends on beside the model.
+
+    Attributes:
+        seq_len: Tokens per sequence.
+        batch_size: Sequences per process and micro-step.
+        rank: LoRA rank; 0 trains everything.
+        target_modules: Linear layers with adapters.
+        weight_bytes: Bytes of one weight as it is loaded.
+        precision: ``bf16``, ``fp16`` or ``no``: autocast, or under ZeRO the type of all weights.
+        zero_stage: 0 (no sharding), 1 (optimiser states), 2 (and gradients), 3 (and weights).
+        num_processes: Processes that share the shards.
+        offload: Keep optimiser states (and with stage 3 the weights) in main memory.
+        gradient_checkpointing: Recompute the layers in the backward pass.
+        accumulates: Whether gradients of several micro-steps are added up.
+        distill: Whether the dense model's logits are a target.
+
+    Raises:
+        ValueError: for another ZeRO stage or precision.
+    """
+
+    seq_len: int
+    batch_size: int = 1
+    rank: int = 16
+    target_modules: tuple[str, ...] = TARGETS
+    weight_bytes: int = 2
+    precision: str = "bf16"
+    zero_stage: int = 0
+    num_processes: int = 1
+    offload: bool = False
+    gradient_checkpointing: bool = False
+    accumulates: bool = False
+    distill: bool = False
+
+    def __post_init__(self) -> None:
+        if self.zero_stage not in ZERO_STAGES:
+            raise ValueError(f"zero_stage={self.zero_stage} is not one of 0, 1, 2, 3")
+        if self.precision not in ("no", "bf16", "fp16"):
+            raise ValueError(f"precision={self.precision!r} is not one of no, bf16, fp16")
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of one micro-step."""
+        return self.batch_size * self.seq_len
+
+    @property
+    def autocast(self) -> bool:
+        """Whether weights keep their type and matrix products are computed in another."""
+        return self.precision != "no" and not self.zero_stage
+
+    @property
+    def frozen_bytes(self) -> int:
+        """Bytes of one frozen weight on the device."""
+        return 2 if self.zero_stage and self.precision != "no" else self.weight_bytes
+
+    @property
+    def trained_bytes(self) -> int:
+        """Bytes of one trained weight on the device: fp32 unless ZeRO holds masters; peft makes 16-bit adapters so."""
+        if self.zero_stage or (self.precision == "no" and not self.rank):
+            return self.frozen_bytes
+        return 4
+
+    @property
+    def compute_bytes(self) -> int:
+        """Bytes of what a linear layer puts out."""
+        return self.frozen_bytes if self.precision == "no" else 2
+
+    @property
+    def stream_bytes(self) -> int:
+        """Bytes of a residual stream's element: under autocast the fp32 scales of the new modules make it fp32."""
+        return 4 if self.autocast else self.frozen_bytes
 
 
 @dataclass(frozen=True)
@@ -16,85 +109,131 @@ class TrainingMemory:
     Attributes:
         weights: Parameters on the device.
         gradients: Gradients of what is trained.
-        optimizer: AdamW's two moments, and fp32 master weights under ZeRO with 16-bit weights.
-        activations: What the backward pass keeps, and the logits (an estimate).
+        optimizer: AdamW's two moments, and fp32 master weights under ZeRO.
+        buffers: What DeepSpeed (or DDP) holds beside them: buckets, gathered weights, shards of gradients.
+        activations: What the backward pass keeps and works on when it begins.
+        step: What the optimiser step works on, gradients left aside.
+        accumulates: Whether gradients are held when the backward pass begins.
         host: What offloading keeps in main memory instead.
     """
 
     weights: int
     gradients: int
     optimizer: int
+    buffers: int
     activations: int
+    step: int
+    accumulates: bool
     host: int
 
     @property
     def device(self) -> int:
-        """Bytes on the device."""
-        return self.weights + self.gradients + self.optimizer + self.activations
+        """Most bytes on the device: at the beginning of a backward pass, or in the optimiser step."""
+        backward = self.activations + (self.gradients if self.accumulates else 0)
+        return self.weights + self.optimizer + self.buffers + max(backward, self.gradients + self.step)
 
 
-def activation_bytes(photon: Any, tokens: int, dtype_bytes: int = 2, gradient_checkpointing: bool = False) -> int:
-    """Estimate of the activations of `tokens` tokens in one forward pass.
+def _layer_bytes(photon: Any, setup: TrainingSetup) -> float:
+    """Bytes that autograd keeps of a decoder layer per position.
 
-    Per layer and position, what autograd keeps of a Llama layer: 4 hidden states (the inputs of norms and linears), 3
-    queries and 3 keys and values (before and after rotation, and gathered into blocks), 4 inner states of the MLP. With
-    checkpointing, the layer's input, and one layer in full. The logits count with their fp32 copy and its gradient.
+    The inputs of the norms in fp32; what the projections' adapters read; queries, keys and values after rotation and
+    the attention's output (keys gathered for a band are not kept); three inner states of the MLP and their product.
+    Without autocast adapters share one input; under autocast each keeps a cast of its own.
     """
+    shape, targets = Shape.of(photon.base_config), set(setup.target_modules)
+    if not setup.rank:
+        targets = set(shape.linears)
+    inner, queries, keys = shape.linears["up_proj"][0], shape.linears["q_proj"][0], shape.kv // 2
+    compute = setup.compute_bytes
+
+    def inputs(names: set[str]) -> int:
+        count = len(targets & names)
+        if setup.autocast:
+            return count * shape.hidden * compute
+        return min(count, 1) * shape.hidden * setup.stream_bytes
+
+    kept = 2 * 4 * shape.hidden + inputs({"q_proj", "k_proj", "v_proj"}) + inputs({"gate_proj", "up_proj"})
+    if shape.head_norms:
+        kept += 4 * (queries + keys)
+    if not setup.rank:  # trained norms keep what they scale
+        kept += 2 * setup.stream_bytes * shape.hidden
+    kept += compute * (2 * queries + 2 * keys + 3 * inner + ("down_proj" in targets) * inner)
+    return kept + compute * setup.rank * len(targets & set(shape.linears))
+
+
+def _cast_weights(photon: Any, setup: TrainingSetup) -> tuple[int, int]:
+    """Bytes of fp32 weights' 16-bit casts, kept until the backward pass: of all layers, and of everything else."""
+    if not setup.autocast:
+        return 0, 0
+    shape, trained = Shape.of(photon.base_config), trainable_parameters(photon, setup.rank, setup.target_modules)
+    if setup.weight_bytes < 4 and setup.rank:
+        return 0, 2 * trained
+    return 2 * photon.num_layers * shape.layer_matrices, 2 * (shape.vocab * shape.hidden + trained * bool(setup.rank))
+
+
+def activation_bytes(photon: Any, setup: TrainingSetup) -> int:
+    """What forward and backward of a micro-step hold at the most, weights and gradients left aside.
+
+    That is when the backward pass begins. Kept are all layers, or with checkpointing their inputs; beside them stands
+    the larger of the vocabulary's loss over one chunk and of the topmost layer's backward pass (recomputed first).
+    """
+    shape, tokens = Shape.of(photon.base_config), setup.tokens
+    stream, compute, hidden = setup.stream_bytes, setup.compute_bytes, shape.hidden
+    inner = shape.linears["up_proj"][0]
+    # The padded embeddings that the hierarchy reads, the final norm's fp32 input and its output.
+    kept = tokens * hidden * (2 * stream + 4 + (compute if setup.autocast else 0))
+    if photon.layout == "stream":  # the masks of the window and of the memory layers
+        kept += 2 * setup.seq_len * 2 * photon.window
+    cast_layers, cast_others = _cast_weights(photon, setup)
+    head = min(tokens * shape.vocab, LOGIT_CHUNK) * (_DISTILLATION if setup.distill else _CROSS_ENTROPY)
+    if setup.distill:  # the dense model's states
+        kept += tokens * hidden * stream
+    positions, layer = tokens * layer_positions(photon), _layer_bytes(photon, setup)
+    widest = tokens * widest_positions(photon)
+    backward = widest * (3 * inner * compute + 2 * hidden * stream)
+    if setup.gradient_checkpointing:
+        kept += positions * hidden * stream
+        shared = 4 * hidden if stream == 4 else 0  # the layer's input is the first norm's
+        backward += widest * (layer - shared) + cast_layers // photon.num_layers
+    else:
+        kept += positions * layer + cast_layers
+    return int(kept + cast_others + max(head, backward))
+
+
+def training_memory(photon: Any, setup: TrainingSetup) -> TrainingMemory:
+    """Memory of one training process."""
     shape = Shape.of(photon.base_config)
-    inner, queries = shape.linears["up_proj"][0], shape.linears["q_proj"][0]
-    per_position = 4 * shape.hidden + 3 * queries + 3 * shape.kv + 4 * inner
-    positions = tokens * layer_positions(photon)
-    kept = positions * shape.hidden + tokens * per_position if gradient_checkpointing else positions * per_position
-    return int(kept * dtype_bytes + tokens * shape.vocab * (dtype_bytes + 8))
-
-
-def training_memory(
-    photon: Any,
-    tokens: int,
-    rank: int = 16,
-    target_modules: Iterable[str] = TARGETS,
-    dtype_bytes: int = 2,
-    zero_stage: int = 0,
-    num_processes: int = 1,
-    offload: bool = False,
-    gradient_checkpointing: bool = False,
-) -> TrainingMemory:
-    """Memory of one training process.
-
-    Args:
-        photon: PHOTON configuration.
-        tokens: Tokens of one micro-step (batch size x sequence length).
-        rank: LoRA rank; 0 trains everything.
-        target_modules: Linear layers with adapters.
-        dtype_bytes: Bytes of one weight in training.
-        zero_stage: 0 (no sharding), 1 (optimiser states), 2 (and gradients), 3 (and weights).
-        num_processes: Processes that share the shards.
-        offload: Keep optimiser states (and with stage 3 the weights) in main memory.
-        gradient_checkpointing: As in `activation_bytes`.
-
-    Raises:
-        ValueError: for another ZeRO stage.
-    """
-    if zero_stage not in (0, 1, 2, 3):
-        raise ValueError(f"zero_stage={zero_stage} is not one of 0, 1, 2, 3")
-    trained = trainable_parameters(photon, rank, target_modules)
-    weights = photon_parameters(photon)
-    if rank:  # peft trains copies of the new modules and keeps the originals
-        weights += trained
-    master = 4 if zero_stage and dtype_bytes < 4 else 0
-    moments = 8 if zero_stage else 2 * dtype_bytes
-    parts = {
-        "weights": weights * dtype_bytes // (num_processes if zero_stage == 3 else 1),
-        "gradients": trained * dtype_bytes // (num_processes if zero_stage >= 2 else 1),
-        "optimizer": trained * (moments + master) // (num_processes if zero_stage else 1),
-    }
-    host = 0
-    if offload and zero_stage >= 2:
-        moved = ("optimizer", "weights") if zero_stage == 3 else ("optimizer",)
-        host = sum(parts[name] for name in moved)
-        parts.update(dict.fromkeys(moved, 0))
-        if zero_stage == 3:  # the layer at work is gathered
-            parts["weights"] = Shape.of(photon.base_config).layer * dtype_bytes
+    trained = trainable_parameters(photon, setup.rank, setup.target_modules)
+    total = photon_parameters(photon) + (trained if setup.rank else 0)
+    frozen = total - trained
+    stage, processes = setup.zero_stage, setup.num_processes
+    size, trained_size = setup.frozen_bytes, setup.trained_bytes
+    shard = -(-trained // processes)
+    host = step = buffers = 0
+    if stage == 0:
+        weights, optimizer = frozen * size + trained * trained_size, 2 * trained * trained_size
+        gradients = step = trained * trained_size  # AdamW's denominators, of all parameters at once on a GPU
+        buffers = gradients if processes > 1 else 0  # DDP's buckets
+    else:
+        has_masters = size < 4 or stage < 3
+        optimizer = shard * (12 if has_masters else 8)
+        gradients, step = (shard if stage >= 2 else trained) * size, 2 * shard * 4
+        buffers = shape.hidden**2 * size  # the reduce bucket
+        weights = total * size
+        if stage == 3:
+            weights = -(-total // processes) * size
+            buffers += min(total, _KEPT_GATHERED + _PREFETCHED) * size + gradients
+    if setup.offload and stage >= 2:
+        host, optimizer, step = optimizer + 4 * shard, 0, 0
+        if stage == 3:
+            host, weights = host + weights, 0
     return TrainingMemory(
-        **parts, activations=activation_bytes(photon, tokens, dtype_bytes, gradient_checkpointing), host=host
+        weights=weights,
+        gradients=gradients,
+        optimizer=optimizer,
+        buffers=buffers,
+        activations=activation_bytes(photon, setup),
+        step=step,
+        accumulates=setup.accumulates,
+        host=host,
     )

@@ -31,6 +31,7 @@ class Shape:
         heads, kv_heads, head_dim: Attention heads, key-value heads, dimension of one.
         linears: Name -> (outputs, inputs) of a layer's linear maps.
         layer_vectors: Biases and norm weights of a layer, elements.
+        head_norms: Whether queries and keys are normalised.
         tied: Whether the head shares the embedding.
         windows: Per dense layer, the tokens it looks back on (None: all).
     """
@@ -43,6 +44,7 @@ class Shape:
     head_dim: int
     linears: dict[str, tuple[int, int]]
     layer_vectors: int
+    head_norms: bool
     tied: bool
     windows: tuple[int | None, ...]
 
@@ -81,6 +83,7 @@ class Shape:
             head_dim=head_dim,
             linears=linears,
             layer_vectors=norms + sum(linears[name][0] for name in biased),
+            head_norms=model_type == "qwen3",
             tied=_get(config, "tie_word_embeddings", False),
             windows=tuple(window if kind == "sliding_attention" else None for kind in kinds[:layers]),
         )
@@ -259,6 +262,18 @@ def layer_positions(photon: Any) -> float:
         slots = first["num_slots"] / first["chunk_size"] if photon.conditioning == "slots" else 0.0
         total += first["decoder_layers"] * (1 + slots)
     return total
+
+
+def widest_positions(photon: Any) -> float:
+    """Positions per token of the stack that has the most."""
+    widest = max(1 / photon.span(index + 1) for index in range(len(photon.levels)))
+    for index, level in _isolated(photon):
+        widest = max(widest, (level["num_slots"] + level["chunk_size"] - 1) / photon.span(index + 1))
+    if photon.layout == "stream":
+        first = photon.levels[0]
+        slots = first["num_slots"] / first["chunk_size"] if photon.conditioning == "slots" else 0.0
+        widest = max(widest, 1 + slots)
+    return widest
 
 
 def dense_flops(config: Any, context: int) -> float:

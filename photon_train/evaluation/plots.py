@@ -94,6 +94,32 @@ def plot_budget(rows: list[dict[str, Any]], output: Path) -> None:
     _save(figure, output)
 
 
+def plot_training(rows: list[dict[str, Any]], output: Path) -> None:
+    """Draw tokens/s and peak memory of fine-tuning against the context, per system.
+
+    Args:
+        rows: Of `tools/bench_training.py`.
+        output: PNG to write; it appears when it is complete.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(10, 4.5), layout="constrained")
+    panels = FigureCanvasAgg(figure).figure.subplots(1, 2)
+    columns = (("tokens_per_s", 1, "tokens/s"), ("peak_bytes", 2**20, "peak memory (MiB)"))
+    for axes, (column, unit, label) in zip(panels, columns, strict=True):
+        for name in dict.fromkeys(row["system"] for row in rows):
+            points = [(row["context"], row[column] / unit) for row in rows if row["system"] == name]
+            axes.plot(*zip(*points, strict=True), marker="o", label=name)
+        axes.set_xscale("log", base=2)
+        axes.set_yscale("log")
+        axes.set_xlabel("context (tokens)")
+        axes.set_ylabel(label)
+        axes.grid(alpha=0.3)
+    panels[0].legend()
+    _save(figure, output)
+
+
 def _save(figure: Any, output: Path) -> None:
     temporary = output.with_name(f".{output.name}")
     figure.savefig(temporary, format="png", dpi=120)

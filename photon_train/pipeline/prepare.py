@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ import torch
 from rich.console import Console
 from transformers import PreTrainedTokenizerBase
 
-from photon_train.accounting import Estimate, estimate
+from photon_train.accounting import Estimate, TrainingSetup, estimate
 from photon_train.config import DataSettings, RunConfig
 from photon_train.conversion.families import dense_tensors
 from photon_train.conversion.plan import ConversionPlan, make_plan
@@ -26,7 +27,9 @@ from photon_train.data.mixture import Mixture
 from photon_train.data.packing import PackedDataset, check_tokenizer, pack
 from photon_train.data.pretrain import PretrainSettings
 from photon_train.data.tokenised import Corpus, CorpusDataset, is_corpus, tokenizer_for, write_corpus
+from photon_train.errors import PhotonError
 from photon_train.models import PhotonConfig
+from photon_train.training.accelerator import resolve_precision
 
 # Text of a hub data set that is read, in characters per token needed: more than any tokenizer's average.
 _CHARACTERS_PER_TOKEN = 8
@@ -64,21 +67,51 @@ def plan_conversion(checkpoint: DenseCheckpoint, config: RunConfig, num_processe
 def estimate_training(
     dense: Any, photon: PhotonConfig, config: RunConfig, num_processes: int, dtype_bytes: int | None = None
 ) -> Estimate:
-    """The estimate of a run; `dtype_bytes` defaults to the type that the PHOTON configuration states."""
+    """The estimate of a run; `dtype_bytes` defaults to the type that the PHOTON configuration states.
+
+    Raises:
+        PhotonError: if `train.gpu_memory` is no size.
+    """
+    gpu = config.train.gpu_memory
+    gpu_bytes = _parse_size("train.gpu_memory", gpu) if gpu else _detected_gpu()
+    precision = config.train.mixed_precision
+    if precision == "auto" and gpu_bytes:
+        precision = "bf16"
+    setup = training_setup(config, num_processes, dtype_bytes or getattr(photon.dtype, "itemsize", 4), precision)
+    return estimate(dense, photon, setup, gpu_bytes)
+
+
+def training_setup(config: RunConfig, num_processes: int, weight_bytes: int, precision: str = "auto") -> TrainingSetup:
+    """What the memory of a run's fine-tuning depends on; ZeRO as `accelerate launch` was told."""
     stage, offload = _deepspeed_stage()
-    return estimate(
-        dense,
-        photon,
+    return TrainingSetup(
         seq_len=config.train.seq_len,
         batch_size=config.train.batch_size,
         rank=config.lora.rank,
-        target_modules=config.lora.target_modules,
-        dtype_bytes=dtype_bytes or getattr(photon.dtype, "itemsize", 4),
+        target_modules=tuple(config.lora.target_modules),
+        weight_bytes=weight_bytes,
+        precision=resolve_precision(precision),
         zero_stage=stage,
         num_processes=num_processes,
         offload=offload,
         gradient_checkpointing=config.train.gradient_checkpointing,
+        accumulates=config.train.gradient_accumulation_steps > 1,
+        distill=bool(config.distill.weight),
     )
+
+
+def _detected_gpu() -> int | None:
+    """Bytes of the smallest GPU present."""
+    sizes = [torch.cuda.get_device_properties(index).total_memory for index in range(torch.cuda.device_count())]
+    return min(sizes, default=None)
+
+
+def _parse_size(key: str, text: str) -> int:
+    """``80GiB``, ``80 GB`` or ``24576MiB`` in bytes."""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([MGT])(i?)B", text.strip(), re.IGNORECASE)
+    if found is None or not float(found[1]):
+        raise PhotonError(f"{key}={text!r} is no size: write it as 80GiB, 80GB or 24576MiB")
+    return int(float(found[1]) * (1024 if found[3] else 1000) ** (1 + "MGT".index(found[2].upper()) + 1))
 
 
 def data_name(config: RunConfig) -> str:

@@ -20,6 +20,20 @@ from photon_train.training.tracking import require_tracker
 logger = logging.getLogger(__name__)
 
 
+def resolve_precision(name: str) -> str:
+    """``no``, ``bf16`` or ``fp16`` for a `train.mixed_precision`, whose ``auto`` depends on this machine.
+
+    Raises:
+        PhotonError: for another name.
+    """
+    if name not in ("auto", "no", "bf16", "fp16"):
+        raise PhotonError(f"train.mixed_precision={name!r} is not one of auto, bf16, fp16, no")
+    if name != "auto":
+        return name
+    device = torch.accelerator.current_accelerator().type if torch.accelerator.is_available() else "cpu"
+    return "bf16" if fast_dtype(torch.device(device)) is torch.bfloat16 else "no"
+
+
 def make_accelerator(config: RunConfig, output_dir: str | os.PathLike[str]) -> Accelerator:
     """Set up the processes of `accelerate launch` (or the one process of plain python) for `config`.
 
@@ -35,14 +49,8 @@ def make_accelerator(config: RunConfig, output_dir: str | os.PathLike[str]) -> A
             other than DDP and ZeRO, more processes than GPUs, a DeepSpeed that cannot be imported, or a tracker that is
             not installed.
     """
-    train = config.train
-    precision = train.mixed_precision
-    if precision not in ("auto", "no", "bf16", "fp16"):
-        raise PhotonError(f"train.mixed_precision={precision!r} is not one of auto, bf16, fp16, no")
+    train, precision = config.train, resolve_precision(config.train.mixed_precision)
     on_cpu = not torch.accelerator.is_available()
-    if precision == "auto":
-        device = torch.device("cpu" if on_cpu else torch.accelerator.current_accelerator().type)
-        precision = "bf16" if fast_dtype(device) is torch.bfloat16 else "no"
     if on_cpu and precision == "fp16":
         raise PhotonError("train.mixed_precision=fp16 needs a GPU: choose bf16 or no")
     state = AcceleratorState._shared_state

@@ -68,7 +68,7 @@ class TrainResult:
     checkpoint: Path
 
 
-def _enable_checkpointing(model: nn.Module) -> None:
+def enable_checkpointing(model: nn.Module) -> None:
     model.gradient_checkpointing_enable({"use_reentrant": False})
     if base_model(model) is not model:
         # With frozen embeddings nothing before the first adapter asks for a gradient.
@@ -187,7 +187,7 @@ class _Run:
 def _prepare(model: nn.Module, config: RunConfig, accelerator: Accelerator, teacher: nn.Module | None) -> _Run:
     train = config.train
     if train.gradient_checkpointing:
-        _enable_checkpointing(model)
+        enable_checkpointing(model)
     objective = TrainingObjective(model, config.distill, config.consistency, teacher)
     if accelerator.mixed_precision != "no" and accelerator.distributed_type != DistributedType.DEEPSPEED:
         # bf16 has too few digits to add small updates to; DeepSpeed keeps its own fp32 copies.

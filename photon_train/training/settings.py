@@ -26,6 +26,7 @@ FREE_ON_RESUME = (
     "train.max_skipped_in_row",
     "train.max_skipped_steps",
     "train.dense_baseline",
+    "train.gpu_memory",
 )
 
 # Free too, as long as their product with the number of processes is the same.

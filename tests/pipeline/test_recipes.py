@@ -124,9 +124,14 @@ def test_fine_tuning_needs_a_photon_model_and_leaves_its_hierarchy(converted, tm
         run_finetuning(finetuning(data=text))
 
 
-def test_dry_run_of_fine_tuning_writes_nothing(converted, tmp_path, text, capsys):
-    run_finetuning(finetuning(model=converted / "export", data=text, output=tmp_path / "out", dry_run="true"))
-    assert "Training memory per process" in capsys.readouterr().out and not (tmp_path / "out").exists()
+def test_dry_run_of_fine_tuning_writes_nothing(converted, tmp_path, text, capsys, monkeypatch):
+    """And says what it would take: the estimate, and the accelerate config for a GPU of the size given."""
+    monkeypatch.setenv("COLUMNS", "160")
+    settings = {"model": converted / "export", "data": text, "output": tmp_path / "out", "dry_run": "true"}
+    run_finetuning(finetuning(**settings, **{"train.gpu_memory": "24GiB"}))
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "Training memory per process" in shown and "Fits 1 GPU of 24.00 GiB" in shown
+    assert "accelerate_configs/single_gpu.yaml" in shown and not (tmp_path / "out").exists()
 
 
 @pytest.mark.slow
