@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from photon_train.config import DistillSettings, LoraSettings
 from photon_train.training import heads
-from photon_train.training.loop import _enable_checkpointing
+from photon_train.training.loop import enable_checkpointing
 from photon_train.training.lora import add_lora
 from photon_train.training.losses import TrainingObjective, num_target_tokens
 
@@ -35,7 +35,7 @@ def _step(name: str, length: int, distill: float, checkpointing: bool) -> tuple[
     """Bytes that one step holds for its backward pass, and those of its largest tensor."""
     model = add_lora(tiny_model(name), LoraSettings(rank=4))
     if checkpointing:
-        _enable_checkpointing(model)
+        enable_checkpointing(model)
     objective = TrainingObjective(model, DistillSettings(weight=distill)).train()
     batch = tiny_data(1, seq_len=length).batch(torch.arange(1))
     counts = {"target_tokens": num_target_tokens(batch["labels"]), "sequences": torch.tensor(1)}
