@@ -9,6 +9,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from photon_train.errors import PhotonError
 from photon_train.files import atomic_write_text
 
 METRICS_FILE = "metrics.jsonl"
@@ -56,12 +57,22 @@ class MetricsLog:
         atomic_write_text(self.path, "".join(kept))
 
     def add(self, record: dict[str, Any]) -> None:
-        """Append one record (`step` and metrics)."""
+        """Append one record (`step` and metrics).
+
+        Raises:
+            PhotonError: if it cannot be written; what a full disk leaves of a line is dropped when the run resumes.
+        """
         record = {"name": self.name, **record}
         self.history.append(record)
         if self.writes:
-            with open(self.path, "a", encoding="utf-8") as file:
-                file.write(json.dumps(record) + "\n")
+            try:
+                with open(self.path, "a", encoding="utf-8") as file:
+                    file.write(json.dumps(record) + "\n")
+            except OSError as error:
+                raise PhotonError(
+                    f"{self.path} cannot be written ({error.strerror}): see that the disk has room, then start the run "
+                    "again with --resume; checkpoints are whole"
+                ) from error
 
 
 class TrainingProgress:

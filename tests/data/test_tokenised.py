@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -126,6 +127,30 @@ def test_a_truncated_shard_is_named(source, tmp_path: Path) -> None:
     file.unlink()
     with pytest.raises(PhotonError, match="tokens.bin is missing"):
         Corpus(tmp_path / "corpus", TOKENIZER)
+
+
+def test_a_disk_that_fills_is_one_error_and_costs_no_finished_shard(source, tmp_path: Path) -> None:
+    """A limit on the size of files stands for the disk: writing fails in the middle of a shard."""
+    import resource
+
+    write(source, tmp_path / "straight")
+    size = (tmp_path / "straight" / "shard-00001" / "tokens.bin").stat().st_size
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    directory, said = tmp_path / "corpus", []
+
+    def fill(line: str) -> None:
+        said.append(line)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size // 2, limits[1]))
+
+    tokenise = partial(write_corpus, source, DataSettings(), TOKENIZER, directory, documents_per_shard=7)
+    try:
+        with pytest.raises(PhotonError, match="corpus cannot be written: .*finished shards are kept"):
+            tokenise(progress=fill)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert said and all(path.name.startswith("shard-") for path in directory.iterdir()), "nothing half-written"
+    tokenise()
+    assert content(directory) == content(tmp_path / "straight")
 
 
 @pytest.mark.parametrize("kind", ["jsonl", "jsonl.gz", "parquet"])

@@ -190,6 +190,24 @@ def test_a_full_disk_is_one_error_and_costs_no_checkpoint(tmp_path, monkeypatch)
     assert [path.name for path in checkpoint_dir(tmp_path, "photon").iterdir()] == ["step_000002"]
 
 
+def test_a_disk_that_fills_between_checkpoints_loses_no_record(tmp_path):
+    config, metrics = tiny_run(save_every=2), tmp_path / "run" / "metrics.jsonl"
+    straight = run(config, tmp_path / "straight")
+
+    def fill(step: int) -> None:
+        if step == 3:  # half a line is what a full disk may leave
+            metrics.rename(tmp_path / "kept")
+            metrics.symlink_to("/dev/full")
+
+    with pytest.raises(PhotonError, match=r"metrics.jsonl cannot be written \(No space left on device\).*--resume"):
+        run(config, tmp_path / "run", on_step=fill)
+    with open(tmp_path / "kept", "a") as file:
+        file.write('{"name": "photon", "st')
+    (tmp_path / "kept").replace(metrics)
+    config.resume = True
+    assert losses(run(config, tmp_path / "run").history) == losses(straight.history)
+
+
 def test_what_may_change_with_the_number_of_processes(tmp_path):
     run(tiny_run(max_steps=3), tmp_path)
     config = tiny_run(max_steps=3)
