@@ -13,6 +13,7 @@ from photon_train.errors import PhotonError
 from photon_train.manifest import FILE_NAME, verify_manifest
 from photon_train.models import PhotonConfig, PhotonForCausalLM
 from photon_train.models.decoding_photon import BACKENDS
+from photon_train.models.liger_photon import fuse_layers
 
 
 def load_for_inference(
@@ -44,6 +45,7 @@ def load_for_inference(
         raise PhotonError(f"{directory} is no PHOTON model: convert it first with recipes/convert_llama.py")
     model = PhotonForCausalLM.from_pretrained(directory, config=config, dtype=dtype).to(device).eval()
     model.set_backend(backend)
+    fuse_layers(model)
     return model, AutoTokenizer.from_pretrained(directory)
 
 

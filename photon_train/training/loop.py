@@ -19,6 +19,7 @@ from photon_train.config import RunConfig
 from photon_train.data.loader import batches
 from photon_train.data.packing import PackedDataset
 from photon_train.errors import PhotonError
+from photon_train.models.liger_photon import fuse_layers
 from photon_train.training.accelerator import make_accelerator
 from photon_train.training.checkpoint import (
     TrainingState,
@@ -188,6 +189,7 @@ def _prepare(model: nn.Module, config: RunConfig, accelerator: Accelerator, teac
     train = config.train
     if train.gradient_checkpointing:
         enable_checkpointing(model)
+    fuse_layers(model)
     objective = TrainingObjective(model, config.distill, config.consistency, teacher)
     if accelerator.mixed_precision != "no" and accelerator.distributed_type != DistributedType.DEEPSPEED:
         # bf16 has too few digits to add small updates to; DeepSpeed keeps its own fp32 copies.
