@@ -14,7 +14,7 @@ from photon_train.cli import load_config
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", ROOT / "kernels" / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-CONFIGURED = {"convert_llama.py", "convert_qwen.py", "finetune.py"}  # recipes that read a RunConfig
+CONFIGURED = {"convert_llama.py", "convert_qwen.py", "finetune.py", "pretokenize.py"}  # they read a RunConfig
 
 
 def commands() -> list[tuple[str, list[str]]]:
