@@ -32,7 +32,7 @@ def choose_attention_config(num_entries: int, num_queries: int, head_dim: int, e
     longest = 64 if half_precision and block_d <= 128 else 16
     block_n = min(longest, max(16, next_power_of_2(num_entries)))
     if half_precision:
-        num_warps = 4 if block_m * block_d < 4096 else 8
+        num_warps = 4 if block_m * block_d <= 4096 else 8
     else:
         num_warps = 8
     return AttentionConfig(

@@ -18,23 +18,25 @@ NAMES += ["residual-2", "slots-2-decoder"]
 @torch.no_grad()
 def test_triton_logits_equal_torch_logits_and_the_training_forward(name, triton_device):
     model = photon_model(name).to(triton_device)
-    rows = [tokens(1, 13 + length, seed=length).to(triton_device) for length in (3, 6)]
+    # Long enough that units lie outside the windows, and chunks of every level close in the few (slow) steps.
+    widths, count = (9, 14), 7
+    rows = [tokens(1, count + length, seed=length).to(triton_device) for length in widths]
     expected = [model(row).logits[0] for row in rows]
-    prompt = torch.full((2, 6), 2, device=triton_device)
-    mask = torch.zeros(2, 6, dtype=torch.long, device=triton_device)
-    for index, width in enumerate((3, 6)):
+    prompt = torch.full((2, max(widths)), 2, device=triton_device)
+    mask = torch.zeros_like(prompt)
+    for index, width in enumerate(widths):
         prompt[index, -width:], mask[index, -width:] = rows[index][0, :width], 1
     logits = {}
     for backend in ("torch", "triton"):
         model.set_backend(backend)
         cache = model(prompt, attention_mask=mask, use_cache=True).past_key_values
         steps = []
-        for step in range(13):
-            column = torch.stack([row[0, width + step] for row, width in zip(rows, (3, 6), strict=True)])
+        for step in range(count):
+            column = torch.stack([row[0, width + step] for row, width in zip(rows, widths, strict=True)])
             steps.append(model(column[:, None], past_key_values=cache).logits[:, 0])
         logits[backend] = torch.stack(steps, dim=1)
     torch.testing.assert_close(logits["triton"], logits["torch"], atol=2e-4, rtol=0)
-    for index, width in enumerate((3, 6)):
+    for index, width in enumerate(widths):
         torch.testing.assert_close(logits["triton"][index], expected[index][width:], atol=2e-4, rtol=0)
 
 

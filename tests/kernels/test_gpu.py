@@ -6,7 +6,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from photon_kernels import Window, gather_chunk_project, summary_decode_attention, window_decode_attention
+from photon_kernels import (
+    Append,
+    Window,
+    cache_append,
+    gather_chunk_project,
+    summary_decode_attention,
+    window_decode_attention,
+)
 
 pytestmark = [
     pytest.mark.gpu,
@@ -90,3 +97,26 @@ def test_chunker(num_rows: int, width: int, dtype: torch.dtype) -> None:
     expected = gather_chunk_project(states.double(), rows, weight.double(), scale)
     out = gather_chunk_project(states, rows, weight, scale, backend="triton")
     assert relative_error(out, expected) < TOLERANCES[dtype]
+
+
+@pytest.mark.parametrize("dtype", TOLERANCES)
+@pytest.mark.parametrize("per_page", [None, 16])
+def test_cache_append(per_page: int | None, dtype: torch.dtype) -> None:
+    """Tokens of four positions, units of which two in three are skipped, and an open chunk's states; bit by bit."""
+    torch.manual_seed(0)
+    batch, size = 64, 96
+    rows = torch.randperm(batch, device="cuda")
+    pages = torch.randperm(batch * size // per_page, device="cuda").view(batch, -1) if per_page else None
+    appends = []
+    for heads, head_dim, positions in ((8, 128, 4), (8, 128, 1), (1, 4096, 1)):
+        entries = torch.stack([torch.randperm(size, device="cuda")[:positions] for _ in range(batch)])
+        if positions == 1:
+            entries = entries.where(torch.rand(batch, 1, device="cuda") < 0.3, -1)
+        blocks, per_block = (batch * size // per_page, per_page) if per_page else (batch, size)
+        target = torch.zeros(blocks, heads, per_block, head_dim, device="cuda", dtype=dtype)
+        appends.append(Append(random(batch, heads, positions, head_dim, dtype=dtype), target, rows, entries, pages))
+    expected = [append._replace(target=append.target.clone()) for append in appends]
+    cache_append(expected)
+    cache_append(appends, backend="triton")
+    for append, other in zip(appends, expected, strict=True):
+        assert torch.equal(append.target, other.target)

@@ -82,3 +82,11 @@ def test_bands_are_blockwise_on_the_cpu_unless_asked_for(monkeypatch):
     model(ids, labels=ids).loss.backward()
     with pytest.raises(ValueError, match="fused='flex' is not one of auto, yes, no"):
         model.set_fused_bands("flex")
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("heads", [(8, 2, 64), (4, 4, 128)], ids=str)
+def test_the_compiled_kernel_works_on_a_gpu(heads, dtype):
+    assert flex_photon.works(torch.device("cuda", 0), dtype, *heads)

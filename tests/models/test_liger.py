@@ -72,3 +72,11 @@ def test_kernels_are_used_only_if_they_give_what_torch_gives(installed, monkeypa
     assert not liger_photon.works.__wrapped__(*here) and "is off by" in caplog.text
     monkeypatch.setattr(liger_photon, "_fused_gate", broken)
     assert not liger_photon.works.__wrapped__(*here) and "(no compiler)" in caplog.text
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_the_installed_package_works_on_a_gpu(dtype):
+    pytest.importorskip("liger_kernel")
+    assert liger_photon.works(torch.device("cuda", 0), dtype)
