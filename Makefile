@@ -5,6 +5,8 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
+# Test files run side by side in this many processes; their threads are few, so that two fill two cores.
+JOBS ?= 2
 # Every demo gets a directory of its own, so that it can be repeated and never overwrites anything.
 OUTPUT ?= runs/demo-$(shell date +%Y%m%d-%H%M%S)
 # Extra package index for torch. Without an NVIDIA GPU the CPU build spares a download of gigabytes;
@@ -27,7 +29,7 @@ demo: venv
 	$(BIN)/accelerate launch --quiet --config_file accelerate_configs/cpu.yaml recipes/convert_llama.py --output $(OUTPUT)
 
 test: venv
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile
 
 lint: venv
 	$(BIN)/ruff check .
