@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import struct
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -63,6 +64,17 @@ def _wandb_records(file: Path) -> Iterator:
             yield record
 
 
+def _finished_records(file: Path) -> list:
+    """The records of a finished run; W&B's own process may write the last of them a moment after `finish` returns."""
+    deadline = time.monotonic() + 30
+    while True:
+        records = list(_wandb_records(file))
+        if any(record.WhichOneof("record_type") == "exit" for record in records):
+            return records
+        assert time.monotonic() < deadline, f"{file} never ended"
+        time.sleep(0.1)
+
+
 @pytest.fixture
 def no_key(monkeypatch, tmp_path):
     for variable in ("WANDB_API_KEY", "WANDB_MODE", "WANDB_DIR"):
@@ -77,7 +89,7 @@ def test_two_trainings_are_two_offline_wandb_runs(no_key):
     results = {name: _train(settings, no_key / "out", name) for name in ("dense", "photon")}
     runs = {}
     for file in (no_key / "out" / "wandb").glob("offline-run-*/run-*.wandb"):
-        records = list(_wandb_records(file))
+        records = _finished_records(file)
         run = next(record.run for record in records if record.WhichOneof("record_type") == "run")
         assert (run.project, run.display_name, run.run_group) == ("tiny", f"first-{run.job_type}", "pair")
         assert b"hf_secret" not in file.read_bytes()
@@ -111,7 +123,7 @@ def _die_at(last: int):
 
 
 def _wandb_runs(output: Path) -> dict[Path, list]:
-    return {file: list(_wandb_records(file)) for file in sorted((output / "wandb").glob("offline-run-*/run-*.wandb"))}
+    return {file: _finished_records(file) for file in sorted((output / "wandb").glob("offline-run-*/run-*.wandb"))}
 
 
 def _steps(records: list, key: str) -> list[int]:
