@@ -43,7 +43,7 @@ def run_config(name: str, batch_size: int) -> RunConfig:
 
 
 def main(output: Path, batch_size: int, names: list[str]) -> None:
-    """Train each model in turn with one Accelerator; the first also resumed, and with bad steps."""
+    """Train each model in turn with one Accelerator; the first also with dropout and resumed, and with bad steps."""
     accelerator = make_accelerator(run_config(names[0], batch_size), output)
     if accelerator.deepspeed_plugin is not None:
         # DeepSpeed keeps small parameters whole, and here all are small: shard the matrices.
@@ -51,7 +51,7 @@ def main(output: Path, batch_size: int, names: list[str]) -> None:
         # The vocabulary losses in chunks that are computed again in the backward pass, here with a sharded head.
         heads.CHUNK_ELEMENTS = 16 * VOCABULARY
 
-    def run(name: str, resume: bool = False, poisoned: bool = False) -> TrainResult:
+    def run(name: str, folder: Path = output, resume: bool = False) -> TrainResult:
         config = run_config(name, batch_size)
         config.resume = resume
         # As in a real run: loaded once the Accelerator exists.
@@ -61,14 +61,14 @@ def main(output: Path, batch_size: int, names: list[str]) -> None:
         accelerator.wait_for_everyone()
         model = type(tiny_model(name)).from_pretrained(source)
         assert all(parameter.numel() for parameter in model.parameters()), "loaded in shards"
+        config.lora.dropout = 0.2 if folder.name == "dropout" else 0.0
         model = add_lora(model, config.lora, config.seed)
         sets = tiny_data(20, seed=1), tiny_data(7, seed=2)
         spoiler = None
-        if poisoned:
+        if folder.name == "poisoned":
             config.train.spike_window, config.train.max_steps = 4, 6
             config.train.freeze_base_steps = config.train.window_anneal_steps = 0
             spoiler = Poison(model, {3: "nan", 5: "gradient"}, active=accelerator.is_main_process)
-        folder = output / "poisoned" if poisoned else output
         return train(model, *sets, config, folder, accelerator=accelerator, name=name, on_step=spoiler)
 
     if (output / "checkpoints").exists():
@@ -88,12 +88,15 @@ def main(output: Path, batch_size: int, names: list[str]) -> None:
             **{key: losses(result.history, key) for key in ("train/loss", "train/grad_norm", "eval/ce")},
         }
         if name == names[0]:
+            # Every process draws its own dropout, so this tells whether each has its generators back.
+            result = run(name, output / "dropout")
+            summary["dropout"] = losses(result.history)
             accelerator.wait_for_everyone()
             if accelerator.is_main_process:
                 shutil.rmtree(result.checkpoint)
             accelerator.wait_for_everyone()
-            summary["resumed"] = losses(run(name, resume=True).history)
-            poisoned = run(name, poisoned=True).history
+            summary["resumed"] = losses(run(name, output / "dropout", resume=True).history)
+            poisoned = run(name, output / "poisoned").history
             summary["skipped"] = {r["step"]: r["train/skipped_steps"] for r in poisoned if "train/skipped_steps" in r}
             summary["poisoned"] = losses(poisoned)
         if accelerator.is_main_process:
