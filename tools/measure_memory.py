@@ -17,11 +17,14 @@ import os
 import subprocess
 import sys
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import Accelerator
 from transformers import AutoConfig
 
 from photon_train.accounting import TrainingSetup, training_memory
@@ -98,9 +101,8 @@ POINTS = {
         Point("llama-2m", 0, 1024),
         Point("llama-2m", 0, 4096),
         Point("llama-2m", 0, 4096, gradient_checkpointing=True),
-        Point("llama-2m", 0, 1024, distill=1.0),
+        Point("llama-2m", 0, 1024, batch_size=2, distill=1.0),
         Point("llama-2m", 0, 1024, rank=0),
-        Point("llama-2m", 0, 1024, preset="hourglass"),
         Point("llama-2m", 0, 1024, preset="split"),
         Point("qwen3-20m", 0, 1024),
         Point("qwen3-20m", 0, 2048, gradient_checkpointing=True),
@@ -108,14 +110,13 @@ POINTS = {
         Point("qwen3-20m", 0, 512, weights="bfloat16", precision="bf16", gradient_checkpointing=True),
         Point("llama-2m", 2, 2048),
         Point("llama-2m", 2, 4096, gradient_checkpointing=True),
-        Point("llama-2m", 2, 512, rank=0),
         Point("qwen3-20m", 2, 1024),
-        Point("llama-2m", 2, 1024, batch_size=2, weights="bfloat16", precision="bf16"),
+        Point("llama-2m", 2, 2048, weights="bfloat16", precision="bf16"),
         Point("qwen3-20m", 2, 512, weights="bfloat16", precision="bf16", gradient_checkpointing=True),
         Point("llama-2m", 3, 2048),
         Point("llama-2m", 3, 4096, gradient_checkpointing=True),
         Point("qwen3-20m", 3, 1024),
-        Point("llama-2m", 3, 1024, batch_size=2, weights="bfloat16", precision="bf16"),
+        Point("llama-2m", 3, 2048, weights="bfloat16", precision="bf16"),
         Point("qwen3-20m", 3, 512, weights="bfloat16", precision="bf16", gradient_checkpointing=True),
     ],
     "cuda": [
@@ -161,10 +162,16 @@ def estimated(point: Point, processes: int) -> tuple[PhotonConfig, TrainingSetup
     return photon_config(dense, config), training_setup(config, processes, weight_bytes, point.precision)
 
 
-def measure(point: Point, output: Path) -> dict[str, Any]:
-    """Train for three steps in this process (and those beside it): the peak of the second, and the estimate."""
+def measure(point: Point, output: Path, accelerator: Accelerator | None = None) -> dict[str, Any]:
+    """Train for three steps in this process (and those beside it): the peak of the second, and the estimate.
+
+    Args:
+        point: What is trained.
+        output: Directory that the training writes.
+        accelerator: Of the points before, which had the same precision; None makes one.
+    """
     config = run_config(point)
-    accelerator = make_accelerator(config, output)
+    accelerator = accelerator or make_accelerator(config, output)
     processes = accelerator.num_processes
     photon, setup = estimated(point, processes)
     estimate = training_memory(photon, setup)
@@ -208,7 +215,7 @@ def launch(points: list[Point], device: str) -> list[dict[str, Any]]:
         environment = {**os.environ, **({"DS_ACCELERATOR": "cpu"} if device == "cpu" else {})}
         done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT)
         if done.returncode:
-            lines = [line.strip() for line in done.stderr.splitlines() if "Error" in line]
+            lines = [line.strip() for line in done.stderr.splitlines() if "rror:" in line]
             raise PhotonError(f"ZeRO stage {stage}: {lines[0] if lines else f'exit status {done.returncode}'}")
         return json.loads(result.read_text(encoding="utf-8"))
 
@@ -216,6 +223,7 @@ def launch(points: list[Point], device: str) -> list[dict[str, Any]]:
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, required=True, help="JSON to write")
+    parser.add_argument("--jobs", type=int, default=1, help="launches side by side (nothing is timed); on a GPU take 1")
     parser.add_argument("--points", help=argparse.SUPPRESS)  # how this program starts itself
     return parser.parse_args()
 
@@ -224,7 +232,9 @@ def main() -> None:
     options = arguments()
     if options.points:
         points = [Point(**point) for point in json.loads(options.points)]
-        rows = [measure(point, options.output.parent / str(number)) for number, point in enumerate(points)]
+        folder = options.output.parent
+        accelerator = make_accelerator(run_config(points[0]), folder)
+        rows = [measure(point, folder / str(number), accelerator) for number, point in enumerate(points)]
         if os.environ.get("RANK", "0") == "0":
             options.output.write_text(json.dumps(rows), encoding="utf-8")
         return
@@ -233,11 +243,12 @@ def main() -> None:
     groups: dict[tuple[int, str], list[Point]] = {}
     for point in POINTS[device]:
         groups.setdefault((point.zero_stage, point.precision), []).append(point)
-    for points in groups.values():
-        for row in launch(points, device):
-            rows.append(row)
-            print(json.dumps({key: value for key, value in row.items() if key != "parts"}), flush=True)
-        write_rows(options.output, rows)
+    with ThreadPoolExecutor(options.jobs) as pool:
+        for found in pool.map(partial(launch, device=device), groups.values()):
+            for row in found:
+                rows.append(row)
+                print(json.dumps({key: value for key, value in row.items() if key != "parts"}), flush=True)
+            write_rows(options.output, rows)
 
 
 if __name__ == "__main__":
