@@ -13,6 +13,8 @@ from safetensors.torch import load_file, save_file
 from tiny_checkpoint import tiny_checkpoint
 
 from photon_train.cli import load_config
+from photon_train.config import RunConfig
+from photon_train.errors import PhotonError
 from photon_train.pipeline.stages import Stages
 
 RECIPE = Path(__file__).resolve().parents[2] / "recipes" / "convert_llama.py"
@@ -186,8 +188,6 @@ def test_the_same_command_goes_on_after_a_kill_between_stages(checkpoint, tmp_pa
 
 
 def test_a_kill_before_anything_was_written_leaves_no_obstacle(checkpoint, tmp_path):
-    from photon_train.config import RunConfig
-
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / ".stages.json.0123456789ab").write_text("{")
     assert Stages(RunConfig(output=str(tmp_path / "out"), resume=True), writes=True).done == {}
@@ -200,3 +200,17 @@ def test_too_little_disk_is_known_before_anything_is_written(checkpoint, tmp_pat
     output = tmp_path / "out"
     line = run(monkeypatch, capsys, "--model", checkpoint, "--output", output, *quick(tmp_path))
     assert "free" in line and not (output / "converted").exists()
+
+
+def test_a_run_goes_on_with_other_processes_at_the_same_sequences_per_step(tmp_path):
+    def settings(batch_size: int, accumulation: int) -> RunConfig:
+        config = RunConfig(output=str(tmp_path / "out"), resume=True)
+        config.train.batch_size, config.train.gradient_accumulation_steps = batch_size, accumulation
+        return config
+
+    begun = settings(4, 1)
+    Stages(begun, writes=True, num_processes=2).begin(begun)
+    assert Stages(settings(2, 1), True, num_processes=4).done == {}
+    assert Stages(settings(4, 2), True, num_processes=1).done == {}
+    with pytest.raises(PhotonError, match=r"another sequences per step \(processes x .*same settings"):
+        Stages(begun, True, num_processes=1)
