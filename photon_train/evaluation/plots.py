@@ -120,6 +120,38 @@ def plot_training(rows: list[dict[str, Any]], output: Path) -> None:
     _save(figure, output)
 
 
+def plot_inference(rows: list[dict[str, Any]], output: Path) -> None:
+    """Draw the decoding ratio to the dense model against the context, per system.
+
+    Batches of one row and shared prompts are left out; where a context was measured with several batches, each
+    system's best is drawn, else the largest.
+
+    Args:
+        rows: Of `tools/bench_inference.py`.
+        output: PNG to write; it appears when it is complete.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    shown = [row for row in rows if row["decode_ratio"] and row["mode"] != "multi-query" and row["batch"] > 1]
+    shown.sort(key=lambda row: (row["batches"] == "best", row["batch"]))
+    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    axes = FigureCanvasAgg(figure).figure.subplots()
+    for index, name in enumerate(dict.fromkeys(row["system"] for row in rows)):
+        points = {row["context"]: row["decode_ratio"] for row in shown if row["system"] == name}
+        contexts = sorted(points)
+        marker, color = "os^Dv<>P"[index % 8], f"C{index}"
+        axes.plot(contexts, [points[context] for context in contexts], marker=marker, color=color, label=name)
+    axes.set_xscale("log", base=2)
+    axes.set_yscale("log", base=2)
+    axes.axhline(1, color="grey", linewidth=0.8)
+    axes.set_xlabel("context (tokens)")
+    axes.set_ylabel("decoding speed / dense model's")
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=8)
+    _save(figure, output)
+
+
 def _save(figure: Any, output: Path) -> None:
     temporary = output.with_name(f".{output.name}")
     figure.savefig(temporary, format="png", dpi=120)

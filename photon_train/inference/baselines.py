@@ -3,10 +3,21 @@
 from __future__ import annotations
 
 import torch
-from transformers import Cache, PreTrainedModel, StaticCache
+from transformers import Cache, PreTrainedModel, QuantizedCache, StaticCache
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
-KINDS = ("dynamic", "static", "window")
+KINDS = ("dynamic", "static", "window", "fp8")
+
+
+def available(kind: str, model: PreTrainedModel) -> bool:
+    """Whether the installed transformers has caches of `kind` (`fp8` came after 5.17)."""
+    if kind != "fp8":
+        return True
+    try:
+        QuantizedCache("fp8", model.config)
+    except ValueError:
+        return False
+    return True
 
 
 class SinkWindowLayer(DynamicLayer):
@@ -62,6 +73,15 @@ def encode_windowed(model: PreTrainedModel, ids: torch.Tensor, window: int, num_
     return cache
 
 
+def filled_at_random(model: PreTrainedModel, length: int, device: str | torch.device) -> DynamicCache:
+    """A cache of `length` tokens with any content: decoding from it takes as long as from a prompt's."""
+    cache, config = DynamicCache(config=model.config), model.config
+    shape = (1, config.num_key_value_heads, length, config.head_dim)
+    for index in range(config.num_hidden_layers):
+        cache.update(*(torch.randn(shape, device=device, dtype=model.dtype) for _ in range(2)), index)
+    return cache
+
+
 @torch.no_grad()
 def repeated(
     model: PreTrainedModel, cache: DynamicCache, kind: str, batch: int, room: int, window: int = 0, num_sinks: int = 0
@@ -75,10 +95,12 @@ def repeated(
     length = cache.get_seq_length()
     if kind == "static":
         target = StaticCache(config=model.config, max_cache_len=length + room)
+    elif kind == "fp8":
+        target = QuantizedCache("fp8", model.config)
     else:
         target = DynamicCache(config=model.config)
     for index, layer in enumerate(cache.layers):
-        keys, values = layer.keys, layer.values
+        keys, values = layer.keys.to(model.device), layer.values.to(model.device)
         if kind == "window":
             own = SinkWindowLayer(window, num_sinks, length)
             own.lazy_initialization(keys, values)
@@ -92,4 +114,8 @@ def repeated(
 
 def cache_bytes(cache: Cache) -> int:
     """Bytes of the keys and values of all rows."""
-    return sum(t.numel() * t.element_size() for layer in cache.layers for t in (layer.keys, layer.values))
+    stored = []
+    for layer in cache.layers:
+        quantised = getattr(layer, "_quantized_keys", None)
+        stored += [layer.keys, layer.values] if quantised is None else [quantised[0], layer._quantized_values[0]]
+    return sum(states.numel() * states.element_size() for states in stored)

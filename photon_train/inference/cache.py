@@ -160,21 +160,26 @@ class PagedCache(PhotonCache):
             self.table.set(held, had)
         return True
 
-    def fork(self, held: Held) -> Held | None:
+    def fork(self, held: Held, share: bool = True) -> Held | None:
         """A second sequence in the same state: full pages are shared, the bounded row and an open page are copied.
 
         Returns None (and nothing changed) if there is no row or page for it.
+
+        Args:
+            held: The first sequence.
+            share: False copies full pages as well.
         """
-        full = held.length // self.layout.page_tokens
-        open_pages = self.layout.pages_for(held.length) - full
-        if not self._free_rows or open_pages > self.pool.num_free:
+        used = self.layout.pages_for(held.length)
+        full = held.length // self.layout.page_tokens if share else 0
+        if not self._free_rows or used - full > self.pool.num_free:
             return None
         copy = Held(heapq.heappop(self._free_rows), held.pages[:full], held.length)
         self.pool.share(copy.pages)
-        copy.pages = copy.pages + self.pool.take(open_pages)
-        if open_pages:
+        copy.pages = copy.pages + self.pool.take(used - full)
+        if used > full:
+            old, new = (torch.tensor(one.pages[full:used], device=self.lengths.device) for one in (held, copy))
             for states in self._page_tensors():
-                states[copy.pages[full]] = states[held.pages[full]]
+                states[new] = states[old]
         for states in self._row_tensors():
             states[copy.row] = states[held.row]
         self.table.set(copy)

@@ -8,7 +8,15 @@ from tiny import base_config, shake, tokens
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from photon_train import accounting
-from photon_train.inference.baselines import KINDS, cache_bytes, encode, encode_windowed, repeated, window_mask
+from photon_train.inference.baselines import (
+    KINDS,
+    available,
+    cache_bytes,
+    encode,
+    encode_windowed,
+    repeated,
+    window_mask,
+)
 
 WINDOW, SINKS = 6, 2
 
@@ -25,6 +33,8 @@ def dense() -> LlamaForCausalLM:
 @torch.no_grad()
 def test_decoding_from_a_repeated_cache_equals_one_pass(dense, kind, length):
     ids = tokens(1, length + 9)
+    if not available(kind, dense):
+        pytest.skip("this transformers has no fp8 cache")
     mask = window_mask(ids.shape[1], WINDOW, SINKS, ids.device) if kind == "window" else None
     expected = dense(ids, attention_mask=mask).logits[0, length:]
     prompt = ids[:, :length]
@@ -33,12 +43,14 @@ def test_decoding_from_a_repeated_cache_equals_one_pass(dense, kind, length):
     for step in range(9):
         column = ids[:, length + step : length + step + 1].expand(3, 1)
         logits = dense(column, past_key_values=cache).logits
-        torch.testing.assert_close(logits[:, 0], expected[step].expand(3, -1), atol=2e-4, rtol=0)
-    held = {"dynamic": length + 9, "static": length + 9, "window": min(length + 9, WINDOW + SINKS)}[kind]
-    assert cache_bytes(cache) == 3 * accounting.dense_cache_bytes(base_config(), held, 4)
+        # Eight bits with three of mantissa: each key and value is off by up to 1/16.
+        tolerance = 0.3 if kind == "fp8" else 2e-4
+        torch.testing.assert_close(logits[:, 0], expected[step].expand(3, -1), atol=tolerance, rtol=0)
+    held = min(length + 9, WINDOW + SINKS) if kind == "window" else length + 9
+    assert cache_bytes(cache) == 3 * accounting.dense_cache_bytes(base_config(), held, 1 if kind == "fp8" else 4)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ["dynamic", "static", "window"])
 def test_generate_goes_on_from_the_cache(dense, kind):
     prompt = tokens(1, 21)
     filled = encode(dense, prompt[:, :-1])

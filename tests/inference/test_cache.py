@@ -81,13 +81,14 @@ def test_a_page_holds_whole_meta_contexts():
     assert CacheLayout.fit(config, 2**30, 1, 4).page_tokens == 258
 
 
+@pytest.mark.parametrize("share", [True, False])
 @pytest.mark.parametrize("name", SOME)
-def test_a_fork_shares_full_pages_and_is_independent(name):
+def test_a_fork_shares_full_pages_and_is_independent(name, share):
     runner, cache = paged(name)
     ids, more, other = (tokens(1, length, seed=length)[0].tolist() for length in (21, 14, 15))
     held, _ = fed(runner, cache, ids)
-    copy = cache.fork(held)
-    full = held.length // cache.layout.page_tokens
+    copy = cache.fork(held, share)
+    full = held.length // cache.layout.page_tokens if share else 0
     assert copy.pages[:full] == held.pages[:full] and copy.row != held.row
     assert set(copy.pages[full:]).isdisjoint(held.pages[full:])
     shared = cache.used_bytes([held, copy]) - cache.used_bytes([held])

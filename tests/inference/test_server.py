@@ -12,14 +12,15 @@ from pathlib import Path
 
 import httpx
 import pytest
-import uvicorn
-from fastapi.testclient import TestClient
 from tiny import photon_model
 from tiny_tokenizer import word_tokenizer
 
 from photon_train.inference.engine import Engine, EngineSettings
 from photon_train.inference.request import SamplingParams
-from photon_train.inference.server import create_app
+
+uvicorn = pytest.importorskip("uvicorn")
+TestClient = pytest.importorskip("fastapi.testclient").TestClient
+create_app = pytest.importorskip("photon_train.inference.server").create_app
 
 TEMPLATE = (
     "{% for m in messages %}{% if m['role'] == 'tool' %}{{ raise_exception('no tools here') }}{% endif %}"

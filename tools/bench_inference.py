@@ -1,0 +1,381 @@
+"""Decode with PHOTON's engine and with a dense model of the same shapes, in one process, and write the ratios.
+
+python tools/bench_inference.py --profile cpu            # small shapes, a few minutes, ratios only
+python tools/bench_inference.py --profile gpu --shape 1b # Llama-3.2-1B shapes, random weights, bf16
+
+A prompt is encoded once; its cache is copied to every row of the batch (PHOTON: its own pages in each row, except in
+mode `multi-query`, where the continuations share them). On a CPU all systems then decode in turns of a few tokens, so
+that other work on the machine slows them alike; on a GPU each is measured alone, with the whole memory. Before anything
+is timed, every system's logits are compared with one pass over the whole text.
+
+`decode_ratio` is a system's decoded tokens per second over those of the faster dense model with full attention (dynamic
+or static cache, transformers' `generate`, not compiled), the median over the turns; `ratios` has the other figures over
+that model's. `batches` is `equal`, or `best`: the largest power of two of rows that fits (at most 1024). End-to-end
+`tokens_per_s` counts one encoding per row (one in all for `multi-query`) and `new_tokens` of an answer.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import math
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import LlamaForCausalLM
+
+from photon_train.cli import main_wrapper
+from photon_train.errors import PhotonError
+from photon_train.evaluation.benchmark import write_rows
+from photon_train.evaluation.plots import plot_inference
+from photon_train.inference import baselines
+from photon_train.inference.systems import DenseSystem, PhotonSystem, System, copy_bandwidth
+from photon_train.models import PhotonForCausalLM
+from photon_train.pipeline.shapes import SHAPES, dense_shape, photon_shape
+
+FULL = ("dense-dynamic", "dense-static")  # full attention: what ratios refer to
+GIB = 2**30
+
+
+@dataclass(frozen=True)
+class Case:
+    """One measurement: `context` tokens in, `batch` rows (None: each system's best), turns of `steps` tokens."""
+
+    mode: str
+    context: int
+    batch: int | None
+    steps: int
+    turns: int = 3
+
+
+# The lengths of the issue on a GPU; shorter ones of the same kinds on a CPU.
+CASES = {
+    "smoke": [
+        Case("long", 70, None, 1, 1),
+        Case("multi-query", 70, 3, 2, 1),
+        Case("decode-heavy", 33, 1, 1, 1),
+    ],
+    "cpu": [
+        Case("decode-heavy", 128, 8, 8, 2),
+        Case("prefill-heavy", 1024, 8, 4, 2),
+        Case("multi-query", 2048, 9, 4, 2),
+        Case("long", 2048, 1, 16, 2),
+        Case("long", 2048, 8, 4, 2),
+        Case("long", 4096, 8, 4, 2),
+        Case("long", 8192, 8, 4, 2),
+    ],
+    # By context, so that the dense model encodes each once.
+    "gpu": [
+        Case("long", 4096, None, 32),
+        Case("long", 4096, 32, 32),
+        Case("long", 4096, 1, 32),
+        Case("multi-query", 4096, 9, 32),
+        Case("multi-query", 4096, 64, 32),
+        Case("long", 32_768, None, 32),
+        Case("long", 32_768, 8, 32),
+        Case("long", 32_768, 1, 32),
+        Case("long", 131_072, None, 16),
+        Case("long", 131_072, 1, 32),
+        Case("prefill-heavy", 2048, 32, 32),
+        Case("decode-heavy", 128, 32, 32),
+    ],
+}
+NEW_TOKENS = {"prefill-heavy": 128, "decode-heavy": 2048}  # of an answer, for end-to-end figures; else 256
+MOST_ROWS = 1024
+MEMORY_SHARE = 0.9  # of a GPU's, for weights and cache; the rest is for activations
+
+
+class Bench:
+    """What is measured with which weights, and the rows so far."""
+
+    def __init__(self, options: argparse.Namespace, device: torch.device, dtype: torch.dtype) -> None:
+        self.options, self.device, self.dtype = options, device, dtype
+        self.cases = [case for case in CASES[options.profile] if options.only in (None, case.context)]
+        self.began = time.perf_counter()
+        self.measured: list[tuple[Case, dict[str, Any], list[float]]] = []
+        self.record: dict[str, Any] = {"shape": options.shape, "window": options.window, "backend": options.backend}
+        self.record |= {"claims": "absolute and ratios" if device.type == "cuda" else "ratios only"}
+        self.record |= {"order": options.order, "cuda_graphs": options.cuda_graphs, "relative_errors": {}}
+        self.record |= {"copy_bytes_per_s": copy_bandwidth(device), "skipped": []}
+        self.output = options.output or Path(f"benchmarks/inference/{options.profile}-{options.shape}.json")
+
+    # --- systems ---
+
+    def groups(self) -> list[Callable[[], list[System]]]:
+        """Systems that share weights, built when they are asked for; the dense model first."""
+        return [self._dense, *(lambda name=name: [self._photon(name)] for name in self.options.presets)]
+
+    def _dense(self) -> list[System]:
+        config = dense_shape(self.options.shape)
+        model, encoded = self._place(lambda: LlamaForCausalLM(config)), {}
+        kinds = [kind for kind in self.options.dense if baselines.available(kind, model)]
+        settings = (model, self.options.window, encoded, self.options.longest_encoding)
+        return [DenseSystem(kind, *settings) for kind in kinds]
+
+    def _photon(self, name: str) -> System:
+        config = photon_shape(dense_shape(self.options.shape), name, self.options.window)
+        model = self._place(lambda: PhotonForCausalLM(config))
+        model.set_backend(self.options.backend)
+        return PhotonSystem(name, model, self.options.cuda_graphs)
+
+    def _place(self, build: Callable[[], Any]) -> Any:
+        torch.manual_seed(0)
+        default = torch.get_default_dtype()
+        torch.set_default_dtype(self.dtype)
+        try:
+            with torch.device(self.device):
+                model = build().eval()
+        finally:
+            torch.set_default_dtype(default)
+        model.generation_config.eos_token_id = None
+        return model
+
+    def check(self, system: System) -> None:
+        """Compare a system's logits with one pass over the whole text.
+
+        Raises:
+            PhotonError: if they differ by more than rounding.
+        """
+        ids = torch.randint(3, 1000, (1, 310), generator=torch.Generator().manual_seed(1)).to(self.device)
+        self.record["relative_errors"][system.name] = error = system.check(ids, 270)
+        if not error < max(system.tolerance, 5e-2 if self.dtype == torch.bfloat16 else 0.0):
+            raise PhotonError(f"{system.name} computes something else: relative error {error:.2g}")
+        print(f"{system.name}: relative error {error:.1g}", flush=True)
+
+    # --- the two orders ---
+
+    def run_in_turns(self) -> None:
+        """All systems at a time, case by case."""
+        systems = [system for build in self.groups() for system in build()]
+        for system in systems:
+            self.check(system)
+        for case in self.cases:
+            if not self._is_late(case) and case.batch is not None:
+                try:
+                    for row, rates in self._in_turns(case, systems):
+                        self.measured.append((case, row, rates))
+                finally:
+                    self._free(systems)
+                self.write()
+
+    def run_alone(self) -> None:
+        """One system at a time; its cache has the memory that its weights leave."""
+        for build in self.groups():
+            systems = build()
+            for system in systems:
+                self.check(system)
+            for case in self.cases:
+                for system in systems:
+                    if not self._is_late(case, system):
+                        self._run_one(case, system)
+                self.write()
+            del system
+            systems.clear()
+            self._free([])
+
+    def _run_one(self, case: Case, system: System) -> None:
+        row, rates = self._alone(case, system)
+        if row is None:
+            self.record["skipped"].append(vars(case) | {"system": system.name, "reason": "out of memory"})
+        else:
+            self.measured.append((case, row, rates))
+
+    def _is_late(self, case: Case, system: System | None = None) -> bool:
+        if time.perf_counter() - self.began < self.options.budget_seconds:
+            return False
+        name = system and system.name
+        self.record["skipped"].append(vars(case) | {"system": name, "reason": "the time was up"})
+        return True
+
+    def _in_turns(self, case: Case, systems: list[System]) -> Iterator[tuple[dict[str, Any], list[float]]]:
+        first, turns = {}, {system.name: [] for system in systems}
+        for system in systems:
+            first[system.name] = self._prepare(case, system)
+        for _ in range(case.turns):
+            for system in systems:
+                turns[system.name].append(system.decode(steps_of(system, case)))
+        for system in systems:
+            yield self._row(system, case, first[system.name], turns[system.name], None)
+
+    def _alone(self, case: Case, system: System) -> tuple[dict[str, Any] | None, list[float]]:
+        batch = case.batch or self._most_rows(case, system)
+        while batch:
+            try:
+                return self._at_batch(replace(case, batch=batch), system)
+            except torch.cuda.OutOfMemoryError:
+                batch = 0 if case.batch else batch // 2
+            finally:
+                self._free([system])
+        return None, []
+
+    def _at_batch(self, case: Case, system: System) -> tuple[dict[str, Any], list[float]]:
+        seconds = self._prepare(case, system)
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.device)
+        turns = [system.decode(steps_of(system, case)) for _ in range(case.turns)]
+        peak = torch.cuda.max_memory_allocated(self.device) if self.device.type == "cuda" else None
+        return self._row(system, case, seconds, turns, peak)
+
+    def _prepare(self, case: Case, system: System) -> float | None:
+        generator = torch.Generator().manual_seed(case.context)
+        prompt = torch.randint(3, system.model.config.vocab_size, (1, case.context), generator=generator)
+        steps = steps_of(system, case)
+        # On a GPU every part of a step has run twice before its graph is there.
+        warm = max(steps, 2 * system.period) if self.device.type == "cuda" else steps
+        room = steps * case.turns + warm + 1
+        seconds = system.prepare(prompt.to(self.device), case.batch, room, case.mode == "multi-query")
+        system.decode(warm)
+        return seconds
+
+    def _most_rows(self, case: Case, system: System) -> int:
+        memory = torch.cuda.mem_get_info(self.device)[1] if self.device.type == "cuda" else 2**30
+        # A dynamic cache copies a layer when it grows.
+        row = 1.1 * system.bytes_at(case.context + steps_of(system, case) * (case.turns + 2))
+        fitting = int((MEMORY_SHARE * memory - system.weights_bytes()) / row)
+        most = MOST_ROWS if self.device.type == "cuda" else 4
+        return 1 << max(0, min(fitting, most).bit_length() - 1)
+
+    def _free(self, systems: list[System]) -> None:
+        for system in systems:
+            system.close()
+        gc.collect()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    # --- results ---
+
+    def _row(
+        self, system: System, case: Case, first: float | None, turns: list[list[float]], peak: int | None
+    ) -> tuple[dict[str, Any], list[float]]:
+        """A row, and the tokens per second of every turn."""
+        rates = [case.batch * len(steps) / sum(steps) for steps in turns]
+        decode, latencies = statistics.median(rates), sorted(step for steps in turns for step in steps)
+        encodings = first and first * (1 if case.mode == "multi-query" else case.batch)
+        new, kv, weights = NEW_TOKENS.get(case.mode, 256), system.kv_bytes(), system.weights_bytes()
+        per_sequence, photon = system.bytes_at(case.context), isinstance(system, PhotonSystem)
+        # Shared pages are read once or many times, as the hardware's caches have it.
+        shared = case.mode == "multi-query" and photon
+        read = None if shared else system.step_bytes(case.context, case.batch) * decode / case.batch
+        row = {
+            "device": torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "cpu",
+            "mode": case.mode,
+            "context": case.context,
+            "batches": "equal",
+            "batch": case.batch,
+            "system": system.name,
+            "tokens_per_s": encodings and case.batch * new / (encodings + case.batch * new / decode),
+            "new_tokens": new,
+            "decode_tokens_per_s": decode,
+            "ttft_s": first,
+            "inter_token_s_by_phase": by_phase(system, turns) if case.batch == 1 and photon else None,
+            "kv_bytes": kv,
+            "kv_bytes_per_sequence": per_sequence,
+            "kv_growing_bytes_per_token": system.growing_per_token(),
+            "kv_constant_bytes": system.bytes_at(0),
+            "weights_bytes": weights,
+            "peak_bytes": peak,
+            "tpm_kv": decode / (kv / GIB),
+            "tpm_kv_sequence": decode / (per_sequence / GIB),
+            "tpm_total": decode / ((peak or weights + kv) / GIB),
+            "read_bytes_per_s": read,
+            "bandwidth_share": read and read / self.record["copy_bytes_per_s"],
+        }
+        for name, share in (("p50", 0.5), ("p95", 0.95), ("p99", 0.99)):
+            row[f"inter_token_s_{name}"] = latencies[min(len(latencies) - 1, int(share * len(latencies)))]
+        return row, rates
+
+    def rows(self) -> list[dict[str, Any]]:
+        """All rows, with the ratios to the faster dense model of the same case."""
+        found = []
+        for case, row, rates in self.measured:
+            same = [(other, its) for its_case, other, its in self.measured if its_case == case]
+            dense = [pair for pair in same if pair[0]["system"] in FULL]
+            best = max(dense, key=lambda pair: pair[0]["decode_tokens_per_s"], default=None)
+            extra = {"batches": "equal" if case.batch else "best", "decode_ratio": None}
+            found.append(row | extra | (ratios(row, rates, *best) if best else {}))
+        return found
+
+    def write(self) -> None:
+        """Write what there is so far."""
+        write_rows(self.output, self.rows(), **self.record)
+
+
+def ratios(row: dict, rates: list[float], dense: dict, dense_rates: list[float]) -> dict[str, Any]:
+    """A row's figures over those of the dense model."""
+    each = [mine / other for mine, other in zip(rates, dense_rates, strict=True)]
+    names = ("tokens_per_s", "ttft_s", "inter_token_s_p50", "inter_token_s_p99", "kv_bytes_per_sequence")
+    names += ("kv_growing_bytes_per_token", "tpm_kv", "tpm_kv_sequence", "tpm_total")
+    over = {name: row[name] / dense[name] if row[name] is not None and dense[name] else None for name in names}
+    return {"decode_ratio": statistics.median(each), "decode_ratio_min": min(each), "ratios": over}
+
+
+def steps_of(system: System, case: Case) -> int:
+    """Decoding steps of a turn: whole periods, so that every step's work is in it in due proportion."""
+    return math.ceil(case.steps / system.period) * system.period
+
+
+def by_phase(system: PhotonSystem, turns: list[list[float]]) -> list[float]:
+    """Median seconds of a token by its place in the meta-context, of one row; the last place closes all levels."""
+    start, places = system.phase, [[] for _ in range(system.period)]
+    for number, seconds in enumerate(step for turn in turns for step in turn):  # turns are whole periods
+        places[(start + number) % system.period].append(seconds)
+    return [statistics.median(place) for place in places]
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--profile", choices=sorted(CASES), default="cpu", help="which cases, on which device")
+    parser.add_argument("--shape", choices=sorted(SHAPES), default=None, help="default: demo, 1b with profile gpu")
+    parser.add_argument(
+        "--presets",
+        nargs="+",
+        default=["graft-residual", "split", "graft"],
+        help="preset, or preset-conditioning; default: graft-residual split graft",
+    )
+    parser.add_argument("--dense", nargs="*", choices=baselines.KINDS, default=list(baselines.KINDS))
+    parser.add_argument("--window", type=int, default=64, help="window of PHOTON and of the dense window system")
+    parser.add_argument("--backend", default=None, help="default: torch, triton with profile gpu")
+    parser.add_argument("--cuda-graphs", choices=["auto", "off"], default="auto")
+    parser.add_argument("--order", choices=["turns", "alone"], default=None, help="default: turns, alone with gpu")
+    parser.add_argument("--only", type=int, default=None, help="the one context to measure; default: all")
+    parser.add_argument(
+        "--longest-encoding",
+        type=int,
+        default=None,
+        help="fill the dense model's cache at random for prompts of this many tokens (then without ttft_s)",
+    )
+    parser.add_argument("--budget-seconds", type=float, default=280, help="start nothing after this")
+    parser.add_argument(
+        "--output", type=Path, default=None, help="default: benchmarks/inference/<profile>-<shape>.json"
+    )
+    return parser.parse_args()
+
+
+@torch.no_grad()
+def main() -> None:
+    options, gpu = arguments(), False
+    if options.profile == "gpu":
+        gpu = True
+        if not torch.cuda.is_available():
+            raise PhotonError("--profile gpu needs a GPU: use --profile cpu here")
+    options.shape = options.shape or ("1b" if gpu else "demo")
+    options.backend = options.backend or ("triton" if gpu else "torch")
+    options.order = options.order or ("alone" if gpu else "turns")
+    bench = Bench(options, torch.device("cuda" if gpu else "cpu"), torch.bfloat16 if gpu else torch.float32)
+    (bench.run_alone if options.order == "alone" else bench.run_in_turns)()
+    bench.write()
+    rows = bench.rows()
+    for row in rows:
+        ratio = "-" if row["decode_ratio"] is None else f"{row['decode_ratio']:.2f}"
+        print(f"{row['mode']:14} {row['context']:7} x {row['batch']:4} ({row['batches']:5}) {row['system']:16} {ratio}")
+    plot_inference(rows, bench.output.with_suffix(".png"))
+    print(f"{bench.output} ({time.perf_counter() - bench.began:.0f} s)")
+
+
+if __name__ == "__main__":
+    main_wrapper(main)
