@@ -46,6 +46,8 @@ class EngineSettings:
         page_tokens: Tokens of a page; None: 256, rounded up to meta-contexts.
         segment_tokens: Prompt tokens that a sequence is fed at once (rounded up to meta-contexts).
         step_tokens: Prompt tokens fed between two decoding steps, of all sequences together.
+        align_phases: Let a sequence wait, at most S_L - 1 steps, until its chunks close when most others' do. Pays
+            where upper levels hold much of the weights (`split`) and the batch is not yet bound by arithmetic.
         cuda_graphs: Replay decoding steps as CUDA graphs: `auto` on a GPU, or `off`.
     """
 
@@ -56,6 +58,7 @@ class EngineSettings:
     page_tokens: int | None = None
     segment_tokens: int = 512
     step_tokens: int = 2048
+    align_phases: bool = False
     cuda_graphs: str = "auto"
 
     def __post_init__(self) -> None:
@@ -94,7 +97,12 @@ class Engine:
         span = model.config.top_span
         self.segment_tokens = math.ceil(settings.segment_tokens / span) * span
         self.scheduler = Scheduler(
-            self.cache, self.prefixes, settings.max_sequences, self.segment_tokens, settings.step_tokens
+            self.cache,
+            self.prefixes,
+            settings.max_sequences,
+            self.segment_tokens,
+            settings.step_tokens,
+            settings.align_phases,
         )
         graphs = settings.cuda_graphs == "auto" and model.device.type == "cuda"
         self.runner = Runner(model, self.cache, self.static_parts(capture=True) if graphs else None)

@@ -61,11 +61,14 @@ def dense_bound(dense: Any, context: int, batch: int, device: Device, dtype_byte
     return _bound(batch, weights, weights + cache, cache, flops, device)
 
 
-def photon_bound(photon: Any, context: int, batch: int, device: Device, dtype_bytes: int = 2) -> Bound | None:
+def photon_bound(
+    photon: Any, context: int, batch: int, device: Device, dtype_bytes: int = 2, aligned: bool = False
+) -> Bound | None:
     """Bound of a PHOTON model at one batch; None if it does not fit.
 
-    Weights of level l are read in the steps in which some row's chunk closes, a share of ``1 - (1 - 1/S_l) ** batch``
-    of them if rows are not aligned in phase; an encoder's cache once per S_l tokens of a row.
+    Weights of level l are read in the steps in which some row's chunk closes: a share of ``1 - (1 - 1/S_l) ** batch``
+    of them with rows of any phase, ``1/S_l`` if all rows are `aligned`. An encoder's cache is read once per S_l tokens
+    of a row.
     """
     shape = Shape.of(photon.base_config)
     weights = accounting.photon_parameters(photon) * dtype_bytes
@@ -73,7 +76,7 @@ def photon_bound(photon: Any, context: int, batch: int, device: Device, dtype_by
     read_weights, read_cache = float(weights), float(cache.growing + cache.constant)
     for index, level in enumerate(photon.levels):
         span = photon.span(index + 1)
-        idle = (1 - 1 / span) ** batch
+        idle = 1 - 1 / span if aligned else (1 - 1 / span) ** batch
         layers = level["encoder_layers"] + (level["decoder_layers"] if index else 0)
         read_weights -= idle * layers * shape.layer * dtype_bytes
         held = context // span

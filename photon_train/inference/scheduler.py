@@ -7,7 +7,7 @@ copied to main memory bit by bit, so that nothing is lost or computed again (wha
 
 from __future__ import annotations
 
-from collections import deque
+from collections import Counter, deque
 from dataclasses import dataclass, field
 
 import torch
@@ -42,13 +42,22 @@ class Scheduler:
         max_running: Sequences that run at a time.
         segment_tokens: Tokens of a prefill segment; segments end at multiples of it.
         step_tokens: Prompt tokens fed in one step, of all sequences together.
+        align_phases: Whether a sequence waits, at most S_L - 1 steps, until its chunks close when most others' do: the
+            weights of the upper levels are then read in few steps.
     """
 
     def __init__(
-        self, cache: PagedCache, prefixes: PrefixCache, max_running: int, segment_tokens: int, step_tokens: int
+        self,
+        cache: PagedCache,
+        prefixes: PrefixCache,
+        max_running: int,
+        segment_tokens: int,
+        step_tokens: int,
+        align_phases: bool = False,
     ) -> None:
         self.cache, self.prefixes = cache, prefixes
         self.max_running, self.segment_tokens, self.step_tokens = max_running, segment_tokens, step_tokens
+        self.align_phases = align_phases
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []
         self.num_preemptions = 0
@@ -75,6 +84,8 @@ class Scheduler:
         # Preempted after it was chosen: a younger one had to make room for an older one's page.
         plan.decode = [sequence for sequence in plan.decode if sequence.held is not None]
         self._admit(plan)
+        if self.align_phases:
+            plan.decode = self._in_phase(plan.decode)
         left = self.step_tokens
         for sequence in self.running:
             if sequence.in_prefill and left > 0:
@@ -83,6 +94,13 @@ class Scheduler:
                 plan.prefill.append((sequence, min(boundary, len(sequence.prompt)) - length))
                 left -= plan.prefill[-1][1]
         return plan
+
+    def _in_phase(self, sequences: list[Sequence]) -> list[Sequence]:
+        """Those at the most frequent place in the meta-context; the others wait until it has come round to theirs."""
+        span = self.cache.config.top_span
+        phases = Counter(sequence.held.length % span for sequence in sequences)
+        common = phases.most_common(1)
+        return [sequence for sequence in sequences if sequence.held.length % span == common[0][0]]
 
     def _make_room(self, sequence: Sequence) -> bool:
         """Reserve the page of a running sequence's next token; False if it was swapped out."""

@@ -159,6 +159,27 @@ def test_sampling_does_not_depend_on_neighbours_or_preemption():
         assert [answer.tokens for answer in first] == [answer.tokens for answer in second]
 
 
+@pytest.mark.parametrize("name", ["residual-2-decoder", "block-2"])
+def test_aligned_phases_close_chunks_together_and_change_no_token(name):
+    model = quiet(photon_model(name))
+    prompts = prompts_with_common_beginnings(9)
+    params = [SamplingParams(max_new_tokens=20 + index) for index in range(9)]
+    closing, answers = {}, {}
+    for aligned in (False, True):
+        # Room for four of the longest: some give way to others.
+        num_pages = 4 * -(-68 // (2 * model.config.top_span))
+        settings = small_pages(model, num_pages, 8, max_sequences=8, max_prefixes=0, align_phases=aligned)
+        engine, closed = Engine(model, settings=settings), []
+        run = engine.runner.stepper.run
+        engine.runner.stepper.run = lambda part, level, *rest, run=run, closed=closed: (
+            closed.append((part.__name__, level)) or run(part, level, *rest)
+        )
+        answers[aligned] = [answer[0].tokens for answer in engine.generate(prompts, params)]
+        closing[aligned] = closed.count(("_close", model.config.num_levels - 1))
+    assert answers[True] == answers[False]
+    assert closing[True] < 0.7 * closing[False]
+
+
 def test_later_requests_do_not_wait_for_long_prompts():
     """Chunked prefill: a running sequence gets a token in every step while a long prompt is encoded."""
     model = quiet(photon_model("memory-1"))

@@ -73,6 +73,8 @@ def test_levels_are_read_as_often_as_their_chunks_close(system):
     weights = 2 * accounting.photon_parameters(photon)
     assert one.step_bytes == pytest.approx(weights - idle + constant - shared)
     assert many.step_bytes == pytest.approx(weights + 1000 * (constant - shared))
+    aligned = roofline.photon_bound(photon, 0, 1000, device, aligned=True)
+    assert aligned.step_bytes == pytest.approx(weights - idle + 1000 * (constant - shared))
 
 
 def test_predictions_are_written(tmp_path, monkeypatch):
