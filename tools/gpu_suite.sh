@@ -17,16 +17,16 @@ if [ "${1:-}" = --smoke ]; then
 fi
 out=${1:-${OUT:-benchmarks/inference}}
 mkdir -p "$out"
+: >"$out/suite.log"
 failed=0
 
-# step SECONDS NAME COMMAND...: run it within its time; its output goes to NAME.log and, at the end, to the screen.
+# step SECONDS NAME COMMAND...: run it within its time; all it says goes to suite.log, the end of it to the screen.
 step() {
     local seconds=$1 name=$2 began=$SECONDS status
     shift 2
-    timeout --signal=INT --kill-after=10 "$seconds" "$@" >"$out/$name.log" 2>&1
-    status=$?
-    tail -n 15 "$out/$name.log"
-    echo "--- $name: $((SECONDS - began)) s, status $status"
+    timeout --signal=INT --kill-after=10 "$seconds" "$@" 2>&1 | tee -a "$out/suite.log" | tail -n 15
+    status=${PIPESTATUS[0]}
+    echo "--- $name: $((SECONDS - began)) s, status $status" | tee -a "$out/suite.log"
     [ "$status" -eq 0 ] || failed=1
 }
 

@@ -71,3 +71,15 @@ def test_the_suite_for_gpus_asks_for_what_there_is():
             options = set()
         elif word.startswith("--") and options:
             assert word in options, word
+
+
+def test_the_guide_has_the_benchmarks_numbers():
+    text = (TOOLS.parent / "docs" / "inference.md").read_text(encoding="utf-8")
+    results = TOOLS.parent / "benchmarks" / "inference"
+    for row in json.loads((results / "cpu-demo.json").read_text())["rows"]:
+        if row["system"] != "dense-static" and row["batch"] > 1:
+            assert f"| {row['decode_ratio']:.2f} |" in text, row["system"]
+    for row in json.loads((results / "roofline.json").read_text())["rows"]:
+        if (row["device"], row["batches"]) == ("H200", "best") and "aligned" not in row["system"]:
+            shown = f"{row['tokens_per_s']:,.0f}" if row["system"] == "dense" else f"x{row['decode_ratio']:.1f}"
+            assert f"| {shown} |" in text, row["system"]
