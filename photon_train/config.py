@@ -47,9 +47,10 @@ class PhotonSettings:
         num_sinks: First tokens of each sequence that stay visible beside the window.
         branch_layer: Token-decoder layers below the point where the hierarchy reads and writes.
         memory_layers: Token-decoder layers that also attend to completed units (`memory`).
-        choose_layers: How `memory_layers` are chosen: `preset` (every second layer), or `probe`: where far attention
-            is missed most by the dense model on the run's own text.
-        num_memory_layers: Memory layers that the probe chooses; unset takes as many as the preset.
+        choose_layers: How `memory_layers` are chosen where they are unset: `preset` (by their number alone), or
+            `probe`: where far attention is missed most by the dense model on the run's own text. Unset probes where
+            the preset keeps every dense layer and the sequences are longer than the window.
+        num_memory_layers: Memory layers to choose; unset takes as many as the preset.
         memory_level: Level (1 is the lowest) whose units the memory layers attend to.
         memory_pooling: How a unit's key and value are made of its tokens': `mean`, `linear` (a matrix per place), or
             `latent`: packed, and unpacked to a key and value per token where they are read.
@@ -68,7 +69,7 @@ class PhotonSettings:
     num_sinks: int | None = None
     branch_layer: int | None = None
     memory_layers: list[int] | None = None
-    choose_layers: str = "preset"
+    choose_layers: str | None = None
     num_memory_layers: int | None = None
     memory_level: int | None = None
     memory_pooling: str | None = None

@@ -94,8 +94,8 @@ def validate(config: RunConfig) -> None:
             raise PhotonError(f"{key} is {layers}; give each layer once, counted from 0")
     if config.photon.choose_layers == "probe" and config.photon.memory_layers is not None:
         raise PhotonError("photon.memory_layers is set, and photon.choose_layers=probe would choose them: drop one")
-    if config.photon.choose_layers != "probe" and config.photon.num_memory_layers is not None:
-        raise PhotonError("photon.num_memory_layers needs photon.choose_layers=probe: set that, or drop it")
+    if config.photon.memory_layers is not None and config.photon.num_memory_layers is not None:
+        raise PhotonError("photon.memory_layers is set, and photon.num_memory_layers has them chosen: drop one")
     levels, num_levels = config.photon.levels, config.photon.num_levels
     if num_levels is not None and len(levels) > num_levels:
         raise PhotonError(

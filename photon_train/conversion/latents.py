@@ -18,7 +18,6 @@ from dataclasses import dataclass, field
 
 import torch
 
-from photon_train.errors import PhotonError
 from photon_train.models import PhotonForCausalLM
 from photon_train.models.attention_photon import FullSpan, KeyValue
 from photon_train.models.latent_photon import join_heads
@@ -58,14 +57,11 @@ def fit_latents(model: PhotonForCausalLM, batches: Iterable[torch.Tensor]) -> li
 
     Args:
         model: Its token decoder is run at full attention; changed in place.
-        batches: Token ids ``[B, T]``, real text without padding, longer than the window. Take at least as many units as
-            a unit has numbers (S x 2 Hkv D).
+        batches: Token ids ``[B, T]``, real text without padding, twice as long as the window or longer. Take at least
+            as many units as a unit has numbers (S x 2 Hkv D).
 
     Returns:
         Names of the parameters that were set; none for a model without a latent memory.
-
-    Raises:
-        PhotonError: if the text is not longer than the window.
     """
     config = model.config
     if config.memory_pooling != "latent" or not config.memory_layers:
@@ -75,11 +71,6 @@ def fit_latents(model: PhotonForCausalLM, batches: Iterable[torch.Tensor]) -> li
     was_training = model.training
     model.eval()
     for batch in batches:
-        if batch.shape[1] <= config.window + config.top_span:
-            raise PhotonError(
-                f"the latent memory is fitted to text beyond the window: give sequences of more than "
-                f"{config.window + config.top_span} tokens, or set photon.calibrate to false"
-            )
         _measure(model, batch.to(model.device), moments, queries)
     model.train(was_training)
     names = []
@@ -94,13 +85,15 @@ def _measure(model, batch, moments: dict[int, _Moments], queries: dict[int, _Mom
     position = torch.arange(batch.shape[1], device=batch.device)[None]
     rotary = model.model.rotary_emb(embeds, position)
     decoder(decoder.input_scale(embeds), rotary, [recorder] * len(decoder.layers))
-    away = _mean_rotation(model, batch.shape[1])
+    # In text that the window nearly holds, what lies in its first half stands for what lies beyond.
+    begin = min(config.window, batch.shape[1] // 2)
+    away = _mean_rotation(model, begin, batch.shape[1])
     content: dict[int, KeyValue] = {}
     for layer in config.memory_layers:
         query, key, value = recorder.seen[layer]
         content[layer] = (model.model.turn_back(key, position), value)
         # ``[Hkv, D, D]``: second moment of the queries that meet each key head.
-        far = model.model.turn_back(query, position)[:, :, config.window :].unflatten(1, (key.shape[1], -1))
+        far = model.model.turn_back(query, position)[:, :, begin:].unflatten(1, (key.shape[1], -1))
         queries[layer].count += far.shape[0] * far.shape[2] * far.shape[3]
         queries[layer].add("qq", torch.einsum("bhgtd,bhgte->hde", far.float(), far.float()))
     for source, found in moments.items():
@@ -124,9 +117,9 @@ def _units(states: KeyValue, span: int) -> torch.Tensor:
     return joined[:, : count * span].unflatten(1, (count, span)).flatten(2).flatten(0, 1)
 
 
-def _mean_rotation(model: PhotonForCausalLM, length: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Mean cosine and sine over the distances from the window to `length`, ``[D]`` each."""
-    distance = torch.arange(model.config.window, length, device=model.device)[None]
+def _mean_rotation(model: PhotonForCausalLM, begin: int, end: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean cosine and sine over the distances from `begin` to `end`, ``[D]`` each."""
+    distance = torch.arange(begin, end, device=model.device)[None]
     cosine, sine = model.model.rotary_emb(torch.zeros((), device=model.device), distance)
     return cosine[0].mean(0), sine[0].mean(0)
 

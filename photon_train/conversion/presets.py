@@ -7,19 +7,22 @@ Preset choices where the user gives none:
 =============  =================  ==================  ==================  ==================
 layout         stream             stream              stream              block
 conditioning   memory             residual            slots               slots
-levels, C      2, (4, 4)          1, (4)              2, (4, 4)           2, (4, 4)
+levels, C      1, (4)             1, (4)              2, (4, 4)           2, (4, 4)
 slots R        1                  1                   1                   C
 dense layers   all: token         lower + upper:      in order: encoders from the lowest level
                decoder            token decoder;      up, then decoders from the top level down
                                   middle: encoder     (a share of N / 2L each)
-added copies   encoders           none                none                none
+added copies   none               none                none                none
 =============  =================  ==================  ==================  ==================
 
 Stream windows are 256 tokens, or 64 for models of hidden size <= 512 (such as the demo's), and never less than
 the span of the top unit; 4 sinks stay visible. Encoders below the top look back on 64 units, the top one on all.
-`graft`'s level encoders are 1 layer each and N / 8 at the top, copies of the lowest dense layers from `branch_layer`
-upward. Its `memory_layers` are every second layer, which makes the growing KV half of 1 / S_L of the dense
-model's: provisional until the quality study has chosen the layers.
+`graft`'s memory is N / 8 layers with a latent each, one per 4 tokens (8 in models of fewer than 8 layers): 3.1% of the
+dense model's growing KV. What the quality study found best at that size (docs/quality.md). The layers should come
+from a probe of the dense model (`photon.choose_layers`); without one they lie evenly in the upper half.
+
+With another pooling or conditioning, `graft` has 2 levels with C = (4, 4), and level encoders of 1 layer each and N / 8
+at the top, copies of the lowest dense layers from `branch_layer` upward; pooled memory is then in every second layer.
 """
 
 from __future__ import annotations
@@ -30,12 +33,14 @@ from typing import Any
 
 from transformers import PretrainedConfig
 
-from photon_train.config import CONDITIONINGS, MEMORY_POOLINGS, PRESETS, LevelOverrides, PhotonSettings, RunConfig
+from photon_train.config import CONDITIONINGS, PRESETS, LevelOverrides, PhotonSettings, RunConfig
 from photon_train.conversion.families import attention_span, family_of
 from photon_train.errors import PhotonError
 from photon_train.models.configuration_photon import PhotonConfig
 
 CHUNK_SIZE = 4
+POOLING = "latent"
+LATENT_SHARE = 8  # one memory layer in so many
 ENCODER_WINDOW = 64
 NUM_SINKS = 4
 _MEMORY_KEYS = ("memory_layers", "memory_level", "memory_pooling", "memory_latents")
@@ -108,8 +113,10 @@ def _build(dense: PretrainedConfig, settings: RunConfig) -> tuple[PhotonConfig, 
     layout = _choose("photon.layout", photon.layout, preset.layouts, settings.preset)
     allowed = ("slots",) if layout == "block" else preset.conditionings
     conditioning = _choose("photon.conditioning", photon.conditioning, allowed, settings.preset)
-    overrides = _levels(photon, preset, settings.preset)
-    chunks = [_positive(f"photon.levels.{i}.chunk_size", o.chunk_size, CHUNK_SIZE) for i, o in enumerate(overrides)]
+    latent = settings.preset == "graft" and conditioning == "memory" and _pooling(photon) == "latent"
+    overrides = _levels(photon, 1 if latent else preset.levels, settings.preset)
+    chunk_size = 2 * CHUNK_SIZE if latent and dense.num_hidden_layers < LATENT_SHARE else CHUNK_SIZE
+    chunks = [_positive(f"photon.levels.{i}.chunk_size", o.chunk_size, chunk_size) for i, o in enumerate(overrides)]
     span = _product(chunks)
     if span < 2:
         raise PhotonError(
@@ -180,9 +187,13 @@ def _product(values: Sequence[int]) -> int:
     return result
 
 
-def _levels(photon: PhotonSettings, preset: Preset, name: str) -> list[LevelOverrides]:
+def _pooling(photon: PhotonSettings) -> str:
+    return photon.memory_pooling or POOLING
+
+
+def _levels(photon: PhotonSettings, default: int, name: str) -> list[LevelOverrides]:
     """The overrides of every level, those that the user left out included."""
-    count = _positive("photon.num_levels", photon.num_levels, preset.levels)
+    count = _positive("photon.num_levels", photon.num_levels, max(default, len(photon.levels)))
     if name == "hourglass" and count != 1:
         raise PhotonError(f"photon.num_levels={count}: preset hourglass has 1 level; use preset split for more")
     if len(photon.levels) > count:
@@ -225,7 +236,7 @@ def _partition(
                     "tokens; set it to 0"
                 )
     if settings.preset == "graft":
-        return _partition_graft(total, photon, overrides)
+        return _partition_graft(total, photon, overrides, conditioning == "memory" and _pooling(photon) == "latent")
     if settings.preset == "hourglass":
         return _partition_hourglass(total, photon, overrides[0])
     if photon.branch_layer:
@@ -233,7 +244,9 @@ def _partition(
     return 0, _partition_split(total, settings.preset, overrides, conditioning)
 
 
-def _partition_graft(total: int, photon: PhotonSettings, overrides: Sequence[LevelOverrides]) -> tuple[int, LayerMap]:
+def _partition_graft(
+    total: int, photon: PhotonSettings, overrides: Sequence[LevelOverrides], latent: bool
+) -> tuple[int, LayerMap]:
     for index, override in enumerate(overrides):
         kept = total if index == 0 else 0
         if override.decoder_layers not in (None, kept):
@@ -246,6 +259,7 @@ def _partition_graft(total: int, photon: PhotonSettings, overrides: Sequence[Lev
     depths = []
     for index, override in enumerate(overrides):
         default = max(1, total // 8) if index == len(overrides) - 1 else 1
+        default = 0 if latent else default
         depths.append(default if override.encoder_layers is None else override.encoder_layers)
     if sum(depths) > total:
         raise PhotonError(
@@ -360,18 +374,20 @@ def _stream_settings(
             if getattr(photon, key):
                 raise PhotonError(f"photon.{key} needs photon.conditioning=memory: set that, or drop it")
         return result
-    return result | _memory_settings(photon, settings.preset, full, depth, branch, span)
+    return result | _memory_settings(photon, len(layers.encoders), full, depth, branch)
 
 
-def _memory_settings(
-    photon: PhotonSettings, preset: str, full: list[int], depth: int, branch: int, span: int
-) -> dict[str, Any]:
-    count = photon.num_levels or max(_CHOICES[preset].levels, len(photon.levels))
-    memory = photon.memory_layers
+def _memory_settings(photon: PhotonSettings, count: int, full: list[int], depth: int, branch: int) -> dict[str, Any]:
+    pooling, memory = _pooling(photon), photon.memory_layers
     if memory is None:
-        # The upper one of every two layers, or the only one.
-        memory = [layer for layer in range(branch + 1, depth, 2) if layer not in full]
-        memory = memory or [layer for layer in range(branch, depth) if layer not in full]
+        if pooling == "latent":
+            number = max(1, depth // LATENT_SHARE) if photon.num_memory_layers is None else photon.num_memory_layers
+            step = max(1, depth // (2 * number))
+            memory = sorted(range(depth - 1, -1, -step)[:number])
+        else:
+            memory = range(branch + 1, depth, 2)  # the upper one of every two layers
+        memory = [layer for layer in memory if branch <= layer and layer not in full]
+        memory = memory or [layer for layer in range(branch, depth) if layer not in full][-1:]
     _check_layers("photon.memory_layers", memory, depth)
     if not memory:
         raise PhotonError("photon.memory_layers is empty: conditioning memory needs a layer that reads the units")
@@ -389,7 +405,6 @@ def _memory_settings(
         raise PhotonError(
             f"photon.memory_level={level} leaves the levels above it unused: set photon.num_levels={level}"
         )
-    pooling = photon.memory_pooling or MEMORY_POOLINGS[0]
     sources = _memory_sources(photon, memory, pooling)
     levels = [level] * len(memory)
     return {

@@ -21,6 +21,14 @@ _SEQUENCES = 16
 _BATCH = 4
 
 
+def wants_probe(config: RunConfig, planned: PhotonConfig) -> bool:
+    """Whether `photon.choose_layers` asks for a probe, or leaves the choice open and a probe can make it."""
+    if config.photon.choose_layers is not None:
+        return config.photon.choose_layers == "probe"
+    can_choose = config.photon.memory_layers is None and config.preset == "graft" and bool(planned.memory_layers)
+    return can_choose and config.train.seq_len > planned.window + 1
+
+
 def with_layers(config: RunConfig, layers: list[int]) -> RunConfig:
     """`config` with these memory layers."""
     photon = dataclasses.replace(config.photon, memory_layers=layers, choose_layers="preset", num_memory_layers=None)

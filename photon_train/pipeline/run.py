@@ -21,7 +21,7 @@ from photon_train.errors import PhotonError
 from photon_train.files import atomic_write_text, check_can_write
 from photon_train.manifest import verify_manifest
 from photon_train.pipeline.base import TrainingRun, outcome
-from photon_train.pipeline.choose import choose_layers, with_layers
+from photon_train.pipeline.choose import choose_layers, wants_probe, with_layers
 from photon_train.pipeline.prepare import (
     Conversion,
     Text,
@@ -95,7 +95,7 @@ class _ConversionRun(TrainingRun):
             check_can_write(self.start, conversion.plan.num_bytes, "the converted model")
         self.accelerator.wait_for_everyone()
         self.stages.begin(self.config)
-        if self.config.photon.choose_layers == "probe":
+        if wants_probe(self.config, conversion.config):
             self._choose_layers(directory, text)
             conversion = self.conversion
         self._convert(conversion, text)

@@ -250,7 +250,7 @@ def test_calibration_gives_units_the_norm_of_what_they_summarise(dense, tmp_path
     assert medians[0] == pytest.approx(medians[1], rel=0.1)
 
 
-@pytest.mark.parametrize("photon", [{}, {"conditioning": "residual"}])
+@pytest.mark.parametrize("photon", [{"memory_pooling": "mean"}, {"conditioning": "residual"}])
 def test_calibrated_graft_still_is_the_dense_model(dense, tmp_path, photon):
     scales = {}
     run_conversion(
@@ -281,8 +281,8 @@ def test_split_with_memory_is_calibrated_on_the_encoders_states(dense, tmp_path)
 
 def test_calibration_needs_two_units_of_text(dense, tmp_path):
     run_conversion(dense, tmp_path / "photon")
-    with pytest.raises(PhotonError, match="at least 32 tokens"):
-        calibrate(load(tmp_path / "photon"), [torch.zeros(1, 31, dtype=torch.long)])
+    with pytest.raises(PhotonError, match="at least 16 tokens"):
+        calibrate(load(tmp_path / "photon"), [torch.zeros(1, 15, dtype=torch.long)])
 
 
 def test_only_new_tensors_can_be_rewritten(dense, tmp_path):

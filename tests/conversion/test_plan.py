@@ -103,7 +103,7 @@ def test_the_table_of_eighty_layers_fits_a_screen():
     lines = console.export_text().splitlines()
     assert len(lines) < 30
     assert any("0-79" in line and "copy" in line for line in lines)
-    assert any("1, 3 ... 79" in line for line in lines)
+    assert any("43, 47 ... 79" in line for line in lines)
 
 
 def run_operator(name: str, shape, **arguments):

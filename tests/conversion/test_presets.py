@@ -26,8 +26,10 @@ def eight_layers():
 @pytest.mark.parametrize(
     ("settings", "encoders", "decoders"),
     [
-        (run("graft"), ((0,), (1,)), (tuple(range(8)), ())),
-        (run("graft", branch_layer=7), ((6,), (7,)), (tuple(range(8)), ())),
+        (run("graft"), ((),), (tuple(range(8)),)),
+        (run("graft", memory_pooling="mean"), ((0,), (1,)), (tuple(range(8)), ())),
+        (run("graft", memory_pooling="mean", branch_layer=7), ((6,), (7,)), (tuple(range(8)), ())),
+        (run("graft", conditioning="residual"), ((0,), (1,)), (tuple(range(8)), ())),
         (run("hourglass"), ((2, 3, 4, 5),), ((0, 1, 6, 7),)),
         (run("hourglass", branch_layer=1), ((1, 2, 3, 4),), ((0, 5, 6, 7),)),
         (run("split"), ((0, 1), (2, 3)), ((6, 7), (4, 5))),
@@ -56,6 +58,22 @@ def test_a_partition_uses_every_dense_layer_once(preset, total):
 def test_graft_defaults():
     config = photon_config(eight_layers(), run("graft"))
     assert (config.layout, config.conditioning, config.window, config.num_sinks) == ("stream", "memory", 64, 4)
+    assert [(level["chunk_size"], level["encoder_layers"]) for level in config.levels] == [(4, 0)]
+    assert (config.memory_pooling, config.memory_layers, config.memory_sources) == ("latent", [7], [7])
+
+
+@pytest.mark.parametrize(
+    ("total", "layers", "chunk_size"),
+    [(1, [0], 8), (4, [3], 8), (16, [11, 15], 4), (22, [16, 21], 4), (32, [19, 23, 27, 31], 4)],
+)
+def test_latents_of_the_default_take_at_most_a_thirtieth_of_the_dense_cache(total, layers, chunk_size):
+    config = photon_config(dense_config(num_hidden_layers=total), run("graft"))
+    assert (config.memory_layers, config.top_span) == (layers, chunk_size)
+    assert len(layers) / (total * chunk_size) <= 0.032 or total < 4
+
+
+def test_pooled_memory_has_two_levels():
+    config = photon_config(eight_layers(), run("graft", memory_pooling="mean"))
     assert [level["chunk_size"] for level in config.levels] == [4, 4]
     assert [level["encoder_window"] for level in config.levels] == [64, None]
     assert config.memory_layers == [1, 3, 5, 7] and config.memory_levels == [2] * 4
@@ -77,9 +95,8 @@ def test_paper_is_the_papers_architecture():
 
 
 def test_overrides_reach_the_configuration():
-    settings = run(
-        "graft", seq_len=120, levels=[LevelOverrides(chunk_size=6, encoder_window=0)], window=50, num_sinks=0
-    )
+    levels = [LevelOverrides(chunk_size=6, encoder_window=0)]
+    settings = run("graft", seq_len=120, num_levels=2, levels=levels, window=50, num_sinks=0)
     config = photon_config(eight_layers(), settings)
     assert config.levels[0]["chunk_size"] == 6 and config.levels[0]["encoder_window"] is None
     assert (config.window, config.num_sinks, config.top_span) == (50, 0, 24)
@@ -111,11 +128,14 @@ BAD = {
     "hourglass with memory": (run("hourglass", conditioning="memory"), "photon.conditioning='memory'.*residual"),
     "hourglass with two levels": (run("hourglass", num_levels=2), "photon.num_levels=2.*hourglass"),
     "no levels": (run("graft", num_levels=0), "photon.num_levels=0"),
-    "a level too many": (run("graft", levels=[L(), L(), L()]), "photon.levels.2 .*photon.num_levels to 3"),
+    "a level too many": (
+        run("graft", num_levels=2, levels=[L(), L(), L()]),
+        "photon.levels.2 .*photon.num_levels to 3",
+    ),
     "chunks of nothing": (run("graft", levels=[L(chunk_size=0)]), "photon.levels.0.chunk_size=0"),
     "no hierarchy": (run("hourglass", levels=[L(chunk_size=1)]), "photon.levels.0.chunk_size=1"),
-    "sequence between units": (run("graft", seq_len=72), "train.seq_len=72.*16 tokens"),
-    "window too short": (run("graft", window=8), "photon.window=8.*at least 16"),
+    "sequence between units": (run("split", seq_len=72), "train.seq_len=72.*16 tokens"),
+    "window too short": (run("split", window=8), "photon.window=8.*at least 16"),
     "negative sinks": (run("graft", num_sinks=-1), "photon.num_sinks=-1"),
     "slots of nothing": (run("split", levels=[L(num_slots=0)]), "photon.levels.0.num_slots=0"),
     "slots with memory": (run("graft", levels=[L(num_slots=2)]), "photon.levels.0.num_slots.*memory"),
@@ -130,7 +150,7 @@ BAD = {
         run("graft", conditioning="slots", levels=[L(), L(decoder_layers=1)]),
         "photon.levels.1.decoder_layers=1",
     ),
-    "more copies than layers": (run("graft", levels=[L(encoder_layers=8)]), "encoder_layers add up to 9.*8 layers"),
+    "more copies than layers": (run("graft", levels=[L(encoder_layers=9)]), "encoder_layers add up to 9.*8 layers"),
     "hourglass depths": (
         run("hourglass", levels=[L(encoder_layers=4, decoder_layers=5)]),
         "encoder_layers=4 and decoder_layers=5.*8 dense layers",
@@ -157,8 +177,11 @@ BAD = {
     "no memory layer": (run("graft", memory_layers=[]), "photon.memory_layers is empty"),
     "memory and full": (run("graft", memory_layers=[1], full_attention_layers=[1]), r"layers \[1\].*keep one"),
     "full layer outside": (run("graft", full_attention_layers=[9]), "photon.full_attention_layers names layer 9"),
-    "memory level outside": (run("graft", memory_level=3), "photon.memory_level=3.*1...2"),
-    "memory level below the top": (run("graft", memory_level=1), "photon.memory_level=1.*photon.num_levels=1"),
+    "memory level outside": (run("graft", memory_level=3, num_levels=2), "photon.memory_level=3.*1...2"),
+    "memory level below the top": (
+        run("graft", memory_level=1, num_levels=2),
+        "photon.memory_level=1.*photon.num_levels=1",
+    ),
     "memory layers without memory": (
         run("graft", conditioning="residual", memory_layers=[1]),
         "photon.memory_layers needs photon.conditioning=memory",
@@ -185,7 +208,7 @@ def test_settings_that_cannot_be_served_name_their_key(name):
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize(("preset", "total"), [("graft", 1), ("hourglass", 2), ("split", 3), ("paper", 3)])
+@pytest.mark.parametrize(("preset", "total"), [("hourglass", 2), ("split", 3), ("paper", 3)])
 def test_a_model_with_too_few_layers(preset, total):
     with pytest.raises(PhotonError, match=f"{total} (dense )?layers|model has {total}"):
         photon_config(dense_config(num_hidden_layers=total), run(preset))
