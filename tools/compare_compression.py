@@ -103,7 +103,8 @@ def main() -> None:
         photon = PhotonForCausalLM.from_pretrained(directory, dtype="auto").eval()
         size = cache_bytes(photon.config, options.prefix)
         budgets.add(size.growing + size.constant)
-        add(directory.parent.name, size.growing + size.constant, partial(continuation_loss, photon))
+        name = f"{directory.parent.name}/{directory.name}"
+        add(name, size.growing + size.constant, partial(continuation_loss, photon))
     for budget in sorted(budgets):
         for name in PRESSES:
             eager = name == "ObservedAttentionPress"  # it reads the attention weights

@@ -208,6 +208,10 @@ def main() -> None:
             save = options.save and options.save / f"{len(rows):02d}-{plan['plan']}-{seed}"
             row = {"key": key, **run_plan(study, plan, settings_of(plan, common, seed), save)}
             rows.append(row)
+            for each in rows:
+                is_dense = each["plan"] in ("dense", "dense-finetuned")
+                window = each["config"].get("photon.window", common.get("photon.window"))
+                each.setdefault("window", None if is_dense else window)
             add_recovered(rows)
             recipe = json.loads((options.dense / STUDY_FILE).read_text(encoding="utf-8"))
             write_rows(options.output, rows, dense=recipe, all=common)

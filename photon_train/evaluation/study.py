@@ -29,20 +29,31 @@ def add_recovered(rows: list[dict[str, Any]]) -> None:
     """Add the share of the window's loss that each row wins back, where the rows that define it are there.
 
     ``(window - row) / (window - dense)``, with `dense-window` and `dense-finetuned` trained alike: on the same number
-    of tokens (for a row that was not trained, on none: `dense` and the untrained window), averaged over their seeds.
+    of tokens (for a row that was not trained, on none: `dense` and the untrained window), averaged over their seeds;
+    of several windows, the one next to the row's `window`.
     `recovered` is on text beyond the window, `recovered_repeated` on periodic text; None where the window costs less
     than 0.005 nats, which says nothing.
     """
     for share, column in _RECOVERED.items():
         for row in rows:
-            window = _mean(rows, "dense-window", column, row["tokens"])
-            dense = _mean(rows, "dense-finetuned" if row["tokens"] else "dense", column, row["tokens"])
+            alike = [other for other in rows if other["tokens"] == row["tokens"]]
+            window = _mean(_nearest(alike, row.get("window")), "dense-window", column)
+            dense = _mean(alike, "dense-finetuned" if row["tokens"] else "dense", column)
             known = window is not None and dense is not None and window - dense >= 0.005
             row[share] = (window - row[column]) / (window - dense) if known else None
 
 
-def _mean(rows: list[dict[str, Any]], plan: str, column: str, tokens: int) -> float | None:
-    values = [row[column] for row in rows if row["plan"] == plan and row["tokens"] == tokens]
+def _nearest(rows: list[dict[str, Any]], window: int | None) -> list[dict[str, Any]]:
+    """The rows of `dense-window` whose window differs least from `window` (all where it is not known)."""
+    found = [row for row in rows if row["plan"] == "dense-window"]
+    if window is None or not found or any(row.get("window") is None for row in found):
+        return found
+    least = min(abs(row["window"] - window) for row in found)
+    return [row for row in found if abs(row["window"] - window) == least]
+
+
+def _mean(rows: list[dict[str, Any]], plan: str, column: str) -> float | None:
+    values = [row[column] for row in rows if row["plan"] == plan]
     return sum(values) / len(values) if values else None
 
 

@@ -128,6 +128,11 @@ def test_recovered_share_uses_rows_trained_alike() -> None:
     assert rows[2]["recovered"] == pytest.approx(1.0)
     lines = markdown_table(rows).splitlines()
     assert len(lines) == 2 + 6 and any("3.3000 ± 0.1000" in line for line in lines)
+    wide = [{**row("dense-window", 3.1, 10), "window": 130}, {**row("graft", 3.0, 10), "window": 128}]
+    narrow = [{**each, "window": 64} for each in rows]
+    add_recovered([*narrow, *wide])
+    assert narrow[-2]["recovered"] == pytest.approx((3.3 - 3.0) / (3.3 - 2.9))
+    assert wide[1]["recovered"] == pytest.approx((3.1 - 3.0) / (3.1 - 2.9))
     alone = [row("graft", 3.0, 10)]
     add_recovered(alone)
     assert alone[0]["recovered"] is None and markdown_table(alone)
