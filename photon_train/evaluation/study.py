@@ -44,12 +44,12 @@ def add_recovered(rows: list[dict[str, Any]]) -> None:
 
 
 def _nearest(rows: list[dict[str, Any]], window: int | None) -> list[dict[str, Any]]:
-    """The rows of `dense-window` whose window differs least from `window` (all where it is not known)."""
+    """The rows of `dense-window` whose window differs least from `window`, a quarter at most (all if it is unknown)."""
     found = [row for row in rows if row["plan"] == "dense-window"]
     if window is None or not found or any(row.get("window") is None for row in found):
         return found
     least = min(abs(row["window"] - window) for row in found)
-    return [row for row in found if abs(row["window"] - window) == least]
+    return [row for row in found if abs(row["window"] - window) == least <= window / 4]
 
 
 def _mean(rows: list[dict[str, Any]], plan: str, column: str) -> float | None:

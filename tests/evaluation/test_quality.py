@@ -133,6 +133,8 @@ def test_recovered_share_uses_rows_trained_alike() -> None:
     add_recovered([*narrow, *wide])
     assert narrow[-2]["recovered"] == pytest.approx((3.3 - 3.0) / (3.3 - 2.9))
     assert wide[1]["recovered"] == pytest.approx((3.1 - 3.0) / (3.1 - 2.9))
+    add_recovered([*narrow, wide[1]])
+    assert wide[1]["recovered"] is None
     alone = [row("graft", 3.0, 10)]
     add_recovered(alone)
     assert alone[0]["recovered"] is None and markdown_table(alone)
