@@ -98,6 +98,8 @@ def settings_of(plan: dict[str, Any], common: dict[str, Any], seed: int) -> RunC
         options = {**WINDOW_ONLY, **options}
     elif not plan["plan"].startswith("dense"):
         options = {"preset": plan["plan"], **options}
+    if plan["plan"] == "paper":  # isolated chunks have no window
+        common = {key: value for key, value in common.items() if key != "photon.window"}
     merged = {**common, **options, "seed": seed, "tracking.tracker": "none", "train.eval_sequences": 1}
     merged |= {"train.eval_every": 0, "train.save_every": 0}
     texts = {key: value if isinstance(value, str) else json.dumps(value) for key, value in merged.items()}
@@ -209,9 +211,9 @@ def main() -> None:
             row = {"key": key, **run_plan(study, plan, settings_of(plan, common, seed), save)}
             rows.append(row)
             for each in rows:
-                is_dense = each["plan"] in ("dense", "dense-finetuned")
+                unlimited = each["plan"] in ("dense", "dense-finetuned", "paper")
                 window = each["config"].get("photon.window", common.get("photon.window"))
-                each.setdefault("window", None if is_dense else window)
+                each.setdefault("window", None if unlimited else window)
             add_recovered(rows)
             recipe = json.loads((options.dense / STUDY_FILE).read_text(encoding="utf-8"))
             write_rows(options.output, rows, dense=recipe, all=common)

@@ -81,7 +81,7 @@ def test_the_output_directory_holds_every_stage(run):
         verify_manifest(output / stage)
     assert list((output / "checkpoints" / "photon").iterdir()) and list(output.glob("wandb/offline-run-*/*.wandb"))
     assert (output / "losses.png").read_bytes().startswith(b"\x89PNG")
-    assert set(report["seconds"]) == {"convert", "dense", "photon", "sample"}
+    assert set(report["seconds"]) == {"probe", "convert", "dense", "photon", "sample"}
 
 
 @pytest.mark.distributed
