@@ -12,6 +12,7 @@ is read; without one, two processes share the CPU and torch's profiler counts th
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import os
 import subprocess
@@ -176,6 +177,9 @@ def measure(point: Point, output: Path, accelerator: Accelerator | None = None) 
     photon, setup = estimated(point, processes)
     estimate = training_memory(photon, setup)
     texts = [random_text(count, point.seq_len, photon.vocab_size) for count in (3 * point.batch_size * processes, 1)]
+    # What the point before has left would be counted as released here.
+    accelerator.free_memory()
+    gc.collect()
     with PeakMemory(accelerator.device) as memory:
         model = add_lora(PhotonForCausalLM(photon).to(getattr(torch, point.weights)), config.lora)
 

@@ -14,7 +14,8 @@ class PeakMemory:
     On a GPU these are the caching allocator's (`torch.cuda.max_memory_allocated`). On a CPU torch keeps no such count:
     its profiler reports every allocation and release of the CPU allocator, temporary buffers inside of operators and
     those of DeepSpeed included; they are summed from the beginning of the context on. So enter it before the model is
-    made. Python, the libraries' code, tensors mapped from files and fragmentation do not count.
+    made, and not while an earlier context's tensors wait to be released. Python, the libraries' code, tensors mapped
+    from files and fragmentation do not count.
 
     Attributes:
         peak: Highest sum of live bytes between `start` and `stop`.
