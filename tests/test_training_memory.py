@@ -14,7 +14,7 @@ from tiny_dense import dense_config
 from photon_train import accounting
 from photon_train.accounting import TrainingSetup, find_fit, training_memory
 from photon_train.accounting.fit import USABLE
-from photon_train.config import RunConfig
+from photon_train.config import PhotonSettings, RunConfig
 from photon_train.conversion import presets
 from photon_train.errors import PhotonError
 from photon_train.pipeline.prepare import estimate_training, training_setup
@@ -28,7 +28,7 @@ LARGE = {"hidden_size": 2048, "intermediate_size": 8192, "num_attention_heads": 
 def large_graft():
     """About 1.5 billion parameters."""
     dense = dense_config(num_hidden_layers=16, vocab_size=128256, head_dim=64, tie_word_embeddings=True, **LARGE)
-    return presets.photon_config(dense, RunConfig())
+    return presets.photon_config(dense, RunConfig(photon=PhotonSettings(memory_pooling="mean")))
 
 
 @pytest.fixture(scope="module")
@@ -58,6 +58,13 @@ def test_the_chunk_of_logits_is_the_loss_function_s():
     from photon_train.accounting.memory import LOGIT_CHUNK
 
     assert LOGIT_CHUNK == heads.CHUNK_ELEMENTS
+
+
+def test_the_piece_of_queries_is_the_attention_s():
+    from photon_train.accounting.memory import QUERY_PIECE
+    from photon_train.models.attention_photon import PIECE
+
+    assert QUERY_PIECE == PIECE
 
 
 # --- parts ---
