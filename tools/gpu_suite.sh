@@ -38,7 +38,7 @@ if [ -n "$smoke" ]; then
 else
     nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv
     step 20 environment "$python" tools/environment.py --json
-    step 70 tests "$python" -m pytest -q -m gpu tests/kernels tests/inference
+    step 85 tests "$python" -m pytest -q -m gpu tests/kernels tests/inference tests/models
     step 70 kernels "$python" tools/bench_kernels.py --budget-seconds 45 --output "$out/kernels.json"
     step 140 decode-1b "$python" tools/bench_inference.py --profile gpu --shape 1b --budget-seconds 120 \
         --longest-encoding 32768 --output "$out/gpu-1b.json"
