@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -52,6 +53,15 @@ def test_a_measured_step_takes_what_the_formula_says(tool, changes, tmp_path, mo
     )
     row = tool.measure(tool.Point(**{"shape": "tiny", "zero_stage": 0, "seq_len": 1024, **changes}), tmp_path)
     assert row["predicted_bytes"] == pytest.approx(row["measured_bytes"], rel=0.15)
+
+
+def test_the_published_points_are_within_the_promise(tool):
+    """Of the committed measurement, computed anew with today's formula."""
+    rows = json.loads((ROOT / "benchmarks" / "training" / "memory.json").read_text())["rows"]
+    assert len({(row["shape"], row["zero_stage"], row["seq_len"]) for row in rows}) >= 6
+    assert {row["zero_stage"] for row in rows} == {0, 2, 3}
+    for row in map(tool.estimated_again, rows):
+        assert row["predicted_bytes"] == pytest.approx(row["measured_bytes"], rel=0.15), row
 
 
 def test_the_chunk_of_logits_is_the_loss_function_s():

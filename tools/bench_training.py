@@ -244,6 +244,7 @@ def main() -> None:
             rows.append(row)
             print(json.dumps(row), flush=True)
         shape = {"name": options.shape, **SHAPES[options.shape], "window": photon.window, "sinks": photon.num_sinks}
+        shape |= {"memory_layers": photon.memory_layers, "memory_pooling": photon.memory_pooling}
         write_rows(options.output, rows, shape=shape, lora=dataclasses.asdict(run.lora), checks=checks)
     plot_training(rows, options.output.with_suffix(".png"))
 

@@ -19,7 +19,7 @@ import subprocess
 import sys
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -34,7 +34,7 @@ from photon_train.config import DistillSettings, LoraSettings, RunConfig, Tracki
 from photon_train.conversion.presets import photon_config
 from photon_train.data.packing import PackedDataset
 from photon_train.errors import PhotonError
-from photon_train.evaluation.benchmark import write_rows
+from photon_train.evaluation.benchmark import read_rows, write_rows
 from photon_train.evaluation.peak_memory import PeakMemory
 from photon_train.models import PhotonConfig, PhotonForCausalLM
 from photon_train.pipeline.prepare import training_setup
@@ -163,6 +163,15 @@ def estimated(point: Point, processes: int) -> tuple[PhotonConfig, TrainingSetup
     return photon_config(dense, config), training_setup(config, processes, weight_bytes, point.precision)
 
 
+def estimated_again(row: dict[str, Any]) -> dict[str, Any]:
+    """A measured row with today's estimate."""
+    point = Point(**{field.name: row[field.name] for field in fields(Point)})
+    photon, setup = estimated(point, row["processes"])
+    estimate = training_memory(photon, replace(setup, zero_stage=point.zero_stage))
+    ratio = estimate.device / row["measured_bytes"]
+    return {**row, "predicted_bytes": estimate.device, "ratio": ratio, "parts": asdict(estimate)}
+
+
 def measure(point: Point, output: Path, accelerator: Accelerator | None = None) -> dict[str, Any]:
     """Train for three steps in this process (and those beside it): the peak of the second, and the estimate.
 
@@ -228,6 +237,7 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, required=True, help="JSON to write")
     parser.add_argument("--jobs", type=int, default=1, help="launches side by side (nothing is timed); on a GPU take 1")
+    parser.add_argument("--estimate-only", action="store_true", help="keep what --output measured, estimate it anew")
     parser.add_argument("--points", help=argparse.SUPPRESS)  # how this program starts itself
     return parser.parse_args()
 
@@ -241,6 +251,9 @@ def main() -> None:
         rows = [measure(point, folder / str(number), accelerator) for number, point in enumerate(points)]
         if os.environ.get("RANK", "0") == "0":
             options.output.write_text(json.dumps(rows), encoding="utf-8")
+        return
+    if options.estimate_only:
+        write_rows(options.output, [estimated_again(row) for row in read_rows(options.output)])
         return
     rows = []
     device = "cuda" if torch.cuda.is_available() else "cpu"
