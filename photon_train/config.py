@@ -136,7 +136,8 @@ class TrainSettings:
         batch_size: Sequences per process and micro-step.
         gradient_accumulation_steps: Micro-steps per optimiser step.
         learning_rate: Peak learning rate of the LoRA parameters.
-        new_modules_learning_rate: Peak learning rate of the modules trained in full.
+        new_modules_learning_rate: Peak learning rate of the modules trained in full. A latent memory starts from fitted
+            matrices, which a high rate destroys; the wider the model, the lower.
         weight_decay: AdamW weight decay (matrices only).
         warmup_steps: Linear warm-up steps; a cosine to 10% follows.
         freeze_base_steps: Steps at the start in which the new modules learn alone; the rest of the model then begins
@@ -166,7 +167,7 @@ class TrainSettings:
     batch_size: int = 4
     gradient_accumulation_steps: int = 1
     learning_rate: float = 2e-4
-    new_modules_learning_rate: float = 1e-3
+    new_modules_learning_rate: float = 1e-4
     weight_decay: float = 0.0
     warmup_steps: int = 20
     freeze_base_steps: int = 0
