@@ -107,7 +107,6 @@ def _measure(model, batch, moments: dict[int, _Moments], queries: dict[int, _Mom
                 y = _units((_turn(key, away), value), config.span(config.source_levels[source]))
                 found.add(("y", layer), y.sum(0))
                 found.add(("xy", layer), x.T @ y)
-                found.add(("yy", layer), y.pow(2).sum(0))
 
 
 def _units(states: KeyValue, span: int) -> torch.Tensor:

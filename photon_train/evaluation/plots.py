@@ -15,12 +15,9 @@ def plot_losses(metrics: Path, output: Path) -> None:
         output: PNG to write; it appears when it is complete.
     """
     # matplotlib picks a window system where there is one unless it is asked for a canvas alone.
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     records = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
-    figure = Figure(figsize=(8, 4.5), layout="constrained")
-    axes = FigureCanvasAgg(figure).figure.subplots()
+    figure = _figure(8, 4.5)
+    axes = figure.subplots()
     for index, name in enumerate(dict.fromkeys(record["name"] for record in records)):
         for key, style in (("train/loss", {"alpha": 0.4}), ("eval/ce", {"marker": "o"})):
             points = [(r["step"], r[key]) for r in records if r["name"] == name and key in r]
@@ -41,11 +38,8 @@ def plot_quality(rows: list[dict[str, Any]], output: Path) -> None:
         rows: Of `tools/compare_plans.py`.
         output: PNG to write; it appears when it is complete.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(12, 5), layout="constrained")
-    left, right = FigureCanvasAgg(figure).figure.subplots(1, 2)
+    figure = _figure(12, 5)
+    left, right = figure.subplots(1, 2)
     for axes, column, label in (
         (left, "recovered_repeated", "recovered share of the window's loss, repeated text"),
         (right, "ce_beyond_window", "cross-entropy beyond the window (nats)"),
@@ -70,15 +64,12 @@ def plot_budget(rows: list[dict[str, Any]], output: Path) -> None:
         rows: Of `tools/compare_plans.py`.
         output: PNG to write; nothing is written if every name has one budget.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     lines = {name: [row for row in rows if row["name"] == name and row["tokens"]] for name in {r["name"] for r in rows}}
     lines = {name: found for name, found in sorted(lines.items()) if len({row["tokens"] for row in found}) > 1}
     if not lines:
         return
-    figure = Figure(figsize=(12, 5), layout="constrained")
-    left, right = FigureCanvasAgg(figure).figure.subplots(1, 2)
+    figure = _figure(12, 5)
+    left, right = figure.subplots(1, 2)
     for axes, column, label in (
         (left, "ce_repeated", "cross-entropy on repeated text (nats)"),
         (right, "ce_beyond_window", "cross-entropy beyond the window (nats)"),
@@ -101,11 +92,8 @@ def plot_training(rows: list[dict[str, Any]], output: Path) -> None:
         rows: Of `tools/bench_training.py`.
         output: PNG to write; it appears when it is complete.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(10, 4.5), layout="constrained")
-    panels = FigureCanvasAgg(figure).figure.subplots(1, 2)
+    figure = _figure(10, 4.5)
+    panels = figure.subplots(1, 2)
     columns = (("tokens_per_s", 1, "tokens/s"), ("peak_bytes", 2**20, "peak memory (MiB)"))
     for axes, (column, unit, label) in zip(panels, columns, strict=True):
         for name in dict.fromkeys(row["system"] for row in rows):
@@ -130,13 +118,10 @@ def plot_inference(rows: list[dict[str, Any]], output: Path) -> None:
         rows: Of `tools/bench_inference.py`.
         output: PNG to write; it appears when it is complete.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     shown = [row for row in rows if row["decode_ratio"] and row["mode"] != "multi-query" and row["batch"] > 1]
     shown.sort(key=lambda row: (row["batches"] == "best", row["batch"]))
-    figure = Figure(figsize=(7, 4.5), layout="constrained")
-    axes = FigureCanvasAgg(figure).figure.subplots()
+    figure = _figure(7, 4.5)
+    axes = figure.subplots()
     for index, name in enumerate(dict.fromkeys(row["system"] for row in rows)):
         points = {row["context"]: row["decode_ratio"] for row in shown if row["system"] == name}
         contexts = sorted(points)
@@ -150,6 +135,14 @@ def plot_inference(rows: list[dict[str, Any]], output: Path) -> None:
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8)
     _save(figure, output)
+
+
+def _figure(width: float, height: float) -> Any:
+    """An empty figure, in inches, that is drawn without a display."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    return FigureCanvasAgg(Figure(figsize=(width, height), layout="constrained")).figure
 
 
 def _save(figure: Any, output: Path) -> None:
