@@ -14,7 +14,6 @@ def plot_losses(metrics: Path, output: Path) -> None:
         metrics: `metrics.jsonl` of the run.
         output: PNG to write; it appears when it is complete.
     """
-    # matplotlib picks a window system where there is one unless it is asked for a canvas alone.
     records = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
     figure = _figure(8, 4.5)
     axes = figure.subplots()
@@ -139,6 +138,7 @@ def plot_inference(rows: list[dict[str, Any]], output: Path) -> None:
 
 def _figure(width: float, height: float) -> Any:
     """An empty figure, in inches, that is drawn without a display."""
+    # matplotlib picks a window system where there is one unless it is asked for a canvas alone.
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
