@@ -238,5 +238,5 @@ def test_an_offline_run_logs_the_artifact_too(converted, tmp_path, text):
     stages = json.loads((tmp_path / "out" / "stages.json").read_text())
     assert stages["done"]["artifact"]["name"] == "photon-export"
     (identity,) = json.loads((tmp_path / "out" / "tracking.json").read_text()).values()
-    runs = sorted((tmp_path / "out" / "wandb").glob(f"offline-run-*-{identity}/run-*.wandb"))
+    runs = sorted((tmp_path / "out" / "wandb").glob(f"offline-run-*-{identity}*/run-*.wandb"))
     assert any(b"photon-export" in path.read_bytes() for path in runs)
