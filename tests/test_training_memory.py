@@ -70,13 +70,6 @@ def test_the_chunk_of_logits_is_the_loss_function_s():
     assert LOGIT_CHUNK == heads.CHUNK_ELEMENTS
 
 
-def test_the_piece_of_queries_is_the_attention_s():
-    from photon_train.accounting.memory import QUERY_PIECE
-    from photon_train.models.attention_photon import PIECE
-
-    assert QUERY_PIECE == PIECE
-
-
 # --- parts ---
 
 

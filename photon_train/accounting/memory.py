@@ -19,7 +19,6 @@ from photon_train.accounting.model import (
 )
 
 ZERO_STAGES = (0, 1, 2, 3)
-QUERY_PIECE = 2048  # queries that a band takes at a time (`photon_train.models.attention_photon`)
 # Elements of the logits that a loss takes at a time (`photon_train.training.heads`).
 LOGIT_CHUNK = 2**24
 # Bytes per element of a chunk's logits in the backward pass: log-probabilities, their gradient and the logits', fp32.
@@ -172,16 +171,17 @@ def _cast_weights(photon: Any, setup: TrainingSetup) -> tuple[int, int]:
     return 2 * photon.num_layers * shape.layer_matrices, 2 * (shape.vocab * shape.hidden + trained * bool(setup.rank))
 
 
-def _unpacked_bytes(photon: Any, setup: TrainingSetup) -> int:
-    """Bytes of the keys and values (of double width) that a latent memory layer gathers for a piece of its queries,
-    and of their gradients: every token before, for each of the piece's blocks."""
-    if photon.memory_pooling != "latent" or not photon.memory_layers:
-        return 0
-    block = photon.window + photon.window_alignment - 1
-    blocks = min(max(1, QUERY_PIECE // block), -(-setup.seq_len // block))
-    gathered = blocks * (2 * block + photon.num_sinks + setup.seq_len)
-    sequences = setup.tokens // setup.seq_len
-    return 2 * sequences * gathered * 2 * Shape.of(photon.base_config).kv * setup.compute_bytes
+def _latent_bytes(photon: Any, setup: TrainingSetup) -> float:
+    """Bytes that a latent memory layer keeps per position beside what every layer keeps.
+
+    Keys and values near each block are gathered: twice a block and the sinks for each of its positions; those of the
+    far tokens are unpacked once, from latents that were packed from the unrotated ones. Queries are kept rotated by
+    block, and unrotated.
+    """
+    shape, block = Shape.of(photon.base_config), photon.window + photon.window_alignment - 1
+    gathered = (2 * block + photon.num_sinks) / block
+    queries = shape.linears["q_proj"][0]
+    return setup.compute_bytes * (shape.kv * (gathered + 2) + 2 * queries)
 
 
 def activation_bytes(photon: Any, setup: TrainingSetup) -> int:
@@ -204,13 +204,15 @@ def activation_bytes(photon: Any, setup: TrainingSetup) -> int:
     positions, layer = tokens * layer_positions(photon), _layer_bytes(photon, setup)
     widest = tokens * widest_positions(photon)
     backward = widest * (3 * inner * compute + 2 * hidden * stream)
-    backward += _unpacked_bytes(photon, setup)
+    latents = len(photon.memory_layers) if photon.memory_pooling == "latent" else 0
+    latent = tokens * _latent_bytes(photon, setup)
     if setup.gradient_checkpointing:
         kept += positions * hidden * stream
+        backward += min(latents, 1) * latent
         shared = 4 * hidden if stream == 4 else 0  # the layer's input is the first norm's
         backward += widest * (layer - shared) + cast_layers // photon.num_layers
     else:
-        kept += positions * layer + cast_layers
+        kept += positions * layer + latents * latent + cast_layers
     return int(kept + cast_others + max(head, backward))
 
 

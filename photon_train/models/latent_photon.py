@@ -20,8 +20,9 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import PretrainedConfig
 
-from .attention_photon import BandSpan, KeyValue
+from .attention_photon import PIECE, BandSpan, KeyValue
 from .flex_photon import NEVER
+from .merged_photon import TwoParts, merged_attention
 
 
 def kv_shape(base_config: PretrainedConfig) -> tuple[int, int]:
@@ -175,9 +176,29 @@ class LatentSpan(BandSpan):
             self._latents[layer] = self.pack(layer, key, value)
             if self.recorded_units is not None:
                 self.recorded_units[layer] = self._latents[layer]
-        far = widen_far(*self.unpack(layer, self._latents[source]))
-        near = widen_near(query, self.turn_back(query), key, value)
-        return self._attend_pieces(*near, scale, dropout, far)[..., : query.shape[-1]]
+        far, content = self.unpack(layer, self._latents[source]), self.turn_back(query)
+        near = widen_near(query, content, key, value)
+        if dropout or self._is_fused(*near[:2], dropout):
+            return self._attend_pieces(*near, scale, dropout, widen_far(*far))[..., : query.shape[-1]]
+        return self._attend_merged(query, content, key, value, scale, *far)
+
+    def _attend_merged(self, query, content, key, value, scale, far_keys, far_values):
+        """The far keys are unpacked once and copied for no block (`merged_photon`)."""
+        seen = (self._starts.flatten()[: query.shape[2]] // self.unit_span * self.unit_span).cpu()
+        sinks = [None, None] if self.sinks is None else [key[:, :, self.sinks], value[:, :, self.sinks]]
+        per_piece, outputs = max(1, PIECE // self.block), []
+        for first in range(0, self.num_blocks, per_piece):
+            blocks, start = slice(first, first + per_piece), first * self.block
+            rows = slice(start, start + per_piece * self.block)
+            before = [side[:, :, start - self.block : start] if start else None for side in (key, value)]
+            near = [
+                self._gather(side[:, :, rows], previous, sink, None)
+                for side, previous, sink in zip((key, value), before, sinks, strict=True)
+            ]
+            parts = TwoParts(self.mask[blocks], seen[rows], 0 if self.sinks is None else len(self.sinks), scale)
+            far = (content[:, :, rows], far_keys, far_values)
+            outputs.append(merged_attention((parts.fold(query[:, :, rows]), *near), far, parts))
+        return torch.cat(outputs, dim=2)
 
     @cached_property
     def _visible(self) -> list[int]:
