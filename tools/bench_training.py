@@ -29,7 +29,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from photon_train.accounting import dense_flops, photon_flops
 from photon_train.cli import main_wrapper
-from photon_train.config import LoraSettings, RunConfig, TrainSettings
+from photon_train.config import MEMORY_POOLINGS, LoraSettings, PhotonSettings, RunConfig, TrainSettings
 from photon_train.conversion.presets import photon_config
 from photon_train.data.pretrain import fast_dtype
 from photon_train.errors import PhotonError
@@ -37,6 +37,7 @@ from photon_train.evaluation.benchmark import write_rows
 from photon_train.evaluation.peak_memory import PeakMemory
 from photon_train.evaluation.plots import plot_training
 from photon_train.models import PhotonForCausalLM
+from photon_train.pipeline import shapes
 from photon_train.training.loop import enable_checkpointing
 from photon_train.training.lora import add_lora, parameter_groups
 from photon_train.training.losses import TrainingObjective
@@ -50,16 +51,7 @@ SHAPES = {
         "num_key_value_heads": 1,
         "vocab_size": 1024,
     },
-    "llama-1b": {
-        "hidden_size": 2048,
-        "intermediate_size": 8192,
-        "num_hidden_layers": 16,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 8,
-        "head_dim": 64,
-        "vocab_size": 128256,
-        "tie_word_embeddings": True,
-    },
+    "llama-1b": shapes.SHAPES["1b"],
 }
 CONTEXTS = (1024, 2048, 4096, 8192, 16384, 32768)
 SYSTEMS = ("dense", "photon")
@@ -75,6 +67,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--batch-size", type=int, default=1)
     parser.add_argument("--turns", type=int, default=5, help="timed steps of each model at the shortest context")
     parser.add_argument("--gradient-checkpointing", action="store_true")
+    parser.add_argument("--memory-pooling", choices=MEMORY_POOLINGS, default=None, help="default: the preset's")
     return parser.parse_args()
 
 
@@ -197,10 +190,12 @@ def main() -> None:
     options = arguments()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.set_num_threads(1)
-    config = LlamaConfig(**SHAPES[options.shape], max_position_embeddings=max(options.contexts))
-    run = RunConfig(train=TrainSettings(seq_len=max(options.contexts)), lora=LoraSettings())
+    longest = max(options.contexts)
+    config = LlamaConfig(**SHAPES[options.shape] | {"max_position_embeddings": longest})
+    memory = PhotonSettings(memory_pooling=options.memory_pooling)
+    run = RunConfig(photon=memory, train=TrainSettings(seq_len=longest), lora=LoraSettings())
     generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(config.vocab_size, (options.batch_size, max(options.contexts)), generator=generator).to(device)
+    ids = torch.randint(config.vocab_size, (options.batch_size, longest), generator=generator).to(device)
     models = {name: model.to(device) for name, model in make_models(config, run).items()}
     checks = {"logits_difference": check_function(models, ids)}
     photon = models["photon"].config

@@ -37,6 +37,7 @@ from photon_train.errors import PhotonError
 from photon_train.evaluation.benchmark import read_rows, write_rows
 from photon_train.evaluation.peak_memory import PeakMemory
 from photon_train.models import PhotonConfig, PhotonForCausalLM
+from photon_train.pipeline import shapes
 from photon_train.pipeline.prepare import training_setup
 from photon_train.training.accelerator import make_accelerator
 from photon_train.training.loop import train
@@ -63,17 +64,7 @@ SHAPES = {
         "head_dim": 64,
         "vocab_size": 8192,
     },
-    "llama-1b": {
-        "model_type": "llama",
-        "hidden_size": 2048,
-        "intermediate_size": 8192,
-        "num_hidden_layers": 16,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 8,
-        "head_dim": 64,
-        "vocab_size": 128256,
-        "tie_word_embeddings": True,
-    },
+    "llama-1b": {"model_type": "llama", **shapes.SHAPES["1b"]},
 }
 CONFIGS = {
     "cpu": {0: "cpu.yaml", 2: "cpu_zero2.yaml", 3: "cpu_zero3.yaml"},

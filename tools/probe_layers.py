@@ -14,7 +14,6 @@ from dataclasses import asdict
 from pathlib import Path
 
 import torch
-from rich.console import Console
 from transformers import AutoModelForCausalLM
 
 from photon_train.cli import load_config, main_wrapper
@@ -23,6 +22,7 @@ from photon_train.conversion.source import DenseCheckpoint
 from photon_train.data.progress import progress_bar
 from photon_train.evaluation.benchmark import write_rows
 from photon_train.evaluation.quality import periodic
+from photon_train.pipeline.console import make_console
 from photon_train.pipeline.prepare import load_text, load_tokenizer
 
 
@@ -62,7 +62,7 @@ def main() -> None:
             options.sinks,
             on_pass=lambda done, total: bar.update(task, completed=done, total=total),
         )
-    Console().print(probe.table())
+    make_console().print(probe.table())
     if options.output is not None:
         rows = [
             {"layer": layer, "alone": alone, "kept": kept, "recovered": recovered}

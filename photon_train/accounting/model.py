@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from typing import Any
 
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
-TARGETS = (*ATTENTION, "gate_proj", "up_proj", "down_proj")
+MLP = ("gate_proj", "up_proj", "down_proj")
+TARGETS = (*ATTENTION, *MLP)
 
 
 def _get(config: Any, key: str, default: Any = None) -> Any:
@@ -68,7 +69,7 @@ class Shape:
         }
         biased = set(ATTENTION if _get(config, "attention_bias", False) else ())
         biased |= {"q_proj", "k_proj", "v_proj"} if model_type == "qwen2" else set()
-        biased |= set(TARGETS[4:]) if _get(config, "mlp_bias", False) else set()
+        biased |= set(MLP) if _get(config, "mlp_bias", False) else set()
         norms = 2 * hidden + (2 * head_dim if model_type == "qwen3" else 0)
         layers = _get(config, "num_hidden_layers")
         # Qwen's config.json states a window also where it is switched off.

@@ -10,10 +10,8 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any
 
+from photon_train.accounting.model import ATTENTION, MLP, Shape
 from photon_train.errors import PhotonError
-
-ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
-MLP = ("gate_proj", "up_proj", "down_proj")
 
 
 @dataclass(frozen=True)
@@ -87,37 +85,27 @@ def dense_tensors(config: Any) -> dict[str, tuple[int, ...]]:
         PhotonError: if the family is not supported.
     """
     family = family_of(config)
-    hidden, inner = config.hidden_size, config.intermediate_size
-    head = getattr(config, "head_dim", None) or hidden // config.num_attention_heads
-    queries, keys = config.num_attention_heads * head, config.num_key_value_heads * head
-    linears = {
-        "q_proj": (queries, hidden),
-        "k_proj": (keys, hidden),
-        "v_proj": (keys, hidden),
-        "o_proj": (hidden, queries),
-        "gate_proj": (inner, hidden),
-        "up_proj": (inner, hidden),
-        "down_proj": (hidden, inner),
-    }
+    sizes = Shape.of(config)
+    hidden = (sizes.hidden,)
     biased = set(family.biases)
     for key, names in family.biases_by_key.items():
         if getattr(config, key, False):
             biased.update(names)
     layer: dict[str, tuple[int, ...]] = {
-        "input_layernorm.weight": (hidden,),
-        "post_attention_layernorm.weight": (hidden,),
+        "input_layernorm.weight": hidden,
+        "post_attention_layernorm.weight": hidden,
     }
-    for name, shape in linears.items():
+    for name, shape in sizes.linears.items():
         block = "self_attn" if name in ATTENTION else "mlp"
         layer[f"{block}.{name}.weight"] = shape
         if name in biased:
             layer[f"{block}.{name}.bias"] = shape[:1]
     if family.head_norms:
-        layer["self_attn.q_norm.weight"] = layer["self_attn.k_norm.weight"] = (head,)
-    tensors: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (config.vocab_size, hidden)}
-    for index in range(config.num_hidden_layers):
+        layer["self_attn.q_norm.weight"] = layer["self_attn.k_norm.weight"] = (sizes.head_dim,)
+    tensors: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (sizes.vocab, *hidden)}
+    for index in range(sizes.layers):
         tensors.update({f"model.layers.{index}.{name}": shape for name, shape in layer.items()})
-    tensors["model.norm.weight"] = (hidden,)
-    if not config.tie_word_embeddings:
-        tensors["lm_head.weight"] = (config.vocab_size, hidden)
+    tensors["model.norm.weight"] = hidden
+    if not sizes.tied:
+        tensors["lm_head.weight"] = (sizes.vocab, *hidden)
     return tensors

@@ -61,7 +61,7 @@ class DenseCheckpoint:
             revision: Branch, tag or commit (hub id only).
             token: Access token of the hub; None uses the stored login.
             weights: Whether weights are needed. Without them, of a hub model only the small files are
-                downloaded and `tensors` holds the names and shapes that the configuration implies.
+                downloaded, a directory may hold none, and `tensors` then has what the configuration implies.
 
         Raises:
             PhotonError: naming the file and the mend, if the model cannot be found, is not a safetensors
@@ -70,7 +70,7 @@ class DenseCheckpoint:
         directory, local = _resolve(model, revision, token, weights)
         config = _read_config(directory)
         expected = dense_tensors(config)
-        if not weights and not local:
+        if not weights and not (local and _has_weights(directory)):
             dtype = config.dtype or torch.float32
             tensors = {name: TensorInfo(shape, dtype, None) for name, shape in expected.items()}
             return cls(directory, config, tensors)
@@ -216,6 +216,13 @@ def _read_config(directory: Path) -> PretrainedConfig:
     except Exception as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise PhotonError(f"{path} cannot be read: {reason}") from error
+
+
+def _has_weights(directory: Path) -> bool:
+    """Whether there is anything that is, or was meant to be, a checkpoint's weights."""
+    return any(
+        path.suffix in (".safetensors", ".bin", ".pt", ".pth") or path.name == INDEX for path in directory.iterdir()
+    )
 
 
 def _read_headers(directory: Path) -> dict[str, TensorInfo]:

@@ -6,7 +6,6 @@ import dataclasses
 from pathlib import Path
 
 import torch
-from rich.console import Console
 from transformers import AutoModelForCausalLM
 
 from photon_train.config import RunConfig
@@ -16,6 +15,7 @@ from photon_train.data.packing import PackedDataset
 from photon_train.data.progress import progress_bar
 from photon_train.errors import PhotonError
 from photon_train.models import PhotonConfig
+from photon_train.pipeline.console import make_console
 
 _SEQUENCES = 16
 _BATCH = 4
@@ -67,5 +67,5 @@ def choose_layers(config: RunConfig, directory: Path, text: PackedDataset, devic
             planned.num_sinks,
             on_pass=lambda done, total: bar.update(task, completed=done, total=total),
         )
-    Console(stderr=True).print(probe.table())
+    make_console(stderr=True).print(probe.table())
     return probe.best_layers(count)

@@ -6,13 +6,12 @@ import os
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-
 from photon_train.config import PhotonSettings, RunConfig
 from photon_train.errors import PhotonError
 from photon_train.manifest import FILE_NAME, verify_manifest
 from photon_train.models import PhotonConfig
 from photon_train.pipeline.base import TrainingRun
+from photon_train.pipeline.console import make_console
 from photon_train.pipeline.prepare import estimate_training, load_text, load_tokenizer
 from photon_train.pipeline.stages import Stages
 from photon_train.training.accelerator import make_accelerator
@@ -36,7 +35,7 @@ def run_finetuning(config: RunConfig) -> None:
     numbers = estimate_training(photon.base_config, photon, config, num_processes)
     if config.dry_run:
         if rank == 0:
-            Console().print(numbers.table())
+            make_console().print(numbers.table())
         return
     stages = Stages(config, rank == 0, num_processes)
     run = _FinetuningRun(config, make_accelerator(config, config.output), stages)

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
 from transformers import PreTrainedTokenizerBase
 
 from photon_train.accounting import Estimate, TrainingSetup, estimate
@@ -29,6 +28,7 @@ from photon_train.data.pretrain import PretrainSettings
 from photon_train.data.tokenised import Corpus, CorpusDataset, is_corpus, tokenizer_for, write_corpus
 from photon_train.errors import PhotonError
 from photon_train.models import PhotonConfig
+from photon_train.pipeline.console import make_console
 from photon_train.training.accelerator import resolve_precision
 
 # Text of a hub data set that is read, in characters per token needed: more than any tokenizer's average.
@@ -124,7 +124,7 @@ def data_name(config: RunConfig) -> str:
 
 def show_conversion(conversion: Conversion) -> None:
     """Print the plan and the estimate."""
-    console = Console()
+    console = make_console()
     console.print(conversion.plan.table())
     console.print(conversion.estimate.table())
 

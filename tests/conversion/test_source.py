@@ -51,6 +51,18 @@ def test_tensors_are_read_as_they_were_written(kind, request):
         assert torch.equal(checkpoint.load(name), tensor)
 
 
+def test_a_plan_needs_the_configuration_alone(single):
+    """Of a directory without any weights; one that lost a part of them is refused as always."""
+    expected = {name: info.shape for name, info in DenseCheckpoint.open(str(single)).tensors.items()}
+    (single / "model.safetensors").rename(single / "model-00001-of-00002.safetensors")
+    with pytest.raises(PhotonError, match=r"shards but no model\.safetensors\.index\.json"):
+        DenseCheckpoint.open(str(single), weights=False)
+    (single / "model-00001-of-00002.safetensors").unlink()
+    checkpoint = DenseCheckpoint.open(str(single), weights=False)
+    assert {name: info.shape for name, info in checkpoint.tensors.items()} == expected
+    open_fails(single, "model.safetensors")
+
+
 def test_bfloat16_is_read_bit_for_bit(single):
     weights = {name: tensor.bfloat16() for name, tensor in load_file(single / "model.safetensors").items()}
     save_file(weights, single / "model.safetensors", metadata={"format": "pt"})
