@@ -5,8 +5,6 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 
-import torch
-
 from photon_train.errors import PhotonError
 from photon_train.inference.pages import Held, Saved
 from photon_train.inference.streaming import TextStream
@@ -85,7 +83,6 @@ class Sequence:
         logprobs: Log-probability of every output token; `top_logprobs`: the most probable tokens beside it.
         keys: Hashes of the prompt's prefixes, see `prefix.prefix_keys`.
         held: Its place in the cache while it runs; `saved`: its state while it is swapped out.
-        generator: Its own random numbers, None if greedy.
         text: Its text, if the engine has a tokenizer.
         finish_reason: `stop` or `length` once it has ended.
     """
@@ -101,14 +98,7 @@ class Sequence:
     top_logprobs: list[dict[int, float]] = field(default_factory=list)
     held: Held | None = None
     saved: Saved | None = None
-    generator: torch.Generator | None = None
     finish_reason: str | None = None
-
-    def __post_init__(self) -> None:
-        if not self.params.greedy:
-            # Two requests with neighbouring seeds share no continuation's stream.
-            seed = (self.params.seed * 1_000_003 + self.index) % 2**63
-            self.generator = torch.Generator().manual_seed(seed)
 
     @property
     def in_prefill(self) -> bool:

@@ -14,7 +14,7 @@ from transformers import (
 
 from photon_train.errors import PhotonError
 from photon_train.inference.request import SamplingParams, Sequence
-from photon_train.inference.sampler import penalise, sample, warp
+from photon_train.inference.sampler import _STEP, _mix, gumbel, penalise, sample, stream_key, warp
 
 
 def sequence(**params) -> Sequence:
@@ -46,14 +46,24 @@ def test_warping_equals_transformers(params):
             expected = TopPLogitsWarper(settings.top_p)(None, expected)
         if settings.min_p:
             expected = MinPLogitsWarper(settings.min_p)(None, expected)
-        torch.testing.assert_close(warp(row, settings), expected[0])
+        torch.testing.assert_close(warp(row[None], [settings]), expected)
+
+
+def test_rows_are_warped_as_if_alone():
+    rows = logits(5)
+    settings = [{"top_k": 3}, {"top_p": 0.5}, {"min_p": 0.2}, {}, {"top_k": 9, "top_p": 0.7, "min_p": 0.1}]
+    params = [SamplingParams(temperature=0.5 + index, **one) for index, one in enumerate(settings)]
+    together = warp(rows, params)
+    for index, one in enumerate(params):
+        torch.testing.assert_close(together[index], warp(rows[index : index + 1], [one])[0])
 
 
 def test_repetition_penalty_equals_transformers():
     row = logits(1)
     occurred = [3, 9, 9, 41]
     expected = RepetitionPenaltyLogitsProcessor(1.4)(torch.tensor([occurred]), row)
-    torch.testing.assert_close(penalise(row[0], sorted(set(occurred)), 1.4), expected[0])
+    rows = torch.cat([row, row])
+    torch.testing.assert_close(penalise(rows, [sorted(set(occurred)), [5]], [1.4, 1.0]), torch.cat([expected, row]))
 
 
 def test_penalty_counts_prompt_and_output_and_works_with_greedy():
@@ -67,10 +77,17 @@ def test_penalty_counts_prompt_and_output_and_works_with_greedy():
 def test_draws_follow_the_distribution():
     one = sequence(temperature=1.0, top_k=4, seed=1)
     row = torch.tensor([1.0, 2.0, 0.5, -1.0, 1.5, -3.0])
-    draws = torch.tensor([sample(row[None], [one])[0].token for _ in range(4000)])
+    rows, draws = row.expand(4000, -1), []
+    for seed in range(2):
+        many = [sequence(temperature=1.0, top_k=4, seed=2000 * seed + start) for start in range(4000)]
+        draws += [choice.token for choice in sample(rows, many)]
+    for _ in range(2000):
+        draws.append(sample(row[None], [one])[0].token)
+        one.output.append(0)
+    draws = torch.tensor(draws)
     share = torch.bincount(draws, minlength=6) / len(draws)
-    expected = warp(row, one.params).softmax(-1)
-    assert (share - expected).abs().max() < 0.03
+    expected = warp(row[None], [one.params])[0].softmax(-1)
+    assert (share - expected).abs().max() < 0.015
     assert share[expected == 0].sum() == 0
 
 
@@ -93,11 +110,38 @@ def test_logprobs_are_the_models_whatever_the_settings():
             assert list(choice.top.values()) == pytest.approx(expected[index].topk(3).values.tolist())
 
 
-def test_continuations_of_neighbouring_seeds_differ():
-    generators = [
-        Sequence(0, i, [3], SamplingParams(temperature=1.0, seed=s), []).generator for s in (0, 1) for i in (0, 1)
-    ]
-    assert len({float(torch.rand(1, generator=generator)) for generator in generators}) == 4
+def test_streams_of_neighbouring_seeds_continuations_and_steps_differ():
+    keys = set()
+    for seed in (0, 1):
+        for index in (0, 1):
+            one = Sequence(0, index, [3], SamplingParams(temperature=1.0, seed=seed), [])
+            for _ in range(3):
+                keys.add(stream_key(one))
+                one.output.append(7)
+    assert len(keys) == 12
+
+
+def test_noise_is_gumbel_and_independent_across_tokens_rows_and_steps():
+    keys = [stream_key(sequence(temperature=1.0, seed=seed)) for seed in range(64)]
+    noise = gumbel(keys, torch.zeros(64, 4096)).double()
+    assert noise.isfinite().all()
+    # Distribution function exp(-exp(-x)) against the sorted sample (Kolmogorov's bound at 1e-4).
+    expected = torch.exp(-torch.exp(-noise.flatten().sort().values))
+    steps = (torch.arange(noise.numel()) + 0.5) / noise.numel()
+    assert (expected - steps).abs().max() < 2.23 / noise.numel() ** 0.5
+    centred = (noise - noise.mean()) / noise.std()
+    for one, other in ((centred[1:], centred[:-1]), (centred[:, 1:], centred[:, :-1])):
+        assert abs(float((one * other).mean())) < 4 / one.numel() ** 0.5
+
+
+def test_splitmix_is_the_published_one():
+    """The first numbers of the reference implementation, started at 1234567."""
+    first = [_mix((1234567 + count * _STEP) % 2**64) for count in (1, 2, 3)]
+    assert first == [6457827717110365317, 3203168211198807973, 9817491932198370423]
+    noise = gumbel([1234567, 2**64 - 5], torch.zeros(2, 3)).double()
+    numbers = [*first, *(_mix((2**64 - 5 + count * _STEP) % 2**64) for count in (1, 2, 3))]
+    uniform = torch.tensor([((number >> 33) + 0.5) / 2**31 for number in numbers], dtype=torch.float64)
+    torch.testing.assert_close(noise.flatten(), -(-(1 - uniform).log()).log(), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize(
