@@ -31,6 +31,7 @@ from photon_kernels import (  # noqa: E402
     Window,
     cache_append,
     gather_chunk_project,
+    latent_decode,
     summary_decode_attention,
     window_decode_attention,
 )
@@ -53,6 +54,7 @@ class Case:
         run: Runs it.
         expected: The definition, in float64.
         nbytes: Bytes that must be read and written once; 0 where arithmetic is the limit.
+        flops: Operations of its matrix products, where they may be the limit.
         references: What torch offers for the same, by name.
         outcome: What `run` has left to be compared; None: it returns it.
     """
@@ -62,6 +64,7 @@ class Case:
     run: Callable[[], Any]
     expected: Callable[[], Tensor]
     nbytes: int = 0
+    flops: int = 0
     references: dict[str, Callable[[], Any]] = field(default_factory=dict)
     outcome: Callable[[], Tensor] | None = None
 
@@ -97,7 +100,9 @@ def window_case(batch: int, heads: tuple[int, int, int], entries: int, positions
     grouped = num_heads != kv_heads
     dense = partial(F.scaled_dot_product_attention, q, ring.k, ring.v, enable_gqa=grouped)
     shape = f"B={batch} heads={num_heads}/{kv_heads} D={dim} N={entries} Q={positions}"
-    return Case("window_decode", shape, run, expected, 2 * nbytes(q) + nbytes(ring.k, ring.v), {"sdpa": dense})
+    return Case(
+        "window_decode", shape, run, expected, 2 * nbytes(q) + nbytes(ring.k, ring.v), references={"sdpa": dense}
+    )
 
 
 def make_ring(batch: int, kv_heads: int, entries: int, dim: int, positions: int = 1) -> Window:
@@ -127,7 +132,32 @@ def summary_case(batch: int, heads: tuple[int, int, int], units: int, per_page: 
     dense = partial(F.scaled_dot_product_attention, q, *rows, enable_gqa=num_heads != kv_heads)
     moved = 2 * nbytes(q) + nbytes(k, v, pages) + (nbytes(ring.k, ring.v) if ring else 0)
     shape = f"B={batch} heads={num_heads}/{kv_heads} D={dim} U={units} page={per_page} window={window}"
-    return Case("summary_decode", shape, run, expected, moved, {"sdpa, contiguous, no window": dense})
+    return Case("summary_decode", shape, run, expected, moved, references={"sdpa, contiguous, no window": dense})
+
+
+def latent_case(batch: int, heads: tuple[int, int, int], units: int, per_page: int, places: int = 4) -> Case:
+    """Folded queries over paged latents; in torch the pages are gathered, and all scores held."""
+    num_heads, kv_heads, dim = heads
+    width = 2 * kv_heads * dim
+    pages = torch.randperm(batch * units // per_page, device=device()).view(batch, -1)
+    folded = (torch.randn(batch, num_heads, places, width, device=device()) * width**-0.5).to(DTYPE)
+    bias = torch.randn(batch, num_heads, places, device=device())
+    keys, values = (random(pages.numel(), kv_heads, per_page, dim) for _ in range(2))
+    visible = torch.full((batch,), units, device=device())
+    settings = {"scale": 1.0, "first_token": 4, "pages": pages}
+    run = partial(latent_decode, folded, bias, keys, values, visible, backend="triton", **settings)
+    double = (each.double() for each in (folded, bias, keys, values))
+    expected = partial(latent_decode, *double, visible, **settings)
+    plain = partial(latent_decode, folded, bias, keys, values, visible, **settings)
+    return Case(
+        "latent_decode",
+        f"B={batch} heads={num_heads}/{kv_heads} D={dim} S={places} U={units} page={per_page}",
+        run=lambda: run().mixed,
+        expected=lambda: expected().mixed,
+        nbytes=nbytes(keys, values, pages) + 2 * nbytes(folded),
+        flops=4 * batch * num_heads * places * units * width,
+        references={"gathered, in torch": plain},
+    )
 
 
 def append_case(batch: int, kv_heads: int, dim: int, entries: int) -> Case:
@@ -165,7 +195,8 @@ def chunker_case(rows: int, width: int, chunk: int) -> Case:
     expected = partial(gather_chunk_project, states.double(), picked, weight.double(), scale)
     plain = partial(gather_chunk_project, states, picked, weight, scale)
     moved = nbytes(weight) + rows * (chunk + 1) * width * weight.element_size()
-    return Case("chunker", f"rows={rows} C={chunk} d={width}", run, expected, moved, {"index, linear": plain})
+    shape = f"rows={rows} C={chunk} d={width}"
+    return Case("chunker", shape, run, expected, moved, references={"index, linear": plain})
 
 
 def band_case(length: int, heads: tuple[int, int, int], window: int, backward: bool) -> Case:
@@ -198,6 +229,7 @@ def cases(small: bool) -> Iterator[Callable[[], Case]]:
         yield partial(window_case, 2, heads, 40, positions=3)
         yield partial(summary_case, 2, heads, 32, per_page=8, window=20)
         yield partial(summary_case, 2, heads, 64, per_page=64, window=0)
+        yield partial(latent_case, 2, heads, 24, per_page=8)
         yield partial(append_case, 3, 2, 16, 12)
         yield partial(chunker_case, 3, 32, 4)
         yield partial(band_case, 150, heads, 16, backward=False)
@@ -206,6 +238,7 @@ def cases(small: bool) -> Iterator[Callable[[], Case]]:
     for heads in (small_heads, large_heads):
         yield partial(summary_case, 32, heads, 8192, per_page=16, window=84)
         yield partial(summary_case, 256, heads, 256, per_page=16, window=84)
+        yield partial(latent_case, 8, heads, 8192, per_page=64)
         yield partial(window_case, 4096, heads, 8)
         yield partial(window_case, 1024, heads, 72)
         yield partial(window_case, 256, heads, 84)
@@ -213,6 +246,8 @@ def cases(small: bool) -> Iterator[Callable[[], Case]]:
         yield partial(append_case, 256, 8, heads[2], 84)
     yield partial(summary_case, 1, small_heads, 8192, per_page=16, window=84)
     yield partial(summary_case, 8, small_heads, 32768, per_page=256, window=0)
+    yield partial(latent_case, 64, small_heads, 1024, per_page=64)
+    yield partial(latent_case, 2, small_heads, 32768, per_page=64)
     yield partial(window_case, 1024, small_heads, 8, positions=4)
     for rows, width in ((8, 2048), (64, 2048), (8, 4096), (64, 4096)):
         yield partial(chunker_case, rows, width, 4)
@@ -256,6 +291,8 @@ def row_of(case: Case, bandwidth: float | None) -> dict[str, Any]:
     if case.nbytes:
         achieved = case.nbytes / (1e-6 * row["microseconds"])
         row |= {"bytes": case.nbytes, "bytes_per_s": round(achieved), "copy_share": round(achieved / bandwidth, 3)}
+    if case.flops:
+        row["tflop_per_s"] = round(case.flops / row["microseconds"] / 1e6, 1)
     for name, reference in case.references.items():
         took = microseconds(reference)
         row[f"times {name}"] = round(took / row["microseconds"], 2)

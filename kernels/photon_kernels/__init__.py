@@ -7,14 +7,17 @@ from __future__ import annotations
 
 from photon_kernels.cache_append import Append, cache_append
 from photon_kernels.chunker import gather_chunk_project
+from photon_kernels.latent_decode import LatentMix, latent_decode
 from photon_kernels.summary_decode import Window, summary_decode_attention
 from photon_kernels.window_decode import window_decode_attention
 
 __all__ = [
     "Append",
+    "LatentMix",
     "Window",
     "cache_append",
     "gather_chunk_project",
+    "latent_decode",
     "summary_decode_attention",
     "window_decode_attention",
 ]

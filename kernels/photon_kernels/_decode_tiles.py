@@ -61,3 +61,22 @@ def attend_ring(
         offset = tl.where(visible, 0.0, float("-inf"))
         peak, total, acc = attend_tile(queries, keys, values, offset, scale_log2, peak, total, acc)
     return peak, total, acc
+
+
+@triton.jit
+def locate_units(unit, units, alive, page_start, cache_row, PER_PAGE: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Where the tile of ``units [N]`` from ``unit`` on lies: its block of memory (a page, or the row) and places there.
+
+    PER_PAGE is the number of units per page, 0 for a stream in one piece. Pages of units that are not ``alive`` are
+    not read, unless the whole tile is in one page.
+    """
+    if PER_PAGE == 0:
+        block = cache_row
+        inside = units.to(tl.int64)
+    elif PER_PAGE % BLOCK_N == 0:
+        block = tl.load(page_start + unit // PER_PAGE).to(tl.int64)
+        inside = (unit % PER_PAGE + tl.arange(0, BLOCK_N)).to(tl.int64)
+    else:
+        block = tl.load(page_start + units // PER_PAGE, mask=alive, other=0).to(tl.int64)
+        inside = (units % PER_PAGE).to(tl.int64)
+    return block, inside

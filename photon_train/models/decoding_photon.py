@@ -15,7 +15,7 @@ import torch
 
 from .attention_photon import KeyValue, sdpa, unit_log_count
 from .cache_photon import PhotonCache, StackCache
-from .latent_photon import attend_folded
+from .latent_photon import attend_folded, fold_queries, unfold_values
 
 if TYPE_CHECKING:
     from .modeling_photon import PhotonModel
@@ -173,15 +173,13 @@ class MemoryStepSpan(StepSpan):
 
 @dataclass
 class LatentStepSpan(StepSpan):
-    """A `StepSpan` whose softmax also holds the tokens under the visible units of a latent memory.
-
-    It is computed in torch whatever the backend: there is no kernel for it yet.
+    """A `StepSpan` of one token per row whose softmax also holds the tokens under a latent memory's visible units.
 
     Attributes:
         model: Holds the converters, and unrotates queries.
         units: The level's latents; `visible_units [n]`: units that lie outside each row's window.
         unit_span: Tokens under a unit.
-        position: Of the new elements' tokens, ``[n, q]``.
+        position: Of the new tokens, ``[n, 1]``.
     """
 
     model: PhotonModel | None = None
@@ -198,14 +196,42 @@ class LatentStepSpan(StepSpan):
 
     def attend(self, layer, query, key, value, scale, dropout, sliding_window):
         self._store(layer, key, value)
-        content = self.model.turn_back(query, self.position)
-        near, latents = (
-            self.cache.read(layer, self.rows),
-            self.units.read(self.model.config.source_of_layer[layer], self.rows),
-        )
-        visible = torch.cat([self.visible, self._far[:, None].expand(-1, query.shape[2], -1)], dim=2)
+        content = self.model.turn_back(query, self.position)[:, :, 0]
+        source = self.model.config.source_of_layer[layer]
         converter = self.model.levels[0].decoder.memory[str(layer)]
-        return attend_folded(query, content, near, latents, converter, visible, scale)
+        if self.backend == "triton":
+            return self._attend_latents(layer, source, query, content, converter, scale)
+        near, latents = self.cache.read(layer, self.rows), self.units.read(source, self.rows)
+        visible = torch.cat([self.visible[:, 0], self._far], dim=1)
+        return attend_folded(query[:, :, 0], content, near, latents, converter, visible, scale)[:, :, None]
+
+    def _attend_latents(self, layer, source, query, content, converter, scale):
+        """Window and latents apart, merged by their log-sum-exps: a query always sees its own token in the window."""
+        kernels = load_kernels()
+        near, near_lse = kernels.window_decode_attention(
+            query,
+            *self._window(layer),
+            scale,
+            num_sinks=self.num_sinks,
+            rows=self.rows,
+            return_lse=True,
+            backend="triton",
+        )
+        keys, values, pages = self.units.operands(source)
+        mixed, mass, far_lse = kernels.latent_decode(
+            *fold_queries(content, converter),
+            keys,
+            values,
+            self.visible_units,
+            scale,
+            first_token=self.num_sinks,
+            rows=self.rows,
+            pages=pages,
+            backend="triton",
+        )
+        far = unfold_values(mixed, mass, converter)
+        share = torch.sigmoid(far_lse - near_lse[:, :, 0])[:, :, None, None]
+        return (near * (1 - share) + far[:, :, None] * share).to(query.dtype)
 
 
 @dataclass

@@ -75,6 +75,42 @@ class LatentConverter(nn.Module):
         return split_heads(slots.to(keys.dtype), self.heads)
 
 
+def fold_queries(content: torch.Tensor, converter: LatentConverter) -> tuple[torch.Tensor, torch.Tensor]:
+    """Do to queries what the converter would do to every latent's keys.
+
+    The absorption of multi-head latent attention (arXiv 2405.04434): the logit of the token at place s under a unit is
+    the latent's product with the query folded for s, plus a bias.
+
+    Args:
+        content: Unrotated queries, ``[n, Hq, D]``.
+
+    Returns:
+        ``[n, Hq, S, C]`` with the latent's width C, and biases ``[n, Hq, S]``.
+    """
+    (key_map, _), (key_bias, _) = _maps(converter)
+    content = content.unflatten(1, (converter.heads, -1))
+    folded = torch.einsum("nhgd,shdc->nhgsc", content, key_map)
+    return folded.flatten(1, 2), torch.einsum("nhgd,shd->nhgs", content, key_bias).flatten(1, 2)
+
+
+def unfold_values(mixed: torch.Tensor, mass: torch.Tensor, converter: LatentConverter) -> torch.Tensor:
+    """Weighted sums of values from weighted sums of latents ``[n, Hq, S, C]`` and the weights' ``[n, Hq, S]``.
+
+    Returns:
+        ``[n, Hq, D]``.
+    """
+    (_, value_map), (_, value_bias) = _maps(converter)
+    mixed, mass = (states.unflatten(1, (converter.heads, -1)) for states in (mixed, mass.to(mixed.dtype)))
+    out = torch.einsum("nhgsc,shdc->nhgd", mixed, value_map) + torch.einsum("nhgs,shd->nhgd", mass, value_bias)
+    return out.flatten(1, 2)
+
+
+def _maps(converter: LatentConverter):
+    """Of keys and values: matrices ``[S, Hkv, D, C]`` and biases ``[S, Hkv, D]``."""
+    shape = (converter.span, 2, converter.heads, -1)
+    return (parameter.unflatten(0, shape).unbind(1) for parameter in (converter.proj.weight, converter.proj.bias))
+
+
 def attend_folded(
     query: torch.Tensor,
     content: torch.Tensor,
@@ -84,38 +120,27 @@ def attend_folded(
     visible: torch.Tensor,
     scale: float,
 ) -> torch.Tensor:
-    """Attention of few queries over a window and over latents that are never unpacked.
-
-    What the converter would do to every latent is done to the queries, and to the weighted sums of latents, instead
-    (the absorption of multi-head latent attention, arXiv 2405.04434): per query head and key, the width of a latent
-    in place of its product with the converter.
+    """Attention of one query per row over a window and over latents that are never unpacked.
 
     Args:
-        query: Rotated, ``[n, Hq, q, D]``; content: unrotated.
+        query: Rotated, ``[n, Hq, D]``; content: unrotated.
         near: Keys and values of the window, ``[n, Hkv, N, D]``.
         latents: Halves of the latents, ``[n, Hkv, U, D]``.
-        visible: Entries of the window, then tokens under units, that each query sees, ``[n, q, N + U * S]``.
+        visible: Entries of the window, then tokens under units, that each query sees, ``[n, N + U * S]``.
 
     Returns:
-        ``[n, Hq, q, D]``.
+        ``[n, Hq, D]``.
     """
-    heads, size = converter.heads, query.shape[-1]
-    latent = join_heads(*latents)
-    key_map, value_map = converter.proj.weight.unflatten(0, (converter.span, 2, heads, size)).unbind(1)
-    key_bias, value_bias = converter.proj.bias.unflatten(0, (converter.span, 2, heads, size)).unbind(1)
-    query, content = (states.unflatten(1, (heads, -1)) for states in (query, content))
-    folded = torch.einsum("nhgqd,shdc->nhgqsc", content, key_map)
-    far = torch.einsum("nhgqsc,nuc->nhgqus", folded, latent)
-    far = far + torch.einsum("nhgqd,shd->nhgqs", content, key_bias)[:, :, :, :, None]
-    scores = torch.cat([torch.einsum("nhgqd,nhkd->nhgqk", query, near[0]), far.flatten(-2)], dim=-1).float() * scale
-    weights = scores.masked_fill(~visible[:, None, None], -torch.inf).softmax(dim=-1).to(query.dtype)
-    count = near[0].shape[2]
-    out = torch.einsum("nhgqk,nhkd->nhgqd", weights[..., :count], near[1])
-    far = weights[..., count:].unflatten(-1, (-1, converter.span))
-    mixed = torch.einsum("nhgqus,nuc->nhgqsc", far, latent)
-    out = out + torch.einsum("nhgqsc,shdc->nhgqd", mixed, value_map)
-    out = out + torch.einsum("nhgqs,shd->nhgqd", far.sum(-2), value_bias)
-    return out.flatten(1, 2)
+    latent, count = join_heads(*latents), near[0].shape[2]
+    folded, bias = fold_queries(content, converter)
+    far = torch.einsum("nhsc,nuc->nhus", folded, latent) + bias[:, :, None]
+    grouped = query.unflatten(1, (converter.heads, -1))
+    close = torch.einsum("nhgd,nhkd->nhgk", grouped, near[0]).flatten(1, 2)
+    scores = torch.cat([close, far.flatten(2)], dim=-1).float() * scale
+    weights = scores.masked_fill(~visible[:, None], -torch.inf).softmax(dim=-1).to(query.dtype)
+    close, far = weights[..., :count], weights[..., count:].unflatten(-1, (-1, converter.span))
+    out = torch.einsum("nhgk,nhkd->nhgd", close.unflatten(1, (converter.heads, -1)), near[1]).flatten(1, 2)
+    return out + unfold_values(torch.einsum("nhus,nuc->nhsc", far, latent), far.sum(2), converter)
 
 
 def join_heads(keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:

@@ -40,7 +40,7 @@ def test_triton_logits_equal_torch_logits_and_the_training_forward(name, triton_
         torch.testing.assert_close(logits["triton"][index], expected[index][width:], atol=2e-4, rtol=0)
 
 
-@pytest.mark.parametrize("name", ["block-2", "memory-two-levels", "slots-2-decoder"])
+@pytest.mark.parametrize("name", ["block-2", "memory-two-levels", "memory-latent", "slots-2-decoder"])
 def test_the_engine_decodes_the_same_on_triton(name, triton_device):
     model = photon_model(name).to(triton_device)
     model.generation_config.eos_token_id = None

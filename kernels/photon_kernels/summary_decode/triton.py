@@ -17,7 +17,7 @@ from torch import Tensor
 
 from photon_kernels._attention_config import choose_attention_config
 from photon_kernels._backend import current_device_of, next_power_of_2, with_dense_rows
-from photon_kernels._decode_tiles import attend_ring, query_tile
+from photon_kernels._decode_tiles import attend_ring, locate_units, query_tile
 from photon_kernels._triton_math import LOG2_E, attend_tile, finish_softmax
 from photon_kernels.aot import CompileCase
 from photon_kernels.summary_decode.naive import Window
@@ -162,16 +162,7 @@ def summary_split_kernel(
     for unit in range(begin, end, BLOCK_N):
         units = unit + tl.arange(0, BLOCK_N)
         alive = units < stop
-        # Where a unit lies: its block of memory (page or row) and its place there.
-        if PER_PAGE == 0:
-            block = cache_row
-            inside = units.to(tl.int64)
-        elif PER_PAGE % BLOCK_N == 0:
-            block = tl.load(page_start + unit // PER_PAGE).to(tl.int64)
-            inside = unit % PER_PAGE + tl.arange(0, BLOCK_N)
-        else:
-            block = tl.load(page_start + units // PER_PAGE, mask=alive, other=0).to(tl.int64)
-            inside = units % PER_PAGE
+        block, inside = locate_units(unit, units, alive, page_start, cache_row, PER_PAGE, BLOCK_N)
         mask = alive[:, None] & in_head[None, :]
         key_rows = keys_start + block * stride_kb + inside * stride_kn
         value_rows = values_start + block * stride_vb + inside * stride_vn

@@ -1,0 +1,95 @@
+"""Decode attention over latents that are never unpacked: folded queries against a stream of units, in pages."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+from photon_kernels._backend import check_backend, check_integers, check_rows, check_triton_inputs
+from photon_kernels.latent_decode.naive import latent_decode_naive
+
+__all__ = ["LatentMix", "latent_decode", "latent_decode_naive"]
+
+
+class LatentMix(NamedTuple):
+    """What a softmax over the tokens under units leaves of latents.
+
+    Attributes:
+        mixed: ``[B, Hq, S, C]``, per head and place under a unit the weighted sum of latents.
+        mass: float32 ``[B, Hq, S]``, the weights' sums; over the places they add up to 1.
+        lse: float32 ``[B, Hq]``, natural logarithm of the softmax denominator.
+
+    A head that sees nothing has 0, 0 and -inf.
+    """
+
+    mixed: Tensor
+    mass: Tensor
+    lse: Tensor
+
+
+def latent_decode(
+    folded: Tensor,
+    bias: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    visible: Tensor,
+    scale: float,
+    first_token: int = 0,
+    rows: Tensor | None = None,
+    pages: Tensor | None = None,
+    num_splits: int | None = None,
+    backend: str = "torch",
+) -> LatentMix:
+    """Attend from one query per row and head to the tokens under the first units of a stream.
+
+    A unit is stored as a latent c of width C = 2 * Hkv * D, cut into the halves `keys` and `values` of Hkv heads. The
+    token at place s under unit u has the logit ``scale * (folded[h, s] . c_u + bias[h, s])``, and each head's softmax
+    goes over all places of all visible units: u < visible, and u * S + s >= first_token.
+
+    Args:
+        folded: Queries times the map that unpacks keys, ``[B, Hq, S, C]``; C is ordered (half, key head, dimension).
+        bias: Queries times that map's bias, ``[B, Hq, S]``.
+        keys: First halves, ``[Bc, Hkv, U, D]``; with ``pages``, ``[number of pages, Hkv, units per page, D]``. What a
+            unit holds that no row sees (NaN included) has no influence.
+        values: Second halves, like ``keys``.
+        visible: Integer ``[B]``, units that each row sees, 0 to U.
+        scale: Factor on the dot products, usually ``D ** -0.5``.
+        first_token: Tokens before it are not seen (sinks, which the window holds).
+        rows: Integer ``[B]``, the row of the stream (of ``pages``) that each row of queries reads; ``None``: its own.
+        pages: Optional integer ``[Br, W]``: unit u of row r lies in page ``pages[r, u // E]`` at ``u % E``.
+        num_splits: Parts into which the Triton backend cuts the sums of latents; ``None`` chooses.
+        backend: ``"torch"`` (any device, differentiable) or ``"triton"`` (GPU, forward only).
+
+    Raises:
+        ValueError: Shapes or dtypes do not fit together, ``num_splits`` is not positive, or the backend is unknown.
+        RuntimeError: Triton cannot run on these inputs; the message says why.
+    """
+    check_backend(backend)
+    if folded.dim() != 4 or keys.dim() != 4 or keys.shape != values.shape:
+        raise ValueError(
+            f"expected folded [B, Hq, S, C] and keys, values [Bc, Hkv, U, D], got {tuple(folded.shape)}, "
+            f"{tuple(keys.shape)}, {tuple(values.shape)}"
+        )
+    width = 2 * keys.shape[1] * keys.shape[3]
+    if folded.shape[3] != width:
+        raise ValueError(f"folded queries have width {folded.shape[3]}, the latents have {width}")
+    if not folded.dtype == keys.dtype == values.dtype:
+        raise ValueError(
+            f"folded, keys and values must have one dtype, got {folded.dtype}, {keys.dtype}, {values.dtype}"
+        )
+    if bias.shape != folded.shape[:3]:
+        raise ValueError(f"bias must be {list(folded.shape[:3])}, got {list(bias.shape)}")
+    if pages is not None:
+        check_integers("pages", pages, pages.shape[0], *pages.shape[1:2])
+    check_rows(rows, folded.shape[0], keys.shape[0] if pages is None else pages.shape[0])
+    check_integers("visible", visible, folded.shape[0])
+    if num_splits is not None and num_splits < 1:
+        raise ValueError(f"num_splits must be at least 1, got {num_splits}")
+    arguments = folded, bias, keys, values, visible, scale, first_token, rows, pages
+    if backend == "torch":
+        return LatentMix(*latent_decode_naive(*arguments))
+    check_triton_inputs(folded, bias, keys, values, visible, rows, pages)
+    from photon_kernels.latent_decode.triton import latent_decode_triton
+
+    return LatentMix(*latent_decode_triton(*arguments, num_splits))

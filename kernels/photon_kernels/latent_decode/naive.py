@@ -1,0 +1,41 @@
+"""Torch reference of the decode attention over latents."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def latent_decode_naive(
+    folded: Tensor,
+    bias: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    visible: Tensor,
+    scale: float,
+    first_token: int = 0,
+    rows: Tensor | None = None,
+    pages: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The fields of a ``LatentMix``; arguments as in ``latent_decode``."""
+    if pages is not None:
+        pages = pages if rows is None else pages[rows]
+        keys, values = (half[pages].transpose(1, 2).flatten(2, 3) for half in (keys, values))
+    elif rows is not None:
+        keys, values = keys[rows], values[rows]
+    # [B, U, C]
+    latents = torch.stack([keys, values], dim=1).flatten(1, 2).transpose(1, 2).flatten(2)
+    units = latents.shape[1]
+    seen = torch.arange(units, device=visible.device) < visible[:, None]
+    latents = latents.masked_fill(~seen[:, :, None], 0.0)
+    places = folded.shape[2]
+    token = torch.arange(units, device=visible.device) * places + torch.arange(places, device=visible.device)[:, None]
+    seen = (seen[:, None] & (token >= first_token))[:, None]
+    precise = torch.promote_types(folded.dtype, torch.float32)
+    logits = torch.einsum("bhsc,buc->bhsu", folded, latents).to(precise) + bias[..., None]
+    logits = (logits * scale).masked_fill(~seen, -torch.inf)
+    lse = logits.flatten(2).logsumexp(dim=-1)
+    shift = lse.masked_fill(lse == -torch.inf, 0.0)
+    weights = (logits - shift[:, :, None, None]).exp()
+    mixed = torch.einsum("bhsu,buc->bhsc", weights.to(folded.dtype), latents)
+    return mixed, weights.sum(-1), lse

@@ -1,0 +1,372 @@
+"""Triton kernels of the decode attention over latents: weights of all tokens, then sums of latents.
+
+All heads and places of a row read the same latents, so they are the rows of one matrix product (128 of them for 32
+heads and units of 4 tokens): the arithmetic per byte is near that of a GPU's matrix units. Their sums, 128 rows of the
+latent's whole width, are more than a program's registers, and so the two products are two kernels. Between them the
+weights, one number per head and token, lie in memory: for 32 heads, units of 4 and 8 key heads of dimension 64 that
+is 1/8 of the latents' bytes, written once and read once for every key head (from the L2 cache, where they fit).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from photon_kernels._backend import current_device_of, next_power_of_2, with_dense_rows
+from photon_kernels._decode_tiles import locate_units
+from photon_kernels._triton_math import LN_2, LOG2_E, dot
+from photon_kernels.aot import CompileCase
+
+# See summary_decode.
+TARGET_PROGRAMS = 264
+MIN_UNITS_PER_SPLIT = 256
+MAX_SPLITS = 64
+
+
+class LatentConfig(NamedTuple):
+    """Tile sizes (queries times places, units, head dimension) and launch options."""
+
+    block_m: int
+    block_n: int
+    block_d: int
+    num_warps: int
+    num_stages: int
+
+
+def choose_latent_config(num_queries: int, head_dim: int, element_size: int) -> LatentConfig:
+    """Configuration for ``num_queries`` = Hq * S rows and key heads of ``head_dim``."""
+    half_precision = element_size <= 2
+    block_d = max(16, next_power_of_2(head_dim))
+    block_m = min(
+        128 if half_precision and block_d <= 64 else 64 if half_precision else 32, next_power_of_2(num_queries)
+    )
+    block_n = 64 if half_precision else 16
+    return LatentConfig(max(16, block_m), block_n, block_d, num_warps=8, num_stages=3 if half_precision else 2)
+
+
+@triton.jit(do_not_specialize=["num_blocks", "capacity", "pitch_pages", "first_token"])
+def latent_weights_kernel(
+    folded,
+    bias,
+    keys,
+    values,
+    visible,
+    rows,
+    pages,
+    weights,
+    peaks,
+    totals,
+    scale_log2,
+    num_queries,
+    capacity,
+    num_blocks,
+    first_token,
+    stride_fb,
+    stride_fr,
+    stride_kb,
+    stride_kh,
+    stride_kn,
+    stride_vb,
+    stride_vh,
+    stride_vn,
+    pitch_pages,
+    HAS_ROWS: tl.constexpr,
+    PER_PAGE: tl.constexpr,
+    PLACES: tl.constexpr,
+    KV_HEADS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """Program ``(n, t, b)``: row b, tile t of its queries and places, block n of its units.
+
+    Writes ``weights [B, R, capacity]``, 2 to the logits minus their largest in the block, and ``peaks, totals [B, R,
+    blocks]``, that largest and the weights' sum; of blocks without a visible unit only the peaks (-inf) and totals (0).
+    """
+    row = tl.program_id(2).to(tl.int64)
+    block = tl.program_id(0)
+    queries = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
+    is_query = queries < num_queries
+    cache_row = row
+    if HAS_ROWS:
+        cache_row = tl.load(rows + row).to(tl.int64)
+    dims = tl.arange(0, BLOCK_D)
+    in_head = dims < HEAD_DIM
+    unit = block * BLOCK_N
+    units = unit + tl.arange(0, BLOCK_N)
+    stop = tl.minimum(tl.load(visible + row).to(tl.int32), capacity)
+    alive = units < stop
+    summary = (row * num_queries + queries) * num_blocks + block
+    if unit < stop:
+        page, inside = locate_units(unit, units, alive, pages + cache_row * pitch_pages, cache_row, PER_PAGE, BLOCK_N)
+        mask = alive[:, None] & in_head[None, :]
+        query_mask = is_query[:, None] & in_head[None, :]
+        products = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+        query_rows = folded + row * stride_fb + queries[:, None] * stride_fr + dims[None, :]
+        key_rows = (keys + page * stride_kb + inside * stride_kn)[:, None] + dims[None, :]
+        value_rows = (values + page * stride_vb + inside * stride_vn)[:, None] + dims[None, :]
+        for head in range(KV_HEADS):
+            query = tl.load(query_rows + head * HEAD_DIM, mask=query_mask, other=0.0)
+            latent = tl.load(key_rows + head * stride_kh, mask=mask, other=0.0)
+            products = dot(query, tl.trans(latent), products)
+        for head in range(KV_HEADS):
+            query = tl.load(query_rows + (KV_HEADS + head) * HEAD_DIM, mask=query_mask, other=0.0)
+            latent = tl.load(value_rows + head * stride_vh, mask=mask, other=0.0)
+            products = dot(query, tl.trans(latent), products)
+        added = tl.load(bias + row * num_queries + queries, mask=is_query, other=0.0)
+        token = units[None, :] * PLACES + (queries % PLACES)[:, None]
+        logits = tl.where(
+            alive[None, :] & (token >= first_token), (products + added[:, None]) * scale_log2, float("-inf")
+        )
+        peak = tl.max(logits, 1)
+        shift = tl.where(peak == float("-inf"), 0.0, peak)
+        weight = tl.exp2(logits - shift[:, None])
+        tl.store(
+            weights + (row * num_queries + queries)[:, None] * capacity + units[None, :],
+            weight.to(weights.dtype.element_ty),
+            mask=is_query[:, None] & (units < capacity)[None, :],
+        )
+        tl.store(peaks + summary, peak, mask=is_query)
+        tl.store(totals + summary, tl.sum(weight, 1), mask=is_query)
+    else:
+        tl.store(peaks + summary, tl.full([BLOCK_M], float("-inf"), tl.float32), mask=is_query)
+        tl.store(totals + summary, tl.zeros([BLOCK_M], tl.float32), mask=is_query)
+
+
+@triton.jit(do_not_specialize=["num_blocks", "num_splits", "capacity", "pitch_pages"])
+def latent_mix_kernel(
+    weights,
+    factors,
+    keys,
+    values,
+    visible,
+    rows,
+    pages,
+    mixed,
+    num_queries,
+    capacity,
+    num_blocks,
+    num_splits,
+    stride_kb,
+    stride_kh,
+    stride_kn,
+    stride_vb,
+    stride_vh,
+    stride_vn,
+    pitch_pages,
+    HAS_ROWS: tl.constexpr,
+    PER_PAGE: tl.constexpr,
+    KV_HEADS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """Program ``(t * KV_HEADS + h, s, b)``: row b, part s of its units, tile t of its queries, both halves of head h.
+
+    Writes ``mixed [S, B, R, C]``: the sums of latents weighted by ``weights`` times ``factors [B, R, blocks]``.
+    """
+    row = tl.program_id(2).to(tl.int64)
+    split = tl.program_id(1)
+    # Programs that read the same weights lie next to each other.
+    head = (tl.program_id(0) % KV_HEADS).to(tl.int64)
+    queries = tl.program_id(0) // KV_HEADS * BLOCK_M + tl.arange(0, BLOCK_M)
+    is_query = queries < num_queries
+    cache_row = row
+    if HAS_ROWS:
+        cache_row = tl.load(rows + row).to(tl.int64)
+    dims = tl.arange(0, BLOCK_D)
+    in_head = dims < HEAD_DIM
+    stop = tl.minimum(tl.load(visible + row).to(tl.int32), capacity)
+    # Each row is cut by its own length, in whole tiles, so that its parts are equally long.
+    per_split = tl.cdiv(tl.cdiv(stop, BLOCK_N), num_splits) * BLOCK_N
+    begin = split * per_split
+    end = tl.minimum(begin + per_split, stop)
+    key_sum = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    value_sum = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    query_rows = row * num_queries + queries
+    for unit in range(begin, end, BLOCK_N):
+        units = unit + tl.arange(0, BLOCK_N)
+        alive = units < stop
+        page, inside = locate_units(unit, units, alive, pages + cache_row * pitch_pages, cache_row, PER_PAGE, BLOCK_N)
+        mask = alive[:, None] & in_head[None, :]
+        weight = tl.load(
+            weights + query_rows[:, None] * capacity + units[None, :],
+            mask=is_query[:, None] & alive[None, :],
+            other=0.0,
+        ).to(tl.float32)
+        factor = tl.load(factors + query_rows * num_blocks + unit // BLOCK_N, mask=is_query, other=0.0)
+        weight = weight * factor[:, None]
+        key = tl.load(
+            (keys + page * stride_kb + head * stride_kh + inside * stride_kn)[:, None] + dims[None, :],
+            mask=mask,
+            other=0.0,
+        )
+        key_sum = dot(weight, key, key_sum)
+        value = tl.load(
+            (values + page * stride_vb + head * stride_vh + inside * stride_vn)[:, None] + dims[None, :],
+            mask=mask,
+            other=0.0,
+        )
+        value_sum = dot(weight, value, value_sum)
+    width = 2 * KV_HEADS * HEAD_DIM
+    target = ((split * tl.num_programs(2) + row) * num_queries + queries) * width + head * HEAD_DIM
+    target = mixed + target[:, None] + dims[None, :]
+    mask = is_query[:, None] & in_head[None, :]
+    tl.store(target, key_sum.to(mixed.dtype.element_ty), mask=mask)
+    tl.store(target + KV_HEADS * HEAD_DIM, value_sum.to(mixed.dtype.element_ty), mask=mask)
+
+
+def latent_decode_triton(
+    folded: Tensor,
+    bias: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    visible: Tensor,
+    scale: float,
+    first_token: int = 0,
+    rows: Tensor | None = None,
+    pages: Tensor | None = None,
+    num_splits: int | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The fields of a ``LatentMix``; arguments as in ``latent_decode``."""
+    batch, num_heads, places, width = folded.shape
+    kv_heads, per_block, head_dim = keys.shape[1:]
+    num_queries, device = num_heads * places, folded.device
+    capacity = per_block if pages is None else pages.shape[1] * per_block
+    if batch == 0 or capacity == 0:
+        empty = torch.zeros(folded.shape[:3], dtype=torch.float32, device=device)
+        return torch.zeros_like(folded), empty, empty[..., 0] - torch.inf
+    keys, values, pages = (x if x is None else with_dense_rows(x) for x in (keys, values, pages))
+    config = choose_latent_config(num_queries, head_dim, keys.element_size())
+    num_blocks, tiles = triton.cdiv(capacity, config.block_n), triton.cdiv(num_queries, config.block_m)
+    if num_splits is None:
+        wanted = -(-TARGET_PROGRAMS // (batch * tiles * kv_heads))
+        num_splits = max(1, min(wanted, capacity // MIN_UNITS_PER_SPLIT, MAX_SPLITS))
+    weights = torch.empty(batch, num_queries, capacity, dtype=folded.dtype, device=device)
+    peaks = torch.empty(batch, num_queries, num_blocks, dtype=torch.float32, device=device)
+    totals = torch.empty_like(peaks)
+    mixed_type = folded.dtype if num_splits == 1 else torch.float32
+    mixed = torch.empty(num_splits, batch, num_queries, width, dtype=mixed_type, device=device)
+    queries = folded.reshape(batch, num_queries, width)
+    # A kernel wants a pointer even where it reads none.
+    index = (visible.contiguous(), visible if rows is None else rows.contiguous(), visible if pages is None else pages)
+    strides = (*keys.stride()[:3], *values.stride()[:3], 0 if pages is None else pages.stride(0))
+    constants = {
+        "HAS_ROWS": rows is not None,
+        "PER_PAGE": 0 if pages is None else per_block,
+        "KV_HEADS": kv_heads,
+        "HEAD_DIM": head_dim,
+        "BLOCK_M": config.block_m,
+        "BLOCK_N": config.block_n,
+        "BLOCK_D": config.block_d,
+        "num_warps": config.num_warps,
+        "num_stages": config.num_stages,
+    }
+    with current_device_of(folded):
+        latent_weights_kernel[(num_blocks, tiles, batch)](
+            queries,
+            bias.float().contiguous(),
+            keys,
+            values,
+            *index,
+            weights,
+            peaks,
+            totals,
+            scale * LOG2_E.value,
+            num_queries,
+            capacity,
+            num_blocks,
+            first_token,
+            *queries.stride()[:2],
+            *strides,
+            PLACES=places,
+            **constants,
+        )
+        # One softmax per head: over its places and their blocks.
+        peak = peaks.view(batch, num_heads, -1).amax(dim=-1, keepdim=True)
+        factors = torch.exp2(peaks.view(batch, num_heads, -1) - peak.masked_fill(peak == -torch.inf, 0.0))
+        total = (factors * totals.view(batch, num_heads, -1)).sum(dim=-1, keepdim=True)
+        factors = factors / total.masked_fill(total == 0.0, 1.0)
+        mass = (factors * totals.view(batch, num_heads, -1)).unflatten(2, (places, num_blocks)).sum(dim=-1)
+        latent_mix_kernel[(tiles * kv_heads, num_splits, batch)](
+            weights,
+            factors,
+            keys,
+            values,
+            *index,
+            mixed,
+            num_queries,
+            capacity,
+            num_blocks,
+            num_splits,
+            *strides,
+            **constants,
+        )
+    lse = (peak + torch.log2(total))[..., 0] * LN_2.value
+    mixed = mixed[0] if num_splits == 1 else mixed.sum(dim=0).to(folded.dtype)
+    return mixed.view(folded.shape), mass, lse
+
+
+class _Shape(NamedTuple):
+    """A case to compile: what distinguishes the kernels that users of a model run."""
+
+    dtype: str
+    element_size: int
+    num_queries: int
+    places: int
+    kv_heads: int
+    head_dim: int
+    per_page: int
+
+
+COMPILED_SHAPES = [
+    _Shape("bf16", 2, 128, 4, 8, 64, per_page=64),  # Llama-3.2-1B
+    _Shape("bf16", 2, 128, 4, 8, 128, per_page=64),  # Llama-3.1-8B
+    _Shape("bf16", 2, 64, 4, 2, 128, per_page=0),
+    _Shape("fp32", 4, 128, 4, 8, 64, per_page=64),
+]
+
+
+def compile_cases() -> Iterator[CompileCase]:
+    """What ``photon_kernels.aot`` compiles."""
+    for shape in COMPILED_SHAPES:
+        config = choose_latent_config(shape.num_queries, shape.head_dim, shape.element_size)
+        layout = f"page={shape.per_page}" if shape.per_page else "contiguous"
+        name = f"{shape.dtype} rows={shape.num_queries} Hkv={shape.kv_heads} D={shape.head_dim} {layout}"
+        types = {
+            **dict.fromkeys(("folded", "keys", "values", "weights"), f"*{shape.dtype}"),
+            **dict.fromkeys(("bias", "peaks", "totals", "factors", "mixed"), "*fp32"),
+            **dict.fromkeys(("visible", "rows", "pages"), "*i64"),
+            "scale_log2": "fp32",
+            **dict.fromkeys(
+                ("num_queries", "capacity", "num_blocks", "num_splits", "first_token", "pitch_pages"), "i32"
+            ),
+            **{f"stride_{stride}": "i32" for stride in ("fb", "fr", "kb", "kh", "kn", "vb", "vh", "vn")},
+        }
+        constants = {
+            "HAS_ROWS": True,
+            "PER_PAGE": shape.per_page,
+            "KV_HEADS": shape.kv_heads,
+            "HEAD_DIM": shape.head_dim,
+            "BLOCK_M": config.block_m,
+            "BLOCK_N": config.block_n,
+            "BLOCK_D": config.block_d,
+        }
+        kernels = {"latent_weights": latent_weights_kernel, "latent_mix": latent_mix_kernel}
+        for title, kernel in kernels.items():
+            extra = {"PLACES": shape.places} if title == "latent_weights" else {}
+            yield CompileCase(
+                name=f"{title} {name}",
+                kernel=kernel,
+                types={key: kind for key, kind in types.items() if key in kernel.arg_names},
+                constants={**constants, **extra},
+                num_warps=config.num_warps,
+                num_stages=config.num_stages,
+            )
