@@ -11,6 +11,7 @@ from photon_kernels import (
     Window,
     cache_append,
     gather_chunk_project,
+    latent_decode,
     summary_decode_attention,
     window_decode_attention,
 )
@@ -84,6 +85,32 @@ def test_summary_decode(
     out, lse = summary_decode_attention(q, k, v, lengths, head_dim**-0.5, window=window, backend="triton", **options)
     assert relative_error(out, expected) < TOLERANCES[dtype]
     torch.testing.assert_close(lse.double(), expected_lse, atol=1e-3, rtol=1e-3)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCES)
+@pytest.mark.parametrize("heads", HEADS, ids=str)
+@pytest.mark.parametrize("per_page", [None, 16, 64])
+@pytest.mark.parametrize("batch, num_units", [(1, 8192), (32, 300)])
+def test_latent_decode(
+    batch: int, num_units: int, per_page: int | None, heads: tuple[int, int, int], dtype: torch.dtype
+) -> None:
+    torch.manual_seed(0)
+    num_heads, num_kv_heads, head_dim = heads
+    width = 2 * num_kv_heads * head_dim
+    folded = random(batch, num_heads, 4, width, dtype=dtype) * width**-0.5
+    pages, blocks, per_block = None, batch, num_units
+    if per_page:
+        blocks, per_block = batch * -(-num_units // per_page), per_page
+        pages = torch.randperm(blocks, device="cuda").view(batch, -1)
+    keys, values = random(2, blocks, num_kv_heads, per_block, head_dim, dtype=dtype)
+    visible = torch.randint(1, num_units + 1, (batch,), device="cuda")
+    arguments = visible, 1.5, 4, None, pages
+    bias = torch.randn(batch, num_heads, 4, device="cuda")
+    expected = latent_decode(folded.double(), bias.double(), keys.double(), values.double(), *arguments)
+    found = latent_decode(folded, bias, keys, values, *arguments, backend="triton")
+    assert relative_error(found.mixed, expected.mixed) < TOLERANCES[dtype]
+    torch.testing.assert_close(found.mass.double(), expected.mass, atol=1e-2, rtol=1e-2)
+    torch.testing.assert_close(found.lse.double(), expected.lse, atol=1e-3, rtol=1e-3)
 
 
 @pytest.mark.parametrize("dtype", TOLERANCES)
