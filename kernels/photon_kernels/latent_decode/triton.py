@@ -42,9 +42,9 @@ def choose_latent_config(num_queries: int, head_dim: int, element_size: int) -> 
     """Configuration for ``num_queries`` = Hq * S rows and key heads of ``head_dim``."""
     half_precision = element_size <= 2
     block_d = max(16, next_power_of_2(head_dim))
-    block_m = min(
-        128 if half_precision and block_d <= 64 else 64 if half_precision else 32, next_power_of_2(num_queries)
-    )
+    # Two sums of block_m x block_d stay in registers.
+    longest = (128 if block_d <= 64 else 64) if half_precision else 16
+    block_m = min(longest, next_power_of_2(num_queries))
     block_n = 64 if half_precision else 16
     return LatentConfig(max(16, block_m), block_n, block_d, num_warps=8, num_stages=3 if half_precision else 2)
 
