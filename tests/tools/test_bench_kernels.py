@@ -56,3 +56,18 @@ def test_the_interpreter_is_not_timed(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["bench_kernels.py"])
     with pytest.raises(PhotonError, match="give --check"):
         tool.main()
+
+
+@without_gpu
+def test_the_fastest_tiles_of_all_cases_go_to_the_table(monkeypatch, tmp_path):
+    tried = [{"block_n": 64, "num_warps": 4, "num_stages": 2}, {"block_n": 32, "num_warps": 4, "num_stages": 2}]
+    monkeypatch.setattr(tool, "candidates", lambda default: iter(tried))
+    # Per case: the plain choice, then the two others; the second is faster once and slower once.
+    took = iter([10.0, 9.0, 8.0, 10.0, 8.0, 12.0])
+    monkeypatch.setattr(tool, "microseconds", lambda function: function() is None or next(took))
+    path = tmp_path / "tiles.json"
+    path.write_text('{"devices": {"another": {}}}')
+    cases = [lambda: tool.window_case(2, (4, 2, 16), 40)] * 2
+    tool.tune(iter(cases), path, budget_seconds=60)
+    chosen = {"window_decode entries=40 queries=2 dim=16 bytes=2": tried[0]}
+    assert json.loads(path.read_text()) == {"devices": {"another": {}, "cpu": chosen}}

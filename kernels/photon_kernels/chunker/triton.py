@@ -11,6 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from photon_kernels._backend import current_device_of, next_power_of_2, with_dense_rows
+from photon_kernels._tiles import tuned
 from photon_kernels._triton_math import dot
 from photon_kernels.aot import CompileCase
 
@@ -105,6 +106,9 @@ def gather_chunk_project_triton(states: Tensor, rows: Tensor, weight: Tensor, sc
         return out
     states, weight = with_dense_rows(states), with_dense_rows(weight)
     config = choose_chunker_config(num_rows, width, states.element_size())
+    # Numbers of rows with the same tile are one case.
+    shape = {"rows": config.block_m, "width": width, "bytes": states.element_size()}
+    config = tuned("chunker", config, states.device, **shape)
     grid = (triton.cdiv(num_rows, config.block_m), triton.cdiv(num_outputs, config.block_n))
     with current_device_of(states):
         gather_chunk_project_kernel[grid](

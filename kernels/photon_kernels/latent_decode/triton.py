@@ -19,6 +19,7 @@ from torch import Tensor
 
 from photon_kernels._backend import current_device_of, next_power_of_2, with_dense_rows
 from photon_kernels._decode_tiles import locate_units
+from photon_kernels._tiles import tuned
 from photon_kernels._triton_math import LN_2, LOG2_E, dot
 from photon_kernels.aot import CompileCase
 
@@ -245,6 +246,8 @@ def latent_decode_triton(
         return torch.zeros_like(folded), empty, empty[..., 0] - torch.inf
     keys, values, pages = (x if x is None else with_dense_rows(x) for x in (keys, values, pages))
     config = choose_latent_config(num_queries, head_dim, keys.element_size())
+    shape = {"queries": num_queries, "dim": head_dim, "bytes": keys.element_size()}
+    config = tuned("latent_decode", config, device, **shape)
     num_blocks, tiles = triton.cdiv(capacity, config.block_n), triton.cdiv(num_queries, config.block_m)
     if num_splits is None:
         wanted = -(-TARGET_PROGRAMS // (batch * tiles * kv_heads))

@@ -18,6 +18,7 @@ from torch import Tensor
 from photon_kernels._attention_config import choose_attention_config
 from photon_kernels._backend import current_device_of, next_power_of_2, with_dense_rows
 from photon_kernels._decode_tiles import attend_ring, locate_units, query_tile
+from photon_kernels._tiles import tuned
 from photon_kernels._triton_math import LOG2_E, attend_tile, finish_softmax
 from photon_kernels.aot import CompileCase
 from photon_kernels.summary_decode.naive import Window
@@ -243,7 +244,9 @@ def summary_decode_attention_triton(
         return out, lse
     q, k, v, pages = (x if x is None else with_dense_rows(x) for x in (q, k, v, pages))
     num_units = per_block if pages is None else pages.shape[1] * per_block
-    config = choose_attention_config(LONG_STREAM, group * num_positions, head_dim, k.element_size())
+    queries, size = group * num_positions, k.element_size()
+    config = choose_attention_config(LONG_STREAM, queries, head_dim, size)
+    config = tuned("summary_decode", config, q.device, queries=queries, dim=head_dim, bytes=size)
     query_blocks = triton.cdiv(group * num_positions, config.block_m)
     if num_splits is None:
         num_splits = choose_num_splits(num_units, batch * num_kv_heads * query_blocks)

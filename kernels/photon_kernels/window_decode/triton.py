@@ -17,6 +17,7 @@ from torch import Tensor
 from photon_kernels._attention_config import choose_attention_config
 from photon_kernels._backend import current_device_of, with_dense_rows
 from photon_kernels._decode_tiles import attend_ring, query_tile
+from photon_kernels._tiles import tuned
 from photon_kernels._triton_math import LOG2_E, finish_softmax
 from photon_kernels.aot import CompileCase
 
@@ -124,7 +125,10 @@ def window_decode_attention_triton(
     if out.numel() == 0:
         return out, lse
     q, k, v, order = (with_dense_rows(tensor) for tensor in (q, k, v, order))
-    config = choose_attention_config(num_entries, group * num_positions, head_dim, k.element_size())
+    queries, size = group * num_positions, k.element_size()
+    config = choose_attention_config(num_entries, queries, head_dim, size)
+    shape = {"entries": num_entries, "queries": queries, "dim": head_dim, "bytes": size}
+    config = tuned("window_decode", config, q.device, **shape)
     grid = (batch, num_kv_heads, triton.cdiv(group * num_positions, config.block_m))
     with current_device_of(q):
         window_decode_kernel[grid](
