@@ -30,7 +30,7 @@ ALLOWED["pipeline"] = {"cli", "manifest", *ALLOWED}
 # Seen from any other file: the entry points, which nobody imports.
 ENTRY_POINTS = {"recipes", "tools", "tests"}
 LAZY = {"deepspeed", "matplotlib", "wandb", "liger_kernel", "tensorboard", "tensorboardX", "datasets", "pyarrow"}
-LAZY |= {"lm_eval"}
+LAZY |= {"lm_eval", "vllm"}
 
 
 def sources(folder: Path) -> list[Path]:

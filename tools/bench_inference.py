@@ -35,6 +35,7 @@ from photon_train.evaluation.benchmark import write_rows
 from photon_train.evaluation.plots import plot_inference
 from photon_train.inference import baselines
 from photon_train.inference.systems import DenseSystem, PhotonSystem, System, copy_bandwidth
+from photon_train.inference.vllm_system import VllmSystem
 from photon_train.models import PhotonForCausalLM
 from photon_train.pipeline.shapes import SHAPES, dense_shape, photon_shape
 
@@ -108,7 +109,12 @@ class Bench:
 
     def groups(self) -> list[Callable[[], list[System]]]:
         """Systems that share weights, built when they are asked for; the dense model first."""
-        return [self._dense, *(lambda name=name: [self._photon(name)] for name in self.options.presets)]
+        photon = [lambda name=name: [self._photon(name)] for name in self.options.presets]
+        # vLLM last: it does not give its memory back.
+        return [self._dense, *photon, *([self._vllm] if self.options.vllm else [])]
+
+    def _vllm(self) -> list[System]:
+        return [VllmSystem(self._place(lambda: LlamaForCausalLM(dense_shape(self.options.shape))))]
 
     def _dense(self) -> list[System]:
         config = dense_shape(self.options.shape)
@@ -338,6 +344,7 @@ def arguments() -> argparse.Namespace:
         help="preset, or preset-conditioning; default: graft-residual split graft",
     )
     parser.add_argument("--dense", nargs="*", choices=baselines.KINDS, default=list(baselines.KINDS))
+    parser.add_argument("--vllm", action="store_true", help="also the dense model under vLLM, which must be installed")
     parser.add_argument("--window", type=int, default=64, help="window of PHOTON and of the dense window system")
     parser.add_argument("--backend", default=None, help="default: torch, triton with profile gpu")
     parser.add_argument("--cuda-graphs", choices=["auto", "off"], default="auto")
@@ -363,6 +370,8 @@ def main() -> None:
         gpu = True
         if not torch.cuda.is_available():
             raise PhotonError("--profile gpu needs a GPU: use --profile cpu here")
+    if options.vllm and (not gpu or options.order == "turns"):
+        raise PhotonError("--vllm reserves the memory of a GPU: use it with --profile gpu and --order alone")
     options.shape = options.shape or ("1b" if gpu else "demo")
     options.backend = options.backend or ("triton" if gpu else "torch")
     options.order = options.order or ("alone" if gpu else "turns")
