@@ -130,7 +130,8 @@ def gumbel(keys: Listed[int], like: torch.Tensor) -> torch.Tensor:
     for shift, factor in zip(_SHIFTS, (*_MULTIPLIERS, 1), strict=True):
         # The sign is no part of the number: what is shifted in must be zeros.
         word = (word ^ (word >> shift) & (2 ** (64 - shift) - 1)) * _signed(factor)
-    uniform = ((word >> 33 & (2**31 - 1)).float() + 0.5) * 2**-31
+    # Rounded to float32 the largest of these would be 1, and its noise -inf: a token chosen beforehand would be lost.
+    uniform = (((word >> 33 & (2**31 - 1)).float() + 0.5) * 2**-31).clamp(max=1 - 2**-24)
     return -(-torch.log1p(-uniform)).log()
 
 

@@ -14,7 +14,17 @@ from transformers import (
 
 from photon_train.errors import PhotonError
 from photon_train.inference.request import SamplingParams, Sequence
-from photon_train.inference.sampler import _STEP, _mix, gumbel, penalise, sample, stream_key, warp
+from photon_train.inference.sampler import (
+    _MULTIPLIERS,
+    _SHIFTS,
+    _STEP,
+    _mix,
+    gumbel,
+    penalise,
+    sample,
+    stream_key,
+    warp,
+)
 
 
 def sequence(**params) -> Sequence:
@@ -132,6 +142,25 @@ def test_noise_is_gumbel_and_independent_across_tokens_rows_and_steps():
     centred = (noise - noise.mean()) / noise.std()
     for one, other in ((centred[1:], centred[:-1]), (centred[:, 1:], centred[:, :-1])):
         assert abs(float((one * other).mean())) < 4 / one.numel() ** 0.5
+
+
+def unmixed(word: int) -> int:
+    """What `_mix` turns into `word`."""
+    for shift, factor in reversed(list(zip(_SHIFTS, (*_MULTIPLIERS, 1), strict=True))):
+        mixed = word = word * pow(factor, -1, 2**64) % 2**64
+        for _ in range(64 // shift):
+            word = mixed ^ word >> shift
+    return word
+
+
+def test_the_only_candidate_is_drawn_whatever_its_number(monkeypatch):
+    """The largest number, 64 ones, and the smallest."""
+    for number in (2**64 - 1, 0):
+        key = (unmixed(number) - 3 * _STEP) % 2**64  # the third token's
+        assert _mix((key + 3 * _STEP) % 2**64) == number
+        monkeypatch.setattr("photon_train.inference.sampler.stream_key", lambda sequence, key=key: key)
+        row = torch.tensor([[0.0, 1.0, 2.0, 1.0]])
+        assert sample(row, [sequence(temperature=1.0, top_k=1)])[0].token == 2
 
 
 def test_splitmix_is_the_published_one():
