@@ -172,13 +172,15 @@ def test_flops_of_graft_grow_with_its_units_only():
     assert accounting.dense_flops(dense, 3200) - accounting.dense_flops(dense, 1600) == 4 * 32 * 8 * 1600
 
 
-def test_flops_of_a_latent_memory_count_the_tokens_under_units():
+@pytest.mark.parametrize("parts", [1, 2])
+def test_flops_of_a_latent_memory_count_the_tokens_under_units(parts):
     photon = PhotonSettings(num_levels=1, memory_layers=[1, 4, 7], memory_pooling="latent", memory_latents=1)
+    photon.memory_latent_parts = parts
     dense = dense_config(num_hidden_layers=8)
     config = presets.photon_config(dense, RunConfig(photon=photon))
     near, far = (accounting.photon_flops(config, n) for n in (1600, 3200))
-    # Per token: 3 layers meet 1600 tokens more, each of 4 heads through a latent of 2 * 2 * 8 numbers.
-    assert far - near == pytest.approx(4 * (3 * 4 * 32 * 1600))
+    # Per token: 3 layers meet 1600 tokens more, each of 4 heads through a latent of 2 * 2 * 8 numbers, or half.
+    assert far - near == pytest.approx(4 * (3 * 4 * 32 / parts * 1600))
     assert accounting.growing_bytes_per_token(config, 2) == pytest.approx(32 * 2 / 4)
 
 

@@ -132,13 +132,14 @@ def new_parameters(photon: Any) -> int:
         total += int(level["decoder_layers"] > 0)
     for level in photon.memory_levels:
         if photon.memory_pooling == "latent":  # converters
-            total += photon.span(level) * shape.kv * (shape.kv + 1)
+            total += photon.span(level) * shape.kv * (shape.kv // photon.memory_latent_parts + 1)
             continue
         total += 2 * shape.kv_heads * (photon.span(level) + 1) + 2 * hidden * keys
         if photon.memory_pooling == "linear":
             total += 2 * shape.kv_heads * photon.span(level) * shape.head_dim**2
     if photon.memory_pooling == "latent":  # chunkers, with the encoder state's projection and gate
-        total += sum((photon.span(at) * shape.kv + hidden + 1) * shape.kv for at in photon.source_levels.values())
+        widths = (photon.span(at) * shape.kv // photon.memory_latent_parts for at in photon.source_levels.values())
+        total += sum((width + hidden + 1) * shape.kv for width in widths)
     return total + (0 if photon.conditioning == "memory" else hidden)
 
 
@@ -301,16 +302,17 @@ def photon_flops(photon: Any, context: int) -> float:
         group = level["num_slots"] + level["chunk_size"] - 1
         keys += level["decoder_layers"] * group * (group + 1) / 2 / photon.span(index + 1)
     latent = photon.memory_pooling == "latent"
+    width = shape.kv / photon.memory_latent_parts if latent else 0.0  # of what a folded query meets
     for level in photon.source_levels.values():
         weights += shape.hidden * shape.kv / photon.span(level)
-        weights += shape.kv * shape.kv if latent else 0  # span * kv numbers to kv, once per unit
+        weights += shape.kv * width  # each part's span * width numbers to width, once per unit
     for level in photon.memory_levels:
         span = photon.span(level)
         weights += shape.kv * shape.head_dim if photon.memory_pooling == "linear" else 0
-        # A latent's converter is folded into the queries, which then meet latents of a key and value's width.
-        weights += 2 * span * shape.kv * shape.heads * shape.head_dim if latent else 0
+        # A latent's converter is folded into the queries, which then meet latents, or half of each.
+        weights += 2 * span * width * shape.heads * shape.head_dim
         units = max(0, context - photon.window) // span
-        keys += units * (span * shape.kv / shape.head_dim if latent else 1)
+        keys += units * (span * width / shape.head_dim if latent else 1)
     if photon.layout == "stream":
         first, full = photon.levels[0], len(photon.full_attention_layers)
         per_token = 1 + (first["num_slots"] / first["chunk_size"] if photon.conditioning == "slots" else 0.0)

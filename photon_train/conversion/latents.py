@@ -148,35 +148,56 @@ def _fit(model, source: int, found: _Moments, queries: dict[int, _Moments]) -> l
     decoder, config = model.model.levels[0].decoder, model.config
     readers = [layer for layer, at in config.source_of_layer.items() if at == source]
     chunker = decoder.latent[str(source)]
-    mean_x = found.mean("x")
-    xx = found.mean("xx") - torch.outer(mean_x, mean_x)
+    weights = {layer: _weights(model, layer, queries[layer]).unflatten(0, (2, -1)) for layer in readers}
+    numbers = torch.arange(chunker.span * chunker.width).view(chunker.span, len(chunker.parts), -1)
+    prefix, names = "model.levels.0.decoder", []
+    for number, part in enumerate(chunker.parts):
+        kinds = slice(0, 2) if len(chunker.parts) == 1 else slice(number, number + 1)
+        own = numbers[:, number].flatten()
+        errors = {layer: weights[layer][kinds] for layer in readers}
+        pack, unpack = _regress(found, own, errors, part.out_features)
+        part.weight.copy_(pack)
+        names.append(f"{prefix}.latent.{source}.parts.{number}.weight")
+        for layer, (matrix, bias) in unpack.items():
+            converter = decoder.memory[str(layer)].parts[number]
+            converter.weight.copy_(matrix)
+            converter.bias.copy_(bias)
+            names += [f"{prefix}.memory.{layer}.parts.{number}.{kind}" for kind in ("weight", "bias")]
+    return names
+
+
+def _regress(found: _Moments, own: torch.Tensor, errors: dict[int, torch.Tensor], rank: int):
+    """The map from the numbers `own` of a unit to `rank`, and by layer its matrix back and bias.
+
+    Args:
+        errors: By layer, square roots of what errors count, ``[kinds, Hkv, D, D]``; the numbers are ordered
+            (token, kind, head, dimension).
+    """
+    mean_x = found.mean("x")[own]
+    xx = found.mean("xx")[own][:, own] - torch.outer(mean_x, mean_x)
     xx += RIDGE * xx.diagonal().mean() * torch.eye(len(xx), dtype=xx.dtype, device=xx.device)
     values, vectors = torch.linalg.eigh(xx)
     white = vectors * values.clamp(min=1e-12).rsqrt()  # x @ white has unit covariance
     seen, mixed = {}, 0
-    for layer in readers:
-        mean_y = found.mean(("y", layer))
-        xy = white.T @ (found.mean(("xy", layer)) - torch.outer(mean_x, mean_y))
+    for layer, error in errors.items():
+        mean_y = found.mean(("y", layer))[own]
+        xy = white.T @ (found.mean(("xy", layer))[own][:, own] - torch.outer(mean_x, mean_y))
         seen[layer] = (xy, mean_y)
-        mixed = mixed + _weighted(xy, _weights(model, layer, queries[layer]), chunker)
-    directions = torch.linalg.eigh(mixed)[1][:, -chunker.width :]
-    pack = (white @ directions).T
-    chunker.proj.weight.copy_(pack)
-    prefix = "model.levels.0.decoder"
-    names = [f"{prefix}.latent.{source}.proj.weight"]
+        mixed = mixed + _weighted(xy, error)
+    directions = torch.linalg.eigh(mixed)[1][:, -rank:]
+    pack, back = (white @ directions).T, {}
     for layer, (xy, mean_y) in seen.items():
-        unpack, converter = (directions.T @ xy).T, decoder.memory[str(layer)]
-        converter.proj.weight.copy_(unpack)
-        converter.proj.bias.copy_(mean_y - unpack @ (pack @ mean_x))
-        names += [f"{prefix}.memory.{layer}.proj.{part}" for part in ("weight", "bias")]
-    return names
+        unpack = (directions.T @ xy).T
+        back[layer] = unpack, mean_y - unpack @ (pack @ mean_x)
+    return pack, back
 
 
-def _weighted(xy: torch.Tensor, weights: torch.Tensor, chunker) -> torch.Tensor:
-    """Sum over places of ``xy W W' xy'``, keys and values each scaled to the same trace."""
-    parts = xy.unflatten(1, (chunker.span, 2, chunker.heads, chunker.head_dim))
+def _weighted(xy: torch.Tensor, errors: torch.Tensor) -> torch.Tensor:
+    """Sum over tokens of ``xy W W' xy'``, keys and values each scaled to the same trace."""
+    kinds, heads, size, _ = errors.shape
+    parts = xy.unflatten(1, (-1, kinds, heads, size))
     total = 0
-    for kind, weight in enumerate(weights.unflatten(0, (2, -1))):
-        part = torch.einsum("xshd,hde->xshe", parts[:, :, kind], weight).flatten(1)
+    for kind, error in enumerate(errors):
+        part = torch.einsum("xshd,hde->xshe", parts[:, :, kind], error).flatten(1)
         total = total + part @ part.T / part.pow(2).sum()
     return total

@@ -299,10 +299,8 @@ def _plan_tensor(name: str, shape: tuple[int, ...], config: PhotonConfig, layers
 
 def _new_values(name: str, role: str, rest: str, config: PhotonConfig, seed: int) -> tuple[str, dict[str, Any]]:
     """Operator and arguments of a tensor that no dense model has."""
-    if role == "latent" and rest.endswith(".proj.weight"):
-        return "mean_chunk", {}
-    if role == "memory" and rest.endswith(".proj.weight"):
-        return "identity_slots", {}
+    if ".parts." in rest and rest.endswith(".weight"):
+        return ("mean_chunk" if role == "latent" else "identity_slots"), {}
     if rest == "proj.weight":
         return ("mean_chunk" if role == "chunker" else "identity_slots"), {}
     if rest == "gate":  # the hourglass's change is what its middle layers did: it enters in full

@@ -43,7 +43,7 @@ POOLING = "latent"
 LATENT_SHARE = 8  # one memory layer in so many
 ENCODER_WINDOW = 64
 NUM_SINKS = 4
-_MEMORY_KEYS = ("memory_layers", "memory_level", "memory_pooling", "memory_latents")
+_MEMORY_KEYS = ("memory_layers", "memory_level", "memory_pooling", "memory_latents", "memory_latent_parts")
 WINDOW, SMALL_WINDOW, SMALL_HIDDEN = 256, 64, 512
 # Of config.json: what describes the dense checkpoint as an object, not its architecture.
 _BOOKKEEPING = ("architectures", "transformers_version", "_name_or_path", "dtype", "torch_dtype", "auto_map")
@@ -412,7 +412,21 @@ def _memory_settings(photon: PhotonSettings, count: int, full: list[int], depth:
         "memory_levels": levels,
         "memory_pooling": pooling,
         "memory_sources": sources,
+        "memory_latent_parts": _latent_parts(photon, pooling),
     }
+
+
+def _latent_parts(photon: PhotonSettings, pooling: str) -> int:
+    parts = photon.memory_latent_parts
+    if parts is None:
+        return 1
+    if pooling != "latent":
+        raise PhotonError(
+            f"photon.memory_latent_parts={parts} needs photon.memory_pooling=latent: set that, or drop it"
+        )
+    if parts not in (1, 2):
+        raise PhotonError(f"photon.memory_latent_parts={parts} must be 1 or 2")
+    return parts
 
 
 def _memory_sources(photon: PhotonSettings, memory: Sequence[int], pooling: str) -> list[int]:

@@ -47,6 +47,8 @@ class PhotonConfig(PretrainedConfig):
             as a ``latent`` of the same size that gives a key and value per token when it is read (`latent_photon`).
         memory_sources: With ``latent``, the memory layer whose latents each of `memory_layers` reads; layers that
             share a source add growing KV once. Default: each its own.
+        memory_latent_parts: Vectors that a latent consists of: 1 packs keys and values together; 2 apart, each into
+            half of the latent, which halves the arithmetic of reading them.
         full_attention_layers: Token-decoder layers at full causal attention.
         summary: What the top encoder hands down: its ``state`` or the ``change`` it made (output - input).
         unit_positions: Rotary position of a unit: its ``index``, or ``scaled`` by the tokens under it.
@@ -73,6 +75,7 @@ class PhotonConfig(PretrainedConfig):
         memory_levels: list[int] | None = None,
         memory_pooling: str = "mean",
         memory_sources: list[int] | None = None,
+        memory_latent_parts: int = 1,
         full_attention_layers: list[int] | None = None,
         summary: str = "state",
         unit_positions: str = "index",
@@ -91,6 +94,7 @@ class PhotonConfig(PretrainedConfig):
         self.memory_levels = list(memory_levels or [len(self.levels)] * len(self.memory_layers))
         self.memory_pooling = memory_pooling
         self.memory_sources = list(memory_sources or self.memory_layers)
+        self.memory_latent_parts = memory_latent_parts
         self.full_attention_layers = list(full_attention_layers or [])
         self.summary = summary
         self.unit_positions = unit_positions
@@ -279,6 +283,7 @@ class PhotonConfig(PretrainedConfig):
             len(self.memory_sources) == len(self.memory_layers),
             "memory_sources must give one memory layer for each of memory_layers",
         )
+        need(self.memory_latent_parts in (1, 2), f"memory_latent_parts={self.memory_latent_parts} must be 1 or 2")
         if self.memory_pooling != "latent":
             need(self.memory_sources == self.memory_layers, "memory_sources needs memory_pooling=latent")
         for layer, source in zip(self.memory_layers, self.memory_sources, strict=True):

@@ -161,6 +161,7 @@ class PhotonStack(nn.Module):
         memory_spans: For memory layers, the tokens under a unit, by layer index.
         memory_pooling: See `PhotonConfig`.
         latent_sources: Memory layers that make latents.
+        latent_parts: See `PhotonConfig.memory_latent_parts`.
     """
 
     def __init__(
@@ -171,15 +172,19 @@ class PhotonStack(nn.Module):
         memory_spans: dict[int, int] | None = None,
         memory_pooling: str = "mean",
         latent_sources: Collection[int] = (),
+        latent_parts: int = 1,
     ) -> None:
         super().__init__()
         layer = family_classes(base_config.model_type).layer
         self.layers = nn.ModuleList(layer(base_config, index) for index in range(num_layers))
         self.input_scale = InputScale() if reads_below else None
-        make = LatentConverter if memory_pooling == "latent" else partial(UnitMemory, linear=memory_pooling == "linear")
+        make = partial(UnitMemory, linear=memory_pooling == "linear")
+        if memory_pooling == "latent":
+            make = partial(LatentConverter, num_parts=latent_parts)
         spans = memory_spans or {}
         self.memory = nn.ModuleDict({str(index): make(base_config, span) for index, span in spans.items()})
-        self.latent = nn.ModuleDict({str(index): LatentChunker(base_config, spans[index]) for index in latent_sources})
+        chunkers = {str(index): LatentChunker(base_config, spans[index], latent_parts) for index in latent_sources}
+        self.latent = nn.ModuleDict(chunkers)
 
     def forward(
         self,
@@ -217,6 +222,7 @@ class PhotonLevel(nn.Module):
                 memory_spans=memory_spans if index == 0 else None,
                 memory_pooling=config.memory_pooling,
                 latent_sources=config.source_levels if index == 0 and config.memory_pooling == "latent" else (),
+                latent_parts=config.memory_latent_parts,
             )
             if level["decoder_layers"]
             else None
@@ -256,12 +262,14 @@ def initialize(module: nn.Module, initializer_range: float) -> bool:
         for projection in (module.key_proj, module.value_proj):
             init.normal_(projection.weight, std=initializer_range)
     elif isinstance(module, LatentChunker):
-        init.copy_(module.proj.weight, _identity_blocks(module.proj.weight, module.span, 1, 1 / module.span))
+        for part in module.parts:
+            init.copy_(part.weight, _identity_blocks(part.weight, module.span, 1, 1 / module.span))
         init.normal_(module.state_proj.weight, std=initializer_range)
         init.zeros_(module.state_gate)
     elif isinstance(module, LatentConverter):
-        init.copy_(module.proj.weight, _identity_blocks(module.proj.weight, module.span, 0))
-        init.zeros_(module.proj.bias)
+        for part in module.parts:
+            init.copy_(part.weight, _identity_blocks(part.weight, module.span, 0))
+            init.zeros_(part.bias)
     else:
         return False
     return True

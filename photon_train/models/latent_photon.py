@@ -32,14 +32,21 @@ def kv_shape(base_config: PretrainedConfig) -> tuple[int, int]:
 
 
 class LatentChunker(nn.Module):
-    """Keys and values of S tokens -> one latent, plus a correction by the unit's encoder state (gate zero at first)."""
+    """Keys and values of S tokens -> one latent, plus a correction by the unit's encoder state (gate zero at first).
 
-    def __init__(self, base_config: PretrainedConfig, span: int) -> None:
+    Args:
+        base_config: The dense family's configuration.
+        span: S.
+        num_parts: 1 packs keys and values together; 2 apart, each into its half of the latent.
+    """
+
+    def __init__(self, base_config: PretrainedConfig, span: int, num_parts: int = 1) -> None:
         super().__init__()
         self.span = span
         self.heads, self.head_dim = kv_shape(base_config)
         self.width = 2 * self.heads * self.head_dim
-        self.proj = nn.Linear(span * self.width, self.width, bias=False)
+        size = self.width // num_parts
+        self.parts = nn.ModuleList(nn.Linear(span * size, size, bias=False) for _ in range(num_parts))
         self.state_proj = nn.Linear(base_config.hidden_size, self.width, bias=False)
         self.state_gate = nn.Parameter(torch.zeros(self.width))
 
@@ -53,26 +60,40 @@ class LatentChunker(nn.Module):
         Returns:
             The latents in the shape of keys and values, ``[B, Hkv, U, D]`` each.
         """
-        latent = self.proj(join_heads(keys, values).flatten(-2))
+        given = join_heads(keys, values).chunk(len(self.parts), dim=-1)
+        latent = torch.cat([part(one.flatten(-2)) for part, one in zip(self.parts, given, strict=True)], dim=-1)
         latent = latent + self.state_gate * self.state_proj(unit_states)
         return split_heads(latent.to(keys.dtype), self.heads)
 
 
 class LatentConverter(nn.Module):
-    """One latent -> a key and a value for each of the S tokens under the unit, for one layer."""
+    """One latent -> a key and a value for each of the S tokens under the unit, for one layer.
 
-    def __init__(self, base_config: PretrainedConfig, span: int) -> None:
+    Arguments as for `LatentChunker`.
+    """
+
+    def __init__(self, base_config: PretrainedConfig, span: int, num_parts: int = 1) -> None:
         super().__init__()
         self.span = span
-        self.heads, head_dim = kv_shape(base_config)
-        self.width = 2 * self.heads * head_dim
-        self.proj = nn.Linear(self.width, span * self.width)
+        self.heads, self.head_dim = kv_shape(base_config)
+        size = 2 * self.heads * self.head_dim // num_parts
+        self.parts = nn.ModuleList(nn.Linear(size, span * size) for _ in range(num_parts))
 
     def forward(self, keys: torch.Tensor, values: torch.Tensor) -> KeyValue:
         """Unpack latents ``[B, Hkv, U, D]`` (the two halves) to keys and values ``[B, Hkv, U * S, D]``."""
-        latent = join_heads(keys, values)
-        slots = self.proj(latent).unflatten(-1, (self.span, self.width)).flatten(1, 2)
-        return split_heads(slots.to(keys.dtype), self.heads)
+        given = join_heads(keys, values).chunk(len(self.parts), dim=-1)
+        slots = [part(one).unflatten(-1, (self.span, -1)) for part, one in zip(self.parts, given, strict=True)]
+        return split_heads(torch.cat(slots, dim=-1).flatten(1, 2).to(keys.dtype), self.heads)
+
+    def maps(self) -> tuple[KeyValue, KeyValue]:
+        """What it does to one latent: matrices of keys and values, ``[S, Hkv, D, C]``, and biases ``[S, Hkv, D]``.
+
+        C is the width of what they read: the latent, or of two parts its own half.
+        """
+        shape = (self.span, 2 // len(self.parts), self.heads, self.head_dim)
+        pairs = [(part.weight.unflatten(0, shape), part.bias.unflatten(0, shape)) for part in self.parts]
+        (keys, key_bias), (values, value_bias) = pairs[0], pairs[-1]
+        return (keys[:, 0], values[:, -1]), (key_bias[:, 0], value_bias[:, -1])
 
 
 def fold_queries(content: torch.Tensor, converter: LatentConverter) -> tuple[torch.Tensor, torch.Tensor]:
@@ -85,9 +106,9 @@ def fold_queries(content: torch.Tensor, converter: LatentConverter) -> tuple[tor
         content: Unrotated queries, ``[n, Hq, D]``.
 
     Returns:
-        ``[n, Hq, S, C]`` with the latent's width C, and biases ``[n, Hq, S]``.
+        ``[n, Hq, S, C]``, C as in `LatentConverter.maps`, and biases ``[n, Hq, S]``.
     """
-    (key_map, _), (key_bias, _) = _maps(converter)
+    (key_map, _), (key_bias, _) = converter.maps()
     content = content.unflatten(1, (converter.heads, -1))
     folded = torch.einsum("nhgd,shdc->nhgsc", content, key_map)
     return folded.flatten(1, 2), torch.einsum("nhgd,shd->nhgs", content, key_bias).flatten(1, 2)
@@ -99,16 +120,10 @@ def unfold_values(mixed: torch.Tensor, mass: torch.Tensor, converter: LatentConv
     Returns:
         ``[n, Hq, D]``.
     """
-    (_, value_map), (_, value_bias) = _maps(converter)
+    (_, value_map), (_, value_bias) = converter.maps()
     mixed, mass = (states.unflatten(1, (converter.heads, -1)) for states in (mixed, mass.to(mixed.dtype)))
     out = torch.einsum("nhgsc,shdc->nhgd", mixed, value_map) + torch.einsum("nhgs,shd->nhgd", mass, value_bias)
     return out.flatten(1, 2)
-
-
-def _maps(converter: LatentConverter):
-    """Of keys and values: matrices ``[S, Hkv, D, C]`` and biases ``[S, Hkv, D]``."""
-    shape = (converter.span, 2, converter.heads, -1)
-    return (parameter.unflatten(0, shape).unbind(1) for parameter in (converter.proj.weight, converter.proj.bias))
 
 
 def attend_folded(
@@ -131,16 +146,17 @@ def attend_folded(
     Returns:
         ``[n, Hq, D]``.
     """
-    latent, count = join_heads(*latents), near[0].shape[2]
+    whole, count = join_heads(*latents), near[0].shape[2]
+    parts = whole.chunk(len(converter.parts), dim=-1)
     folded, bias = fold_queries(content, converter)
-    far = torch.einsum("nhsc,nuc->nhus", folded, latent) + bias[:, :, None]
+    far = torch.einsum("nhsc,nuc->nhus", folded, parts[0]) + bias[:, :, None]
     grouped = query.unflatten(1, (converter.heads, -1))
     close = torch.einsum("nhgd,nhkd->nhgk", grouped, near[0]).flatten(1, 2)
     scores = torch.cat([close, far.flatten(2)], dim=-1).float() * scale
     weights = scores.masked_fill(~visible[:, None], -torch.inf).softmax(dim=-1).to(query.dtype)
     close, far = weights[..., :count], weights[..., count:].unflatten(-1, (-1, converter.span))
     out = torch.einsum("nhgk,nhkd->nhgd", close.unflatten(1, (converter.heads, -1)), near[1]).flatten(1, 2)
-    return out + unfold_values(torch.einsum("nhus,nuc->nhsc", far, latent), far.sum(2), converter)
+    return out + unfold_values(torch.einsum("nhus,nuc->nhsc", far, parts[-1]), far.sum(2), converter)
 
 
 def join_heads(keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from tiny import photon_model, tokens
 from tiny_dense import save_dense
@@ -28,11 +29,12 @@ def keys_values(model, batch) -> dict[int, tuple[torch.Tensor, torch.Tensor]]:
     return {layer: (model.model.turn_back(key, position), value) for layer, (key, value) in recorded.items()}
 
 
+@pytest.mark.parametrize("name, parts", [("memory-latent", 1), ("memory-latent-apart", 2)])
 @torch.no_grad()
-def test_values_are_reconstructed_better_than_by_random_maps_of_the_same_rank():
-    model, batches = photon_model("memory-latent"), [tokens(8, 60, seed=seed) for seed in range(4)]
+def test_values_are_reconstructed_better_than_by_random_maps_of_the_same_rank(name, parts):
+    model, batches = photon_model(name), [tokens(8, 60, seed=seed) for seed in range(4)]
     names = fit_latents(model, batches)
-    assert len(names) == 2 * 3 and all(name in dict(model.named_parameters()) for name in names)
+    assert len(names) == parts * 2 * 3 and all(name in dict(model.named_parameters()) for name in names)
     found = keys_values(model, torch.cat(batches))
     span = model.config.top_span
     for layer in model.config.memory_layers:
@@ -44,6 +46,7 @@ def test_values_are_reconstructed_better_than_by_random_maps_of_the_same_rank():
         error = (read - value).square().mean()
         x = join_heads(key, value).unflatten(1, (-1, span)).flatten(2).flatten(0, 1)
         y = value.transpose(1, 2).flatten(2).unflatten(1, (-1, span)).flatten(2).flatten(0, 1)
+        x = x if parts == 1 else y
         width = x.shape[1] // span
         for seed in range(5):
             latent = x @ torch.randn(x.shape[1], width, generator=torch.Generator().manual_seed(seed))
@@ -98,7 +101,7 @@ def test_conversion_writes_the_fitted_latents(tmp_path):
     for name, written in (("plain", None), ("fitted", lambda path: calibrate_directory(path, batches))):
         convert(checkpoint, plan, config, tmp_path / name, progress=False, on_written=written)
     plain, fitted = (PhotonForCausalLM.from_pretrained(tmp_path / name).eval() for name in ("plain", "fitted"))
-    names = ("latent.1.proj.weight", "memory.3.proj.weight", "memory.3.proj.bias")
+    names = ("latent.1.parts.0.weight", "memory.3.parts.0.weight", "memory.3.parts.0.bias")
     for name in names:
         before, after = (dict(model.model.levels[0].decoder.named_parameters())[name] for model in (plain, fitted))
         assert not torch.equal(before, after)

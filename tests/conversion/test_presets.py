@@ -190,6 +190,14 @@ BAD = {
         run("graft", memory_latents=1, memory_pooling="mean"),
         "photon.memory_latents=1 needs photon.memory_pooling=latent",
     ),
+    "parts of a latent without latent pooling": (
+        run("graft", memory_latent_parts=2, memory_pooling="mean"),
+        "photon.memory_latent_parts=2 needs photon.memory_pooling=latent",
+    ),
+    "latents in three parts": (
+        run("graft", memory_latent_parts=3),
+        "photon.memory_latent_parts=3 must be 1 or 2",
+    ),
     "more latents than layers": (
         run("graft", memory_layers=[1], memory_pooling="latent", memory_latents=2),
         r"photon.memory_latents=2 must be in 1\.\.\.1",

@@ -10,8 +10,8 @@ from photon_train.inference.engine import Engine, EngineSettings
 from photon_train.inference.request import SamplingParams
 
 # One of each kind of path: rings with sinks, isolated groups, slots in a stream, memory at two levels, full layers.
-NAMES = ["block-2", "memory-2-sinks", "memory-two-levels", "memory-latent", "memory-3-full"]
-NAMES += ["residual-2", "slots-2-decoder"]
+NAMES = ["block-2", "memory-2-sinks", "memory-two-levels", "memory-latent", "memory-latent-apart"]
+NAMES += ["memory-3-full", "residual-2", "slots-2-decoder"]
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -19,12 +19,13 @@ def make_inputs(
     num_units: int = 12,
     per_page: int = 0,
     first_token: int = 3,
+    num_parts: int = 1,
     dtype: torch.dtype = torch.float32,
     seed: int = 0,
 ) -> dict[str, Tensor | float | int]:
     """Streams that hold NaN where no row looks; rows of the cache are read in reverse."""
     generator = torch.Generator().manual_seed(seed)
-    batch, width = len(visible), 2 * kv_heads * head_dim
+    batch, width = len(visible), 2 * kv_heads * head_dim // num_parts
     folded = torch.randn(batch, heads, places, width, generator=generator) * width**-0.5
     bias = torch.randn(batch, heads, places, generator=generator)
     cache_rows = batch + 1
@@ -68,12 +69,9 @@ def reference(inputs: dict) -> tuple[Tensor, Tensor, Tensor]:
     for row in range(batch):
         latents = stream[:, int(inputs["rows"][row])].transpose(0, 2).transpose(1, 2).flatten(1)
         for head in range(heads):
+            products = folded[row, head] @ latents[:, :width].T + bias[row, head, :, None]
             entries = [
-                (
-                    unit,
-                    place,
-                    float(inputs["scale"] * (folded[row, head, place] @ latents[unit] + bias[row, head, place])),
-                )
+                (unit, place, float(inputs["scale"] * products[place, unit]))
                 for unit in range(int(inputs["visible"][row]))
                 for place in range(places)
                 if unit * places + place >= inputs["first_token"]
@@ -83,7 +81,7 @@ def reference(inputs: dict) -> tuple[Tensor, Tensor, Tensor]:
             lse[row, head] = torch.tensor([logit for *_, logit in entries]).double().logsumexp(0)
             for unit, place, logit in entries:
                 weight = torch.exp(torch.tensor(logit).double() - lse[row, head])
-                mixed[row, head, place] += weight * latents[unit]
+                mixed[row, head, place] += weight * latents[unit, -width:]
                 mass[row, head, place] += weight
     return mixed, mass, lse
 
@@ -105,6 +103,8 @@ SHAPES = {
     "pages": dict(per_page=4, visible=(11, 2)),
     "odd pages": dict(per_page=5, visible=(12, 6), num_units=14),
     "pages of whole tiles": dict(per_page=64, num_units=130, visible=(129, 65), heads=2, kv_heads=1),
+    "keys and values apart": dict(num_parts=2, per_page=5, visible=(12, 6), num_units=14),
+    "apart, several tiles": dict(num_parts=2, num_units=90, visible=(90, 33), heads=20, kv_heads=2),
     "several tiles of units and queries": dict(num_units=90, visible=(90, 33), heads=20, kv_heads=2),
 }
 

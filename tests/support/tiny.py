@@ -68,6 +68,9 @@ HIERARCHIES: dict[str, dict[str, Any]] = {
         "memory", 2, 2, window=5, num_sinks=1, memory_layers=[0, 2], memory_levels=[1, 2], memory_pooling="linear"
     ),
     "memory-latent": _stream("memory", 3, window=5, num_sinks=2, memory_layers=[0, 2], memory_pooling="latent"),
+    "memory-latent-apart": _stream(
+        "memory", 2, window=5, num_sinks=2, memory_layers=[0, 2], memory_pooling="latent", memory_latent_parts=2
+    ),
     "memory-latent-shared": _stream(
         "memory",
         *(2, 2),

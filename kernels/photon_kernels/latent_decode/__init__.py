@@ -16,7 +16,7 @@ class LatentMix(NamedTuple):
     """What a softmax over the tokens under units leaves of latents.
 
     Attributes:
-        mixed: ``[B, Hq, S, C]``, per head and place under a unit the weighted sum of latents.
+        mixed: ``[B, Hq, S, C]``, per head and place under a unit the weighted sum of latents (or their second halves).
         mass: float32 ``[B, Hq, S]``, the weights' sums; over the places they add up to 1.
         lse: float32 ``[B, Hq]``, natural logarithm of the softmax denominator.
 
@@ -43,12 +43,14 @@ def latent_decode(
 ) -> LatentMix:
     """Attend from one query per row and head to the tokens under the first units of a stream.
 
-    A unit is stored as a latent c of width C = 2 * Hkv * D, cut into the halves `keys` and `values` of Hkv heads. The
+    A unit is stored as a latent c of 2 * Hkv * D numbers, cut into the halves `keys` and `values` of Hkv heads. The
     token at place s under unit u has the logit ``scale * (folded[h, s] . c_u + bias[h, s])``, and each head's softmax
-    goes over all places of all visible units: u < visible, and u * S + s >= first_token.
+    goes over all places of all visible units: u < visible, and u * S + s >= first_token. Where keys and values were
+    packed apart (C = Hkv * D), logits are products with the first halves alone, and sums those of the second.
 
     Args:
-        folded: Queries times the map that unpacks keys, ``[B, Hq, S, C]``; C is ordered (half, key head, dimension).
+        folded: Queries times the map that unpacks keys, ``[B, Hq, S, C]``; C is 2 * Hkv * D, ordered (half, key head,
+            dimension), or Hkv * D.
         bias: Queries times that map's bias, ``[B, Hq, S]``.
         keys: First halves, ``[Bc, Hkv, U, D]``; with ``pages``, ``[number of pages, Hkv, units per page, D]``. What a
             unit holds that no row sees (NaN included) has no influence.
@@ -72,8 +74,10 @@ def latent_decode(
             f"{tuple(keys.shape)}, {tuple(values.shape)}"
         )
     width = 2 * keys.shape[1] * keys.shape[3]
-    if folded.shape[3] != width:
-        raise ValueError(f"folded queries have width {folded.shape[3]}, the latents have {width}")
+    if folded.shape[3] not in (width, width // 2):
+        raise ValueError(
+            f"folded queries have width {folded.shape[3]}, the latents have {width}, their halves {width // 2}"
+        )
     if not folded.dtype == keys.dtype == values.dtype:
         raise ValueError(
             f"folded, keys and values must have one dtype, got {folded.dtype}, {keys.dtype}, {values.dtype}"

@@ -28,14 +28,15 @@ def latent_decode_naive(
     units = latents.shape[1]
     seen = torch.arange(units, device=visible.device) < visible[:, None]
     latents = latents.masked_fill(~seen[:, :, None], 0.0)
+    scored, summed = latents[..., : folded.shape[3]], latents[..., -folded.shape[3] :]
     places = folded.shape[2]
     token = torch.arange(units, device=visible.device) * places + torch.arange(places, device=visible.device)[:, None]
     seen = (seen[:, None] & (token >= first_token))[:, None]
     precise = torch.promote_types(folded.dtype, torch.float32)
-    logits = torch.einsum("bhsc,buc->bhsu", folded, latents).to(precise) + bias[..., None]
+    logits = torch.einsum("bhsc,buc->bhsu", folded, scored).to(precise) + bias[..., None]
     logits = (logits * scale).masked_fill(~seen, -torch.inf)
     lse = logits.flatten(2).logsumexp(dim=-1)
     shift = lse.masked_fill(lse == -torch.inf, 0.0)
     weights = (logits - shift[:, :, None, None]).exp()
-    mixed = torch.einsum("bhsu,buc->bhsc", weights.to(folded.dtype), latents)
+    mixed = torch.einsum("bhsu,buc->bhsc", weights.to(folded.dtype), summed)
     return mixed, weights.sum(-1), lse

@@ -79,6 +79,7 @@ def latent_weights_kernel(
     HAS_ROWS: tl.constexpr,
     PER_PAGE: tl.constexpr,
     PLACES: tl.constexpr,
+    JOINT: tl.constexpr,
     KV_HEADS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -111,15 +112,16 @@ def latent_weights_kernel(
         products = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
         query_rows = folded + row * stride_fb + queries[:, None] * stride_fr + dims[None, :]
         key_rows = (keys + page * stride_kb + inside * stride_kn)[:, None] + dims[None, :]
-        value_rows = (values + page * stride_vb + inside * stride_vn)[:, None] + dims[None, :]
         for head in range(KV_HEADS):
             query = tl.load(query_rows + head * HEAD_DIM, mask=query_mask, other=0.0)
             latent = tl.load(key_rows + head * stride_kh, mask=mask, other=0.0)
             products = dot(query, tl.trans(latent), products)
-        for head in range(KV_HEADS):
-            query = tl.load(query_rows + (KV_HEADS + head) * HEAD_DIM, mask=query_mask, other=0.0)
-            latent = tl.load(value_rows + head * stride_vh, mask=mask, other=0.0)
-            products = dot(query, tl.trans(latent), products)
+        if JOINT:
+            value_rows = (values + page * stride_vb + inside * stride_vn)[:, None] + dims[None, :]
+            for head in range(KV_HEADS):
+                query = tl.load(query_rows + (KV_HEADS + head) * HEAD_DIM, mask=query_mask, other=0.0)
+                latent = tl.load(value_rows + head * stride_vh, mask=mask, other=0.0)
+                products = dot(query, tl.trans(latent), products)
         added = tl.load(bias + row * num_queries + queries, mask=is_query, other=0.0)
         token = units[None, :] * PLACES + (queries % PLACES)[:, None]
         logits = tl.where(
@@ -163,13 +165,14 @@ def latent_mix_kernel(
     pitch_pages,
     HAS_ROWS: tl.constexpr,
     PER_PAGE: tl.constexpr,
+    JOINT: tl.constexpr,
     KV_HEADS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """Program ``(t * KV_HEADS + h, s, b)``: row b, part s of its units, tile t of its queries, both halves of head h.
+    """Program ``(t * KV_HEADS + h, s, b)``: row b, part s of its units, tile t of its queries, head h of the halves.
 
     Writes ``mixed [S, B, R, C]``: the sums of latents weighted by ``weights`` times ``factors [B, R, blocks]``.
     """
@@ -204,24 +207,27 @@ def latent_mix_kernel(
         ).to(tl.float32)
         factor = tl.load(factors + query_rows * num_blocks + unit // BLOCK_N, mask=is_query, other=0.0)
         weight = weight * factor[:, None]
-        key = tl.load(
-            (keys + page * stride_kb + head * stride_kh + inside * stride_kn)[:, None] + dims[None, :],
-            mask=mask,
-            other=0.0,
-        )
-        key_sum = dot(weight, key, key_sum)
+        if JOINT:
+            key = tl.load(
+                (keys + page * stride_kb + head * stride_kh + inside * stride_kn)[:, None] + dims[None, :],
+                mask=mask,
+                other=0.0,
+            )
+            key_sum = dot(weight, key, key_sum)
         value = tl.load(
             (values + page * stride_vb + head * stride_vh + inside * stride_vn)[:, None] + dims[None, :],
             mask=mask,
             other=0.0,
         )
         value_sum = dot(weight, value, value_sum)
-    width = 2 * KV_HEADS * HEAD_DIM
-    target = ((split * tl.num_programs(2) + row) * num_queries + queries) * width + head * HEAD_DIM
-    target = mixed + target[:, None] + dims[None, :]
+    half = KV_HEADS * HEAD_DIM
+    target = ((split * tl.num_programs(2) + row) * num_queries + queries) * (2 * half if JOINT else half)
+    target = mixed + (target + head * HEAD_DIM)[:, None] + dims[None, :]
     mask = is_query[:, None] & in_head[None, :]
-    tl.store(target, key_sum.to(mixed.dtype.element_ty), mask=mask)
-    tl.store(target + KV_HEADS * HEAD_DIM, value_sum.to(mixed.dtype.element_ty), mask=mask)
+    if JOINT:
+        tl.store(target, key_sum.to(mixed.dtype.element_ty), mask=mask)
+        target += half
+    tl.store(target, value_sum.to(mixed.dtype.element_ty), mask=mask)
 
 
 def latent_decode_triton(
@@ -264,6 +270,7 @@ def latent_decode_triton(
     constants = {
         "HAS_ROWS": rows is not None,
         "PER_PAGE": 0 if pages is None else per_block,
+        "JOINT": width == 2 * kv_heads * head_dim,
         "KV_HEADS": kv_heads,
         "HEAD_DIM": head_dim,
         "BLOCK_M": config.block_m,
@@ -327,12 +334,14 @@ class _Shape(NamedTuple):
     kv_heads: int
     head_dim: int
     per_page: int
+    joint: bool = True
 
 
 COMPILED_SHAPES = [
     _Shape("bf16", 2, 128, 4, 8, 64, per_page=64),  # Llama-3.2-1B
     _Shape("bf16", 2, 128, 4, 8, 128, per_page=64),  # Llama-3.1-8B
-    _Shape("bf16", 2, 64, 4, 2, 128, per_page=0),
+    _Shape("bf16", 2, 128, 4, 8, 64, per_page=64, joint=False),
+    _Shape("bf16", 2, 64, 4, 2, 128, per_page=0, joint=False),
     _Shape("fp32", 4, 128, 4, 8, 64, per_page=64),
 ]
 
@@ -343,6 +352,7 @@ def compile_cases() -> Iterator[CompileCase]:
         config = choose_latent_config(shape.num_queries, shape.head_dim, shape.element_size)
         layout = f"page={shape.per_page}" if shape.per_page else "contiguous"
         name = f"{shape.dtype} rows={shape.num_queries} Hkv={shape.kv_heads} D={shape.head_dim} {layout}"
+        name += "" if shape.joint else " apart"
         types = {
             **dict.fromkeys(("folded", "keys", "values", "weights"), f"*{shape.dtype}"),
             **dict.fromkeys(("bias", "peaks", "totals", "factors", "mixed"), "*fp32"),
@@ -356,6 +366,7 @@ def compile_cases() -> Iterator[CompileCase]:
         constants = {
             "HAS_ROWS": True,
             "PER_PAGE": shape.per_page,
+            "JOINT": shape.joint,
             "KV_HEADS": shape.kv_heads,
             "HEAD_DIM": shape.head_dim,
             "BLOCK_M": config.block_m,
