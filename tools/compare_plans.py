@@ -43,7 +43,7 @@ from photon_train.errors import PhotonError
 from photon_train.evaluation.benchmark import read_rows, write_rows
 from photon_train.evaluation.plots import plot_budget, plot_quality
 from photon_train.evaluation.quality import Quality, measure_quality
-from photon_train.evaluation.study import add_recovered, markdown_table
+from photon_train.evaluation.study import add_recovered, fit_budgets, markdown_table
 from photon_train.files import atomic_write_text
 from photon_train.models import PhotonForCausalLM
 from photon_train.training.accelerator import make_accelerator
@@ -192,6 +192,18 @@ def _sizes(model: PreTrainedModel, config: RunConfig, is_dense: bool) -> dict[st
     }
 
 
+def _write(options: argparse.Namespace, rows: list[dict[str, Any]], common: dict[str, Any]) -> None:
+    """The rows with what follows from all of them, and the table."""
+    for row in rows:
+        unlimited = row["plan"] in ("dense", "dense-finetuned", "paper")
+        window = row["config"].get("photon.window", common.get("photon.window"))
+        row.setdefault("window", None if unlimited else window)
+    add_recovered(rows)
+    recipe = json.loads((options.dense / STUDY_FILE).read_text(encoding="utf-8"))
+    write_rows(options.output, rows, dense=recipe, all=common, budgets=fit_budgets(rows))
+    atomic_write_text(options.output.with_suffix(".md"), markdown_table(rows))
+
+
 def main() -> None:
     options = arguments()
     content = read_yaml(options.plans)
@@ -210,25 +222,9 @@ def main() -> None:
             save = options.save and options.save / f"{len(rows):02d}-{plan['plan']}-{seed}"
             row = {"key": key, **run_plan(study, plan, settings_of(plan, common, seed), save)}
             rows.append(row)
-            for each in rows:
-                unlimited = each["plan"] in ("dense", "dense-finetuned", "paper")
-                window = each["config"].get("photon.window", common.get("photon.window"))
-                each.setdefault("window", None if unlimited else window)
-            add_recovered(rows)
-            recipe = json.loads((options.dense / STUDY_FILE).read_text(encoding="utf-8"))
-            write_rows(options.output, rows, dense=recipe, all=common)
-            atomic_write_text(options.output.with_suffix(".md"), markdown_table(rows))
-            shown = (
-                "name",
-                "seed",
-                "ce",
-                "ce_beyond_window",
-                "ce_repeated",
-                "copy_gain",
-                "recovered_repeated",
-                "seconds",
-            )
-            print(json.dumps({k: row.get(k) for k in shown}), flush=True)
+            _write(options, rows, common)
+            print(json.dumps({k: row.get(k) for k in _SHOWN}), flush=True)
+    _write(options, rows, common)
     plot_quality(rows, options.output.with_suffix(".png"))
     plot_budget(rows, options.output.with_name(f"{options.output.stem}-budget.png"))
 

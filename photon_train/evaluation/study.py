@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import statistics
 from collections import defaultdict
 from typing import Any
 
@@ -55,6 +57,39 @@ def _nearest(rows: list[dict[str, Any]], window: int | None) -> list[dict[str, A
 def _mean(rows: list[dict[str, Any]], plan: str, column: str) -> float | None:
     values = [row[column] for row in rows if row["plan"] == plan]
     return sum(values) / len(values) if values else None
+
+
+def fit_budgets(rows: list[dict[str, Any]], target: float = 0.01) -> dict[str, dict[str, float | None]]:
+    """How the cross-entropy comes down to that of `dense-finetuned` with the tokens trained, for each name.
+
+    The excess, ``ce / dense - 1`` on as many tokens and over the mean of the seeds, is fitted as ``a * tokens ** -b``
+    (least squares of the logarithms) over the budgets at which there is one.
+
+    Returns:
+        For names with an excess at three budgets or more, the exponent b (`exponent`), the root mean square of what
+        the fit leaves of the logarithm (`residual`) and the tokens at which it meets `target` (`tokens_for_target`;
+        None if it does not come down).
+    """
+    found = {}
+    for name in dict.fromkeys(row["name"] for row in rows):
+        points = []
+        for tokens in sorted({row["tokens"] for row in rows if row["name"] == name and row["tokens"]}):
+            alike = [row for row in rows if row["tokens"] == tokens]
+            dense = _mean(alike, "dense-finetuned", "ce")
+            own = [row["ce"] for row in alike if row["name"] == name]
+            excess = sum(own) / len(own) / dense - 1 if dense else 0.0
+            if excess > 0:
+                points.append((math.log(tokens), math.log(excess)))
+        if len(points) < 3:
+            continue
+        slope, start = statistics.linear_regression(*zip(*points, strict=True))
+        left = [y - start - slope * x for x, y in points]
+        found[name] = {
+            "exponent": -slope,
+            "residual": math.sqrt(sum(each**2 for each in left) / len(left)),
+            "tokens_for_target": math.exp(min((math.log(target) - start) / slope, 700.0)) if slope < 0 else None,
+        }
+    return found
 
 
 def markdown_table(rows: list[dict[str, Any]]) -> str:

@@ -15,7 +15,7 @@ from photon_train.errors import PhotonError
 from photon_train.evaluation.copying import copy_gain
 from photon_train.evaluation.plots import plot_budget
 from photon_train.evaluation.quality import measure_quality, periodic
-from photon_train.evaluation.study import add_recovered, markdown_table
+from photon_train.evaluation.study import add_recovered, fit_budgets, markdown_table
 
 VOCABULARY = 50
 
@@ -147,3 +147,22 @@ def test_budgets_are_drawn_where_a_plan_has_several(tmp_path):
     assert (tmp_path / "budget.png").read_bytes().startswith(b"\x89PNG")
     plot_budget(rows[1:], tmp_path / "none.png")
     assert not (tmp_path / "none.png").exists()
+
+
+def test_budgets_are_fitted_by_a_power_of_the_tokens():
+    def row(name, tokens, ce):
+        return {"plan": name, "name": name, "tokens": tokens, "ce": ce}
+
+    budgets = (100, 200, 400, 1600)
+    rows = [row("dense-finetuned", tokens, 2.0) for tokens in budgets]
+    rows += [row("slow", tokens, 2.0 * (1 + 0.5 * tokens**-0.25)) for tokens in budgets]
+    rows += [row("passes", tokens, ce) for tokens, ce in zip(budgets, (2.4, 2.2, 2.1, 1.9), strict=True)]
+    rows += [row("rises", tokens, 2.0 + tokens / 1000) for tokens in budgets]
+    rows += [row("twice", tokens, 2.1) for tokens in budgets[:2]]
+    fits = fit_budgets(rows)
+    assert set(fits) == {"slow", "passes", "rises"}
+    assert fits["slow"]["exponent"] == pytest.approx(0.25) and fits["slow"]["residual"] == pytest.approx(0, abs=1e-9)
+    assert fits["slow"]["tokens_for_target"] == pytest.approx(50**4)
+    # The budget at which it is below the dense model is left out: halved with every doubling, from 20%.
+    assert fits["passes"]["exponent"] == pytest.approx(1) and fits["passes"]["tokens_for_target"] == pytest.approx(2000)
+    assert fits["rises"]["tokens_for_target"] is None
