@@ -23,7 +23,7 @@ from photon_train.inference import roofline
 from photon_train.inference.roofline import DEVICES, Bound
 from photon_train.pipeline.shapes import SHAPES, dense_shape, photon_shape
 
-SYSTEMS = ("graft", "graft-residual", "hourglass", "split", "paper")
+SYSTEMS = ("graft", "graft-apart", "graft-residual", "hourglass", "split", "paper")
 
 
 def rows_of(shape: str, device: str, context: int, batch: int | None, window: int, systems: list[str]) -> list[dict]:

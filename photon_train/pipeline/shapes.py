@@ -55,7 +55,8 @@ def photon_shape(dense: LlamaConfig, system: str, window: int) -> PhotonConfig:
     """Configuration of what a preset makes of a dense model.
 
     Args:
-        system: A preset, or a preset and a conditioning (``graft-residual``).
+        system: A preset, or a preset and a conditioning (``graft-residual``); ``graft-apart`` packs the keys and values
+            of latents apart.
         window: Tokens that the token stream looks back on.
 
     Raises:
@@ -63,6 +64,8 @@ def photon_shape(dense: LlamaConfig, system: str, window: int) -> PhotonConfig:
     """
     preset, _, conditioning = system.partition("-")
     settings = RunConfig(preset=preset)
+    if conditioning == "apart":
+        settings.photon.memory_latent_parts, conditioning = 2, ""
     settings.photon.window = None if preset == "paper" else window
     settings.photon.conditioning = conditioning or None
     try:
