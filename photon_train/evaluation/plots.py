@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -33,26 +34,36 @@ def plot_losses(metrics: Path, output: Path) -> None:
 def plot_quality(rows: list[dict[str, Any]], output: Path) -> None:
     """Draw quality against growing cache: recovered share on periodic text, and cross-entropy, per row of a study.
 
+    What is much worse than the dense model with a window stands at the edge, hollow: the axes are for the others.
+
     Args:
         rows: Of `tools/compare_plans.py`.
         output: PNG to write; it appears when it is complete.
     """
     figure = _figure(12, 5)
     left, right = figure.subplots(1, 2)
-    for axes, column, label in (
-        (left, "recovered_repeated", "recovered share of the window's loss, repeated text"),
-        (right, "ce_beyond_window", "cross-entropy beyond the window (nats)"),
+    names = list(dict.fromkeys(row["name"] for row in rows))
+    worst = 1.1 * max((r["ce_beyond_window"] for r in rows if r["plan"] == "dense-window"), default=math.inf)
+    for axes, column, label, low, high in (
+        (left, "recovered_repeated", "recovered share of the window's loss, repeated text", -0.25, math.inf),
+        (right, "ce_beyond_window", "cross-entropy beyond the window (nats)", -math.inf, worst),
     ):
-        for index, name in enumerate(dict.fromkeys(row["name"] for row in rows)):
+        for index, name in enumerate(names):
+            style = {"marker": "os^Dv<>P*X"[index % 10], "linestyle": "", "color": f"C{index % 10}", "alpha": 0.8}
+            # Names beyond the tenth: the same colours with other markers.
+            style["marker"] = style["marker"] if index < 10 else "DvPX*^so><"[index % 10]
             points = [(r["kv_growing_percent"], r[column]) for r in rows if r["name"] == name and r[column] is not None]
-            if points:
-                marker = "os^Dv<>P*X"[index % 10]
-                axes.plot(*zip(*points, strict=True), marker, color=f"C{index % 10}", label=name, alpha=0.8)
+            for inside in (True, False):
+                drawn = [(x, min(max(y, low), high)) for x, y in points if (low <= y <= high) == inside]
+                if drawn:
+                    fill = "full" if inside else "none"
+                    label_once = name if inside or all(not low <= y <= high for _, y in points) else None
+                    axes.plot(*zip(*drawn, strict=True), fillstyle=fill, label=label_once, **style)
         axes.set_xscale("symlog", linthresh=1)
         axes.set_xlabel("growing KV cache, % of the dense model's")
         axes.set_ylabel(label)
         axes.grid(alpha=0.3)
-    right.legend(fontsize=7)
+    left.legend(*right.get_legend_handles_labels(), fontsize=7, loc="center left")
     _save(figure, output)
 
 
