@@ -49,9 +49,9 @@ def plot_quality(rows: list[dict[str, Any]], output: Path) -> None:
         (right, "ce_beyond_window", "cross-entropy beyond the window (nats)", -math.inf, worst),
     ):
         for index, name in enumerate(names):
-            style = {"marker": "os^Dv<>P*X"[index % 10], "linestyle": "", "color": f"C{index % 10}", "alpha": 0.8}
-            # Names beyond the tenth: the same colours with other markers.
-            style["marker"] = style["marker"] if index < 10 else "DvPX*^so><"[index % 10]
+            # The second ten names have the colours of the first with other markers.
+            marker = ("os^Dv<>P*XDvPX*^so><")[index % 20]
+            style = {"marker": marker, "linestyle": "", "color": f"C{index % 10}", "alpha": 0.8}
             points = [(r["kv_growing_percent"], r[column]) for r in rows if r["name"] == name and r[column] is not None]
             for inside in (True, False):
                 drawn = [(x, min(max(y, low), high)) for x, y in points if (low <= y <= high) == inside]

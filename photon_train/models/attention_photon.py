@@ -200,7 +200,7 @@ class BandSpan:
         So the layer keeps its queries, keys and values alone, and what is gathered for the blocks, the units of every
         block included, is held for one piece at a time.
         """
-        if self._is_fused(query, key, dropout):
+        if self._is_fused(query, key, dropout, query.shape[3]):
             function = compiled() if query.is_cuda else flex_attention
             mask = self._flex_mask(0 if units is None else units[0].shape[2])
             return attend_fused(query, key, value, mask, scale, units, function)
@@ -220,7 +220,7 @@ class BandSpan:
             outputs.append(output)
         return torch.cat(outputs, dim=1).transpose(1, 2)
 
-    def _is_fused(self, query: torch.Tensor, key: torch.Tensor, dropout: float) -> bool:
+    def _is_fused(self, query: torch.Tensor, key: torch.Tensor, dropout: float, head_dim: int) -> bool:
         if self.fused == "no" or dropout:
             return False
         if self.fused == "yes":
@@ -228,7 +228,7 @@ class BandSpan:
         # Training has one length; evaluation would compile for each.
         if not (query.is_cuda and torch.is_grad_enabled() and query.requires_grad):
             return False
-        return works(query.device, query.dtype, query.shape[1], key.shape[1], query.shape[3])
+        return works(query.device, query.dtype, query.shape[1], key.shape[1], head_dim)
 
     @cached_property
     def _flex_masks(self) -> dict[int, FlexMask]:

@@ -218,8 +218,8 @@ class LatentSpan(BandSpan):
             if self.recorded_units is not None:
                 self.recorded_units[layer] = self._latents[layer]
         far, content = self.unpack(layer, self._latents[source]), self.turn_back(query)
-        near = widen_near(query, content, key, value)
-        if dropout or self._is_fused(*near[:2], dropout):
+        if dropout or self._is_fused(query, key, dropout, 2 * query.shape[-1]):
+            near = widen_near(query, content, key, value)
             return self._attend_pieces(*near, scale, dropout, widen_far(*far))[..., : query.shape[-1]]
         return self._attend_merged(query, content, key, value, scale, *far)
 

@@ -17,37 +17,24 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from photon_kernels._attention_config import AttentionConfig
 from photon_kernels._backend import current_device_of, next_power_of_2, with_dense_rows
 from photon_kernels._decode_tiles import locate_units
 from photon_kernels._tiles import tuned
 from photon_kernels._triton_math import LN_2, LOG2_E, dot
 from photon_kernels.aot import CompileCase
-
-# See summary_decode.
-TARGET_PROGRAMS = 264
-MIN_UNITS_PER_SPLIT = 256
-MAX_SPLITS = 64
+from photon_kernels.summary_decode.triton import choose_num_splits
 
 
-class LatentConfig(NamedTuple):
-    """Tile sizes (queries times places, units, head dimension) and launch options."""
-
-    block_m: int
-    block_n: int
-    block_d: int
-    num_warps: int
-    num_stages: int
-
-
-def choose_latent_config(num_queries: int, head_dim: int, element_size: int) -> LatentConfig:
-    """Configuration for ``num_queries`` = Hq * S rows and key heads of ``head_dim``."""
+def choose_latent_config(num_queries: int, head_dim: int, element_size: int) -> AttentionConfig:
+    """Configuration, its entries being units, for ``num_queries`` = Hq * S rows and key heads of ``head_dim``."""
     half_precision = element_size <= 2
     block_d = max(16, next_power_of_2(head_dim))
     # Two sums of block_m x block_d stay in registers.
     longest = (128 if block_d <= 64 else 64) if half_precision else 16
     block_m = min(longest, next_power_of_2(num_queries))
     block_n = 64 if half_precision else 16
-    return LatentConfig(max(16, block_m), block_n, block_d, num_warps=8, num_stages=3 if half_precision else 2)
+    return AttentionConfig(block_n, max(16, block_m), block_d, num_warps=8, num_stages=3 if half_precision else 2)
 
 
 @triton.jit(do_not_specialize=["num_blocks", "capacity", "pitch_pages", "first_token"])
@@ -256,8 +243,7 @@ def latent_decode_triton(
     config = tuned("latent_decode", config, device, **shape)
     num_blocks, tiles = triton.cdiv(capacity, config.block_n), triton.cdiv(num_queries, config.block_m)
     if num_splits is None:
-        wanted = -(-TARGET_PROGRAMS // (batch * tiles * kv_heads))
-        num_splits = max(1, min(wanted, capacity // MIN_UNITS_PER_SPLIT, MAX_SPLITS))
+        num_splits = choose_num_splits(capacity, batch * tiles * kv_heads)
     weights = torch.empty(batch, num_queries, capacity, dtype=folded.dtype, device=device)
     peaks = torch.empty(batch, num_queries, num_blocks, dtype=torch.float32, device=device)
     totals = torch.empty_like(peaks)
@@ -300,11 +286,14 @@ def latent_decode_triton(
             **constants,
         )
         # One softmax per head: over its places and their blocks.
-        peak = peaks.view(batch, num_heads, -1).amax(dim=-1, keepdim=True)
-        factors = torch.exp2(peaks.view(batch, num_heads, -1) - peak.masked_fill(peak == -torch.inf, 0.0))
-        total = (factors * totals.view(batch, num_heads, -1)).sum(dim=-1, keepdim=True)
-        factors = factors / total.masked_fill(total == 0.0, 1.0)
-        mass = (factors * totals.view(batch, num_heads, -1)).unflatten(2, (places, num_blocks)).sum(dim=-1)
+        peaks, totals = (each.view(batch, num_heads, places * num_blocks) for each in (peaks, totals))
+        peak = peaks.amax(dim=-1, keepdim=True)
+        factors = torch.exp2(peaks - peak.masked_fill(peak == -torch.inf, 0.0))
+        masses = factors * totals
+        total = masses.sum(dim=-1, keepdim=True)
+        divisor = total.masked_fill(total == 0.0, 1.0)
+        factors = factors / divisor
+        mass = (masses / divisor).unflatten(2, (places, num_blocks)).sum(dim=-1)
         latent_mix_kernel[(tiles * kv_heads, num_splits, batch)](
             weights,
             factors,
