@@ -6,6 +6,7 @@ import importlib.util
 import json
 import os
 import random
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -178,7 +179,9 @@ def test_a_sweep_runs_the_recipe_with_dotted_overrides(converted, tmp_path, text
         group, name = key.split(".")
         assert float(written[group][name]) == value["value"]
     names = [path.name for path in (output / "wandb").glob("offline-run-*")]
-    assert names and all(name.endswith("-run12345") for name in names), "the run is the one that the agent waits for"
+    # W&B numbers the folders of one run that start in one second.
+    expected = re.compile(r"offline-run-\d+_\d+-run12345(-\d+)?")
+    assert names and all(map(expected.fullmatch, names)), "the run is the one that the agent waits for"
     assert not (output / "tracking.json").exists()
 
 
