@@ -211,15 +211,23 @@ class LoraSettings:
 
 @dataclass
 class DistillSettings:
-    """Distillation from the dense model.
+    """Distillation from the dense model; without a weight no teacher runs.
 
     Attributes:
-        weight: Weight of KL(dense || PHOTON) in the loss; 0 runs no teacher.
+        weight: Weight of KL(dense || PHOTON) in the loss.
         temperature: Softmax temperature of both.
+        hidden_weight: Weight of the squared error of the last hidden states (what the head reads), relative to the
+            dense model's.
     """
 
     weight: float = 0.0
     temperature: float = 1.0
+    hidden_weight: float = 0.0
+
+    @property
+    def is_on(self) -> bool:
+        """Whether the loss needs the dense model."""
+        return bool(self.weight or self.hidden_weight)
 
 
 @dataclass

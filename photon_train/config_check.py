@@ -54,6 +54,7 @@ _AT_LEAST: dict[str, float] = {
     "lora.alpha": 1,
     "lora.dropout": 0,
     "distill.weight": 0,
+    "distill.hidden_weight": 0,
     "consistency.weight": 0,
     "export.sample_tokens": 1,
 }

@@ -43,7 +43,9 @@ def tool():
 # --- the formula against measurements ---
 
 
-@pytest.mark.parametrize("changes", [{}, {"gradient_checkpointing": True, "seq_len": 2048}, {"distill": 1.0}])
+@pytest.mark.parametrize(
+    "changes", [{}, {"gradient_checkpointing": True, "seq_len": 2048}, {"distill": 1.0}, {"distill_hidden": 1.0}]
+)
 def test_a_measured_step_takes_what_the_formula_says(tool, changes, tmp_path, monkeypatch):
     """In this process, through the real loop; within 15%."""
     monkeypatch.setitem(

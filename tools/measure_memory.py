@@ -85,6 +85,7 @@ class Point:
     gradient_checkpointing: bool = False
     rank: int = 16
     distill: float = 0.0
+    distill_hidden: float = 0.0
     preset: str = "graft"
 
 
@@ -135,7 +136,7 @@ def run_config(point: Point) -> RunConfig:
             save_every=0,
         ),
         lora=LoraSettings(rank=point.rank),
-        distill=DistillSettings(weight=point.distill),
+        distill=DistillSettings(weight=point.distill, hidden_weight=point.distill_hidden),
         tracking=TrackingSettings(tracker="none"),
     )
 
@@ -156,7 +157,7 @@ def estimated(point: Point, processes: int) -> tuple[PhotonConfig, TrainingSetup
 
 def estimated_again(row: dict[str, Any]) -> dict[str, Any]:
     """A measured row with today's estimate."""
-    point = Point(**{field.name: row[field.name] for field in fields(Point)})
+    point = Point(**{field.name: row[field.name] for field in fields(Point) if field.name in row})
     photon, setup = estimated(point, row["processes"])
     estimate = training_memory(photon, replace(setup, zero_stage=point.zero_stage))
     ratio = estimate.device / row["measured_bytes"]

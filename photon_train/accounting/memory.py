@@ -45,6 +45,7 @@ class TrainingSetup:
         gradient_checkpointing: Recompute the layers in the backward pass.
         accumulates: Whether gradients of several micro-steps are added up.
         distill: Whether the dense model's logits are a target.
+        distill_hidden: Whether its last hidden states are.
 
     Raises:
         ValueError: for another ZeRO stage or precision.
@@ -62,6 +63,7 @@ class TrainingSetup:
     gradient_checkpointing: bool = False
     accumulates: bool = False
     distill: bool = False
+    distill_hidden: bool = False
 
     def __post_init__(self) -> None:
         if self.zero_stage not in ZERO_STAGES:
@@ -199,8 +201,8 @@ def activation_bytes(photon: Any, setup: TrainingSetup) -> int:
         kept += 2 * setup.seq_len * 2 * photon.window
     cast_layers, cast_others = _cast_weights(photon, setup)
     head = min(tokens * shape.vocab, LOGIT_CHUNK) * (_DISTILLATION if setup.distill else _CROSS_ENTROPY)
-    if setup.distill:  # the dense model's states
-        kept += tokens * hidden * stream
+    if setup.distill or setup.distill_hidden:  # the dense model's states, and the student's difference from them
+        kept += tokens * hidden * stream * (2 if setup.distill_hidden else 1)
     positions, layer = tokens * layer_positions(photon), _layer_bytes(photon, setup)
     widest = tokens * widest_positions(photon)
     backward = widest * (3 * inner * compute + 2 * hidden * stream)

@@ -106,7 +106,7 @@ class TrainingRun:
         model = self.load(PhotonForCausalLM, self.start)
         teacher = None
         holds_teacher = model.supports_dense_forward() and self.config.lora.rank
-        if self.config.distill.weight and not holds_teacher and teacher_directory is not None:
+        if self.config.distill.is_on and not holds_teacher and teacher_directory is not None:
             teacher = self.load(AutoModelForCausalLM, teacher_directory)
         model = add_lora(model, self.config.lora, self.config.seed)
         trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)

@@ -97,6 +97,7 @@ def training_setup(config: RunConfig, num_processes: int, weight_bytes: int, pre
         gradient_checkpointing=config.train.gradient_checkpointing,
         accumulates=config.train.gradient_accumulation_steps > 1,
         distill=bool(config.distill.weight),
+        distill_hidden=bool(config.distill.hidden_weight),
     )
 
 

@@ -194,7 +194,7 @@ def _as_baseline(config: RunConfig) -> RunConfig:
     return dataclasses.replace(
         config,
         train=dataclasses.replace(config.train, freeze_base_steps=0, window_anneal_steps=0),
-        distill=dataclasses.replace(config.distill, weight=0.0),
+        distill=dataclasses.replace(config.distill, weight=0.0, hidden_weight=0.0),
         consistency=dataclasses.replace(config.consistency, weight=0.0),
     )
 

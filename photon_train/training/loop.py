@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +40,7 @@ from photon_train.training.schedule import learning_rates, window_at, window_sch
 from photon_train.training.settings import settings_hash
 from photon_train.training.tracking import alert, log_metrics, tracked
 
-_PARTS = ("total", "ce", "distill", "consistency")
+_PARTS = tuple(part.name for part in fields(LossParts))
 
 
 @dataclass

@@ -26,19 +26,41 @@ class LossParts:
     Attributes:
         total: What was minimised.
         ce: Mean cross-entropy per target token (nats).
-        distill: Mean KL(dense || student) per target token, times temperature squared; None without a teacher.
+        distill: Mean KL(dense || student) per target token, times temperature squared; None where it has no weight.
+        distill_hidden: Mean relative squared error of the last hidden states per target token (`hidden_error`); None
+            where it has no weight.
         consistency: Mean 1 - cos of the recursive-consistency loss; None where the model gives none.
     """
 
     total: float
     ce: float
     distill: float | None = None
+    distill_hidden: float | None = None
     consistency: float | None = None
 
 
 def num_target_tokens(labels: torch.Tensor) -> torch.Tensor:
     """Tokens that `labels` [batch, tokens] asks a causal LM to predict: the first of each row is never one."""
     return labels[:, 1:].ne(IGNORED).sum()
+
+
+def hidden_error(student: torch.Tensor, teacher: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """Sum over the target tokens of ``|student - teacher|^2 / |teacher|^2``.
+
+    Relative, so that one weight serves models whose final norms have other scales.
+
+    Args:
+        student, teacher: What the heads read, ``[batch, tokens, d]``; position i predicts token i + 1.
+        labels: ``[batch, tokens]``, unshifted, -100 is masked.
+
+    Returns:
+        An fp32 scalar.
+    """
+    # By norms: what autograd then keeps is the difference, in the states' own type.
+    error = torch.linalg.vector_norm(student - teacher, dim=-1, dtype=torch.float32).square()
+    size = torch.linalg.vector_norm(teacher, dim=-1, dtype=torch.float32).square()
+    per_token = error[:, :-1] / size[:, :-1].clamp(min=torch.finfo(torch.float32).tiny)
+    return per_token.masked_fill(labels[:, 1:].eq(IGNORED), 0.0).sum()
 
 
 class TrainingObjective(nn.Module):
@@ -48,12 +70,13 @@ class TrainingObjective(nn.Module):
 
     Args:
         model: The student, with or without adapters.
-        distill: Weight and temperature of the distillation.
+        distill: Weights and temperature of the distillation.
         consistency: Weight of the recursive consistency; written to the model's config, whose forward applies it.
         teacher: A separate dense model. Unset, the student's own dense function is run with adapters off.
 
     Raises:
-        PhotonError: if distillation is asked for and there is no teacher, or it has another vocabulary.
+        PhotonError: if distillation is asked for and there is no teacher, or it has another vocabulary (for hidden
+            states: another hidden size).
     """
 
     def __init__(
@@ -74,7 +97,7 @@ class TrainingObjective(nn.Module):
             if consistency is not None:
                 base.config.consistency_weight = consistency.weight
             self.consistency_weight = base.config.consistency_weight
-        self._teacher = (self._check_teacher(teacher),) if self.distill.weight else ()
+        self._teacher = (self._check_teacher(teacher),) if self.distill.is_on else ()
 
     def _check_teacher(self, teacher: nn.Module | None) -> nn.Module | None:
         if teacher is not None:
@@ -83,13 +106,18 @@ class TrainingObjective(nn.Module):
                     f"distill: the dense model has {teacher.config.vocab_size} tokens and the trained model "
                     f"{self.config.vocab_size}; distil from the checkpoint that was converted"
                 )
+            if self.distill.hidden_weight and teacher.config.hidden_size != self.config.hidden_size:
+                raise PhotonError(
+                    f"distill.hidden_weight: a state of the dense model has {teacher.config.hidden_size} entries, one "
+                    f"of the trained model {self.config.hidden_size}; distil from the checkpoint that was converted"
+                )
             return teacher.requires_grad_(False).eval()
         supports = getattr(base_model(self.model), "supports_dense_forward", None)
         if not (isinstance(self.model, PeftModel) and callable(supports) and supports()):
             raise PhotonError(
-                "distill.weight is set but the trained model does not hold the dense one (that takes a preset that "
-                "keeps every dense layer, such as graft, and lora.rank > 0): pass the dense model as teacher, or set "
-                "distill.weight=0"
+                "distill.weight or distill.hidden_weight is set but the trained model does not hold the dense one "
+                "(that takes a preset that keeps every dense layer, such as graft, and lora.rank > 0): pass the dense "
+                "model as teacher, or set both to 0"
             )
         return None
 
@@ -133,8 +161,8 @@ class TrainingObjective(nn.Module):
             window: Window of the token decoder in this pass; None is the model's own.
 
         Returns:
-            ``total`` (with gradient), ``ce`` and, where there is one, ``distill`` and ``consistency`` (without):
-            scalars whose sums over micro-batches and processes are the optimiser step's.
+            ``total`` (with gradient), ``ce`` and, where there is one, ``distill``, ``distill_hidden`` and
+            ``consistency`` (without): scalars whose sums over micro-batches and processes are the optimiser step's.
         """
         inputs = {"input_ids": input_ids}
         if attention_mask is not None:
@@ -142,9 +170,10 @@ class TrainingObjective(nn.Module):
         base = base_model(self.model)
         with headless(base):
             output = self.model(**inputs, use_cache=False, **({} if window is None else {"window": window}))
-        teacher = self._teacher_states(**inputs) if self.training and self.distill.weight else None
+        teacher = self._teacher_states(**inputs) if self.training and self.distill.is_on else None
         head, temperature = base.get_output_embeddings(), self.distill.temperature
-        ce, kl = vocabulary_losses(head, output.logits, labels, teacher, temperature)
+        taught = teacher if self.distill.weight else None
+        ce, kl = vocabulary_losses(head, output.logits, labels, taught, temperature)
         total = ce = ce / target_tokens
         parts = {"ce": ce.detach()}
         consistency = getattr(output, "consistency_loss", None)
@@ -152,8 +181,12 @@ class TrainingObjective(nn.Module):
             consistency = consistency * (input_ids.shape[0] / sequences)
             total = total + self.consistency_weight * consistency
             parts["consistency"] = consistency.detach()
-        if teacher is not None:
+        if taught is not None:
             kl = kl / target_tokens
             total = total + self.distill.weight * kl
             parts["distill"] = kl.detach()
+        if teacher is not None and self.distill.hidden_weight:
+            error = hidden_error(output.logits, teacher[1], labels) / target_tokens
+            total = total + self.distill.hidden_weight * error
+            parts["distill_hidden"] = error.detach()
         return {"total": total, **parts}

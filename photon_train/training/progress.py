@@ -17,6 +17,7 @@ _SHORT = {
     "train/loss": ("loss", ".4f"),
     "train/ce": ("ce", ".4f"),
     "train/distill": ("kl", ".4f"),
+    "train/distill_hidden": ("hidden", ".4f"),
     "train/consistency": ("consistency", ".4f"),
     "train/learning_rate": ("lr", ".2e"),
     "train/grad_norm": ("grad", ".3f"),

@@ -37,7 +37,8 @@ def run_config(name: str, batch_size: int) -> RunConfig:
         freeze_base_steps=1,
         window_anneal_steps=2 if name.startswith("memory") else 0,
     )
-    config.distill = DistillSettings(weight=0.2 if name.startswith("memory") else 0.0)
+    if name.startswith("memory"):
+        config.distill = DistillSettings(weight=0.2, hidden_weight=0.1)
     config.consistency = ConsistencySettings(weight=0.2)
     return config
 

@@ -36,7 +36,7 @@ def _step(name: str, length: int, distill: float, checkpointing: bool) -> tuple[
     model = add_lora(tiny_model(name), LoraSettings(rank=4))
     if checkpointing:
         enable_checkpointing(model)
-    objective = TrainingObjective(model, DistillSettings(weight=distill)).train()
+    objective = TrainingObjective(model, DistillSettings(distill, hidden_weight=distill)).train()
     batch = tiny_data(1, seq_len=length).batch(torch.arange(1))
     counts = {"target_tokens": num_target_tokens(batch["labels"]), "sequences": torch.tensor(1)}
     held: dict[int, int] = {}

@@ -19,7 +19,7 @@ from photon_train.errors import PhotonError
 from photon_train.training import heads
 from photon_train.training.heads import IGNORED, vocabulary_losses
 from photon_train.training.lora import add_lora
-from photon_train.training.losses import TrainingObjective, num_target_tokens
+from photon_train.training.losses import TrainingObjective, hidden_error, num_target_tokens
 
 LORA = LoraSettings(rank=4, alpha=8)
 
@@ -28,6 +28,22 @@ def _plain_kl(student, teacher, labels, temperature):
     target = F.pad(labels[:, 1:], (0, 1), value=IGNORED) != IGNORED
     p, q = (torch.log_softmax(logits.double() / temperature, -1) for logits in (teacher, student))
     return ((p.exp() * (p - q)).sum(-1) * target).sum() * temperature**2
+
+
+def _plain_hidden(student, teacher, labels):
+    target = F.pad(labels[:, 1:], (0, 1), value=IGNORED) != IGNORED
+    student, teacher = student.double(), teacher.double()
+    return (((student - teacher) ** 2).sum(-1) / (teacher**2).sum(-1) * target).sum()
+
+
+def _last_hidden(model, input_ids, **settings):
+    """What the head of `model` reads."""
+    seen = []
+    head = model.get_output_embeddings()
+    handle = head.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    model(input_ids, **settings)
+    handle.remove()
+    return seen[0]
 
 
 def _example(sequences: int = 4) -> dict[str, torch.Tensor]:
@@ -177,6 +193,42 @@ def test_the_models_own_dense_function_teaches_with_adapters_off():
     assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
 
 
+def test_the_hidden_error_is_relative_and_has_the_gradient_of_the_formula():
+    labels = _example(3)["labels"]
+    labels[1, 5:] = IGNORED
+    student, teacher = torch.randn(2, 3, 24, 8, generator=torch.Generator().manual_seed(5))
+    student[0, 3] = teacher[0, 3]  # no error: no gradient, and not NaN
+    student.requires_grad_()
+    expected = _plain_hidden(student, teacher, labels)
+    (gradient,) = torch.autograd.grad(expected, student)
+    found = hidden_error(student, teacher, labels)
+    assert torch.allclose(found.double(), expected)
+    assert torch.allclose(torch.autograd.grad(found, student)[0], gradient, rtol=1e-4, atol=1e-6)
+    scaled = hidden_error(7 * student, 7 * teacher, labels)
+    assert torch.allclose(scaled, found, rtol=1e-4)
+
+
+@pytest.mark.parametrize("weight", [0.0, 0.3])
+def test_the_dense_models_last_hidden_states_teach(weight):
+    """With and without its logits; the teacher is the dense function with adapters off."""
+    batch, model = _example(), _trained("memory-2-sinks")
+    with torch.no_grad():
+        teacher = _last_hidden(tiny_model("memory-2-sinks"), batch["input_ids"], as_dense=True)
+    objective = TrainingObjective(model, DistillSettings(weight, hidden_weight=0.5)).train()
+    tokens = num_target_tokens(batch["labels"])
+    parts = objective(**batch, target_tokens=tokens, sequences=torch.tensor(4))
+    states = _last_hidden(model.get_base_model(), batch["input_ids"])
+    expected = _plain_hidden(states, teacher, batch["labels"]) / tokens
+    assert expected > 0.01
+    assert torch.allclose(parts["distill_hidden"].double(), expected, rtol=1e-4)
+    kl = parts["distill"] if weight else torch.zeros(())
+    assert ("distill" in parts) == bool(weight)
+    assert torch.allclose(parts["total"], parts["ce"] + weight * kl + 0.5 * parts["distill_hidden"])
+    parts["total"].backward()
+    assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
+    assert objective.eval()(**batch, target_tokens=tokens, sequences=torch.tensor(4)).keys() == {"total", "ce"}
+
+
 def test_a_separate_teacher_is_neither_trained_nor_saved():
     teacher, model, batch = tiny_model("llama", seed=3), _trained("block-2"), _example()
     objective = TrainingObjective(model, DistillSettings(weight=1.0), teacher=teacher).train()
@@ -208,7 +260,7 @@ def test_consistency_is_reported_apart_from_cross_entropy():
 @pytest.mark.parametrize("name", ["llama", "memory-2-sinks", "block-2"])
 def test_pieces_of_a_batch_sum_to_the_batch(name):
     """Unequal target counts, one micro-batch without any target: losses and gradients add up to the big batch's."""
-    distill = DistillSettings(weight=0.5) if name == "memory-2-sinks" else None
+    distill = DistillSettings(weight=0.5, hidden_weight=0.2) if name == "memory-2-sinks" else None
     objective = TrainingObjective(_trained(name), distill, ConsistencySettings(weight=0.3)).train()
     batch = _example(6)
     batch["labels"][2:4] = IGNORED
@@ -233,7 +285,11 @@ def test_pieces_of_a_batch_sum_to_the_batch(name):
 
 def test_distillation_without_a_teacher_is_refused():
     for model in (tiny_model("memory-2-sinks"), add_lora(tiny_model("block-2"), LORA)):
-        with pytest.raises(PhotonError, match="distill.weight"):
-            TrainingObjective(model, DistillSettings(weight=1.0))
+        for settings in (DistillSettings(weight=1.0), DistillSettings(hidden_weight=1.0)):
+            with pytest.raises(PhotonError, match="distill.weight or distill.hidden_weight"):
+                TrainingObjective(model, settings)
+    wide = tiny_model("llama", hidden_size=64)
+    with pytest.raises(PhotonError, match="hidden_weight: a state of the dense model has 64 entries"):
+        TrainingObjective(tiny_model("llama"), DistillSettings(hidden_weight=1.0), teacher=wide)
     with pytest.raises(PhotonError, match="99 tokens"):
         TrainingObjective(tiny_model("llama"), DistillSettings(weight=1.0), teacher=tiny_model("llama", vocab_size=99))
