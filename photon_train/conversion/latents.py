@@ -119,7 +119,7 @@ def _units(states: KeyValue, span: int) -> torch.Tensor:
 def _mean_rotation(model: PhotonForCausalLM, begin: int, end: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Mean cosine and sine over the distances from `begin` to `end`, ``[D]`` each."""
     distance = torch.arange(begin, end, device=model.device)[None]
-    cosine, sine = model.model.rotary_emb(torch.zeros((), device=model.device), distance)
+    cosine, sine = model.model.rotation(torch.zeros((), device=model.device), distance)
     return cosine[0].mean(0), sine[0].mean(0)
 
 

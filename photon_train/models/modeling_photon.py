@@ -305,9 +305,16 @@ class PhotonModel(PhotonPreTrainedModel):
         return self.levels[0].decoder.memory[str(layer)](*latents)
 
     def turn_back(self, states: torch.Tensor, position: torch.Tensor) -> torch.Tensor:
-        """Undo the rotation of queries or keys ``[B, H, E, D]`` at ``position [B or 1, E]``."""
-        cosine, sine = self.rotary_emb(states, position)
+        """Undo the rotation of queries or keys ``[B, H, E, D]`` at ``position [B or 1, E]``; norms stay."""
+        cosine, sine = self.rotation(states, position)
         return self.apply_rotary(states, states, cosine, -sine)[0]
+
+    def rotation(self, like: torch.Tensor, position: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Cosine and sine at ``position [B or 1, E]``, ``[B or 1, E, D]`` each, without YaRN's factor on them.
+
+        The layers' queries and keys have that factor (`attention_scaling`) already.
+        """
+        return tuple(part / self.rotary_emb.attention_scaling for part in self.rotary_emb(like, position))
 
     def _slot_stream(self, embeds, slots, window, trace) -> torch.Tensor:
         decoder, count = self.levels[0].decoder, slots.shape[2]

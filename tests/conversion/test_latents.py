@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tiny import photon_model, tokens
+from tiny import HIERARCHIES, base_config, photon_model, shake, tokens
 from tiny_dense import save_dense
 
 from photon_train.config import PhotonSettings, RunConfig, TrainSettings
 from photon_train.conversion.apply import convert
 from photon_train.conversion.calibrate import calibrate_directory, calibration_batches
-from photon_train.conversion.latents import fit_latents
+from photon_train.conversion.latents import _mean_rotation, fit_latents
 from photon_train.conversion.plan import make_plan
 from photon_train.conversion.presets import layer_map, photon_config
 from photon_train.conversion.source import DenseCheckpoint
-from photon_train.models import PhotonForCausalLM
+from photon_train.models import PhotonConfig, PhotonForCausalLM
 from photon_train.models.attention_photon import FullSpan
 from photon_train.models.latent_photon import join_heads
 
@@ -67,6 +67,23 @@ def test_what_fits_into_the_rank_is_reconstructed_exactly():
     latent = model.model.levels[0].decoder.latent["0"](*grouped, states)
     _, read = model.model.unpack_units(0, latent)
     torch.testing.assert_close(read, value, atol=2e-2, rtol=0)
+
+
+@torch.no_grad()
+def test_far_scores_are_as_large_as_near_ones_under_yarn():
+    """YaRN multiplies cosines and sines; queries and keys have that factor once, whether rotated or turned back."""
+    rope = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 8.0, "original_max_position_embeddings": 64}
+    base = base_config(rope_parameters=rope)
+    whole = shake(PhotonForCausalLM(PhotonConfig(base_config=base, **HIERARCHIES["memory-latent"])))
+    model = whole.model
+    position, states = torch.arange(20)[None], torch.randn(1, 2, 20, 8, generator=torch.Generator().manual_seed(0))
+    factor = model.rotary_emb.attention_scaling
+    assert factor > 1.1
+    rotated = model.apply_rotary(states, states, *model.rotary_emb(states, position))[0]
+    torch.testing.assert_close(model.turn_back(rotated, position), factor * states)
+    # What a far query meets is fitted to keys turned by distances alone.
+    cosine, sine = _mean_rotation(whole, 0, 1)
+    torch.testing.assert_close((cosine, sine), (torch.ones(8), torch.zeros(8)))
 
 
 def test_text_within_the_window_will_do():
