@@ -1,4 +1,4 @@
-"""Dense Llama (or Mistral, Qwen2, Qwen3) -> PHOTON -> LoRA fine-tuning -> export: the main command.
+"""Dense Llama (or Mistral, Qwen2, Qwen3, Phi-3) -> PHOTON -> LoRA fine-tuning -> export: the main command.
 
 accelerate launch recipes/convert_llama.py --model DIR|HUB_ID --data PATH|HUB_ID --output DIR
 

@@ -14,6 +14,8 @@ from typing import Any
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 MLP = ("gate_proj", "up_proj", "down_proj")
 TARGETS = (*ATTENTION, *MLP)
+# Linear maps that some families store as one, in order of their rows.
+FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
 
 
 def _get(config: Any, key: str, default: Any = None) -> Any:

@@ -1,6 +1,7 @@
 """The dense families that can be converted, and what differs between them, as data.
 
-The families' layer classes live in `photon_train.models`; a new family needs an entry in both registries.
+The families' layer classes live in `photon_train.models`; a new family needs an entry in both registries, or names the
+family whose layers compute the same function.
 """
 
 from __future__ import annotations
@@ -10,16 +11,21 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any
 
-from photon_train.accounting.model import ATTENTION, MLP, Shape
+from transformers import AutoConfig, PretrainedConfig
+
+from photon_train.accounting.model import ATTENTION, FUSED, MLP, Shape
 from photon_train.errors import PhotonError
+
+# Of config.json: what describes the dense checkpoint as an object, not its architecture.
+_BOOKKEEPING = ("architectures", "transformers_version", "_name_or_path", "dtype", "torch_dtype", "auto_map")
 
 
 @dataclass(frozen=True)
 class Family:
     """What the conversion has to know about one dense family.
 
-    All families share Llama's module names (``model.layers.{i}.self_attn.q_proj.weight``, ...); the
-    fields say what a decoder layer holds beyond Llama's weights.
+    All families share Llama's module names (``model.layers.{i}.self_attn.q_proj.weight``, ...) but for stacked
+    linear layers; the fields say what a decoder layer holds beyond Llama's weights.
 
     Attributes:
         model_type: The ``model_type`` of the family's ``config.json``.
@@ -28,6 +34,8 @@ class Family:
         head_norms: Whether queries and keys are normalised per head (``q_norm``, ``k_norm``).
         sliding_window: Which layers look back on ``sliding_window`` tokens only: ``none``, ``all``
             (whenever the key is set) or ``layer_types`` (those that the key of that name marks).
+        layers: Family whose decoder layers the PHOTON stacks are made of, where it is another one.
+        is_fused: Whether linear layers are stored stacked (``qkv_proj``, ``gate_up_proj``).
     """
 
     model_type: str
@@ -35,6 +43,8 @@ class Family:
     biases_by_key: Mapping[str, tuple[str, ...]] = field(default_factory=lambda: MappingProxyType({}))
     head_norms: bool = False
     sliding_window: str = "none"
+    layers: str | None = None
+    is_fused: bool = False
 
 
 FAMILIES: dict[str, Family] = {
@@ -44,6 +54,8 @@ FAMILIES: dict[str, Family] = {
         Family("mistral", sliding_window="all"),
         Family("qwen2", biases=("q_proj", "k_proj", "v_proj"), sliding_window="layer_types"),
         Family("qwen3", biases_by_key={"attention_bias": ATTENTION}, head_norms=True, sliding_window="layer_types"),
+        # Mistral's function from stacked matrices.
+        Family("phi3", sliding_window="all", layers="mistral", is_fused=True),
     )
 }
 
@@ -73,6 +85,64 @@ def attention_span(config: Any) -> int | None:
     return config.sliding_window
 
 
+def layer_config(config: PretrainedConfig, seq_len: int) -> dict[str, Any]:
+    """The configuration of the layers that PHOTON stacks are made of, with their ``model_type``.
+
+    A rotation that depends on the length of the text (``longrope``) is fixed to what it is at `seq_len`: keys that lie
+    in a cache cannot be rotated again, and a PHOTON model is one function at any length.
+
+    Args:
+        config: The dense model's configuration object.
+        seq_len: Tokens per sequence of the training.
+
+    Raises:
+        PhotonError: for a rotation that PHOTON models cannot serve, naming the key.
+    """
+    family = family_of(config)
+    settings = {key: value for key, value in config.to_dict().items() if key not in _BOOKKEEPING}
+    if family.layers is not None:
+        known = AutoConfig.for_model(family.layers).to_dict()
+        settings = {key: getattr(config, key) for key in known if key in settings or hasattr(config, key)}
+        settings = {key: value for key, value in settings.items() if key not in _BOOKKEEPING}
+        settings["model_type"] = family.layers
+    rope = dict(settings.get("rope_parameters") or {})
+    if rope.get("rope_type") == "dynamic":
+        raise PhotonError(
+            "config.json: rope_parameters.rope_type=dynamic turns keys by the length of the text, which a cache cannot "
+            "follow: set it to yarn or linear with the same factor, or start from the model before it was extended"
+        )
+    if family.is_fused and rope.get("partial_rotary_factor", 1.0) != 1.0:
+        raise PhotonError(
+            f"config.json: partial_rotary_factor={rope['partial_rotary_factor']} is not supported: only models of "
+            f"family {family.model_type} that rotate whole heads can be converted"
+        )
+    if rope.get("rope_type") == "longrope":
+        original = rope.get("original_max_position_embeddings") or config.original_max_position_embeddings
+        factors = rope["long_factor" if seq_len > original else "short_factor"]
+        settings["rope_parameters"] = {**rope, "short_factor": factors, "long_factor": factors}
+    return settings
+
+
+def stored_as(config: Any, name: str) -> tuple[str, int | None]:
+    """Where a checkpoint stores a linear layer's tensor.
+
+    Args:
+        config: The dense model's configuration.
+        name: A tensor under Llama's names, such as ``model.layers.3.self_attn.k_proj.weight``.
+
+    Returns:
+        The stored tensor, and the first of its rows that belong to `name`; None where it is stored by itself.
+    """
+    module, _, kind = name.rpartition(".")
+    block, _, linear = module.rpartition(".")
+    if family_of(config).is_fused:
+        for fused, parts in FUSED.items():
+            if linear in parts:
+                linears = Shape.of(config).linears
+                return f"{block}.{fused}.{kind}", sum(linears[part][0] for part in parts[: parts.index(linear)])
+    return name, None
+
+
 def dense_tensors(config: Any) -> dict[str, tuple[int, ...]]:
     """Name and shape of every tensor that a checkpoint of this configuration must hold.
 
@@ -95,8 +165,12 @@ def dense_tensors(config: Any) -> dict[str, tuple[int, ...]]:
         "input_layernorm.weight": hidden,
         "post_attention_layernorm.weight": hidden,
     }
-    for name, shape in sizes.linears.items():
-        block = "self_attn" if name in ATTENTION else "mlp"
+    linears = dict(sizes.linears)
+    if family.is_fused:
+        for name, parts in FUSED.items():
+            linears[name] = (sum(linears.pop(part)[0] for part in parts), sizes.hidden)
+    for name, shape in linears.items():
+        block = "self_attn" if name in (*ATTENTION, "qkv_proj") else "mlp"
         layer[f"{block}.{name}.weight"] = shape
         if name in biased:
             layer[f"{block}.{name}.bias"] = shape[:1]

@@ -24,6 +24,21 @@ def copy(shape: Sequence[int], arguments: dict[str, Any], sources: Sequence[Piec
     yield from source
 
 
+def split(shape: Sequence[int], arguments: dict[str, Any], sources: Sequence[Pieces]) -> Pieces:
+    """Rows of the one source, from row ``arguments["row"]`` on: a part of stacked matrices (or biases)."""
+    (source,) = sources
+    row_size, count = math.prod(shape[1:]), math.prod(shape)
+    skip = arguments["row"] * row_size
+    for piece in source:
+        part = piece[skip : skip + count]
+        skip = max(0, skip - piece.numel())
+        count -= part.numel()
+        if part.numel():
+            yield part
+        if not count:
+            return
+
+
 def constant(shape: Sequence[int], arguments: dict[str, Any], sources: Sequence[Pieces]) -> Pieces:
     """``arguments["value"]`` everywhere."""
     for count in _counts(math.prod(shape)):
@@ -71,5 +86,5 @@ def _rows(total: int, columns: int) -> Iterator[tuple[int, int]]:
 
 
 OPERATORS: dict[str, Operator] = {
-    operator.__name__: operator for operator in (copy, constant, normal, mean_chunk, identity_slots)
+    operator.__name__: operator for operator in (copy, split, constant, normal, mean_chunk, identity_slots)
 }

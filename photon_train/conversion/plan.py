@@ -12,7 +12,9 @@ from typing import Any
 
 import torch
 from rich.table import Table
+from transformers import PretrainedConfig
 
+from photon_train.conversion.families import stored_as
 from photon_train.conversion.operators import OPERATORS
 from photon_train.conversion.presets import LayerMap
 from photon_train.conversion.source import DenseCheckpoint
@@ -93,11 +95,12 @@ class ConversionPlan:
 
         Raises:
             PhotonError: naming the tensor, if a target is written twice, not at all, unknown or of another
-                shape; if a source is unknown, dropped though used, or neither used nor dropped; if an
-                operator is unknown.
+                shape; if a source is unknown, dropped though used, neither used nor dropped, or split and
+                not used whole; if an operator is unknown.
         """
         written: set[str] = set()
         used: set[str] = set()
+        split_rows: dict[str, set[int]] = {}
         for entry in self.tensors:
             _need(entry.target not in written, f"target {entry.target} is written twice")
             written.add(entry.target)
@@ -108,18 +111,27 @@ class ConversionPlan:
             )
             _need(entry.operator in OPERATORS, f"target {entry.target} has an unknown operator {entry.operator!r}")
             _need(
-                len(entry.sources) == (1 if entry.operator == "copy" else 0),
+                len(entry.sources) == (1 if entry.operator in ("copy", "split") else 0),
                 f"target {entry.target}: operator {entry.operator} cannot take {len(entry.sources)} sources",
             )
             for name in entry.sources:
                 _need(name in sources, f"target {entry.target} reads {name}, which the checkpoint lacks")
+                found, wanted = tuple(sources[name]), tuple(entry.shape)
+                row = entry.arguments["row"] if entry.operator == "split" else 0
+                if entry.operator == "split" and row + wanted[0] <= found[0]:
+                    found = (wanted[0], *found[1:])
+                    split_rows.setdefault(name, set()).update(range(row, row + wanted[0]))
                 _need(
-                    tuple(sources[name]) == tuple(entry.shape),
-                    f"target {entry.target} has shape {list(entry.shape)}, its source {name} {list(sources[name])}",
+                    found == wanted,
+                    f"target {entry.target} has shape {list(wanted)}, its source {name} {list(sources[name])}"
+                    + (f" and begins at row {row}" if row else ""),
                 )
                 used.add(name)
         left = [name for name in targets if name not in written]
         _need(not left, f"target {left[0] if left else ''} is not written ({len(left)} in all)")
+        for name, rows in split_rows.items():
+            unread = sources[name][0] - len(rows)
+            _need(not unread, f"{unread} of the {sources[name][0]} rows of source {name} are not used")
         dropped = {entry.source for entry in self.dropped}
         for entry in self.dropped:
             _need(bool(entry.reason), f"source {entry.source} is dropped without a reason")
@@ -184,7 +196,7 @@ def _need(condition: bool, message: str) -> None:
 
 
 def _label(entry: TensorPlan) -> str:
-    shown = [f"{value:g}" for key, value in entry.arguments.items() if key != "seed"]
+    shown = [f"{value:g}" for key, value in entry.arguments.items() if key not in ("seed", "row")]
     return " ".join([entry.operator, *shown])
 
 
@@ -251,7 +263,9 @@ def make_plan(
         PhotonError: if the plan does not fit the checkpoint or the model.
     """
     targets = target_tensors(config)
-    tensors = tuple(_plan_tensor(name, shape, config, layers, seed) for name, shape in targets.items())
+    tensors = tuple(
+        _plan_tensor(name, shape, checkpoint.config, config, layers, seed) for name, shape in targets.items()
+    )
     used = {source for entry in tensors for source in entry.sources}
     dropped = tuple(Dropped(name, _drop_reason(name, config)) for name in checkpoint.tensors if name not in used)
     plan = ConversionPlan(
@@ -280,14 +294,18 @@ _STACK = re.compile(r"model\.levels\.(\d+)\.(encoder|decoder)\.layers\.(\d+)\.(.
 _NEW = re.compile(r"model\.levels\.(\d+)\.(?:decoder\.)?(chunker|converter|input_scale|memory|latent)\.(.+)")
 
 
-def _plan_tensor(name: str, shape: tuple[int, ...], config: PhotonConfig, layers: LayerMap, seed: int) -> TensorPlan:
+def _plan_tensor(
+    name: str, shape: tuple[int, ...], dense: PretrainedConfig, config: PhotonConfig, layers: LayerMap, seed: int
+) -> TensorPlan:
     if name in _COPIED:
         return TensorPlan(name, "copy", _COPIED[name], 0, shape, (name,))
     if match := _STACK.fullmatch(name):
         level, stack, layer = int(match[1]), match[2], int(match[3])
         role = "token decoder" if stack == "decoder" and level == 0 else stack
         copied = (layers.encoders if stack == "encoder" else layers.decoders)[level][layer]
-        return TensorPlan(name, "copy", role, level + 1, shape, (f"model.layers.{copied}.{match[4]}",))
+        source, row = stored_as(dense, f"model.layers.{copied}.{match[4]}")
+        operator, arguments = ("copy", {}) if row is None else ("split", {"row": row})
+        return TensorPlan(name, operator, role, level + 1, shape, (source,), arguments)
     if name == "model.start.state":
         return TensorPlan(name, "constant", "start state", config.num_levels, shape, (), {"value": 0.0})
     match = _NEW.fullmatch(name)

@@ -34,7 +34,7 @@ from typing import Any
 from transformers import PretrainedConfig
 
 from photon_train.config import CONDITIONINGS, PRESETS, LevelOverrides, PhotonSettings, RunConfig
-from photon_train.conversion.families import attention_span, family_of
+from photon_train.conversion.families import attention_span, family_of, layer_config
 from photon_train.errors import PhotonError
 from photon_train.models.configuration_photon import PhotonConfig
 
@@ -45,8 +45,6 @@ ENCODER_WINDOW = 64
 NUM_SINKS = 4
 _MEMORY_KEYS = ("memory_layers", "memory_level", "memory_pooling", "memory_latents", "memory_latent_parts")
 WINDOW, SMALL_WINDOW, SMALL_HIDDEN = 256, 64, 512
-# Of config.json: what describes the dense checkpoint as an object, not its architecture.
-_BOOKKEEPING = ("architectures", "transformers_version", "_name_or_path", "dtype", "torch_dtype", "auto_map")
 
 
 @dataclass(frozen=True)
@@ -147,7 +145,7 @@ def _build(dense: PretrainedConfig, settings: RunConfig) -> tuple[PhotonConfig, 
         )
     try:
         config = PhotonConfig(
-            base_config={key: value for key, value in dense.to_dict().items() if key not in _BOOKKEEPING},
+            base_config=layer_config(dense, settings.train.seq_len),
             levels=levels,
             layout=layout,
             conditioning=conditioning,

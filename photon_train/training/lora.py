@@ -7,6 +7,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 from transformers import PreTrainedModel
 
+from photon_train.accounting.model import FUSED
 from photon_train.config import LoraSettings, TrainSettings
 from photon_train.errors import PhotonError
 
@@ -27,7 +28,8 @@ def _inside(name: str, modules: list[str]) -> bool:
 
 
 def lora_targets(model: nn.Module, settings: LoraSettings) -> list[str]:
-    """Full names of the linear layers that get an adapter: the named ones outside the new modules.
+    """Full names of the linear layers that get an adapter: the named ones, or what they are stacked in, outside the
+    new modules.
 
     Raises:
         PhotonError: if one of `lora.target_modules` names no linear layer of the model.
@@ -37,13 +39,16 @@ def lora_targets(model: nn.Module, settings: LoraSettings) -> list[str]:
         name for name, module in model.named_modules() if isinstance(module, nn.Linear) and not _inside(name, new)
     ]
     found = {name.rpartition(".")[2] for name in linears}
-    unknown = [target for target in settings.target_modules if target not in found]
+    # A dense model may hold linear layers stacked; its PHOTON model holds them apart.
+    fused = {part: whole for whole, parts in FUSED.items() if whole in found for part in parts}
+    wanted = {fused.get(target, target) for target in settings.target_modules}
+    unknown = sorted(wanted - found)
     if unknown or not settings.target_modules:
         raise PhotonError(
             f"lora.target_modules: {', '.join(unknown) or 'the empty list'} names no linear layer of "
             f"{type(model).__name__}; it has {', '.join(sorted(found))}"
         )
-    return [name for name in linears if name.rpartition(".")[2] in settings.target_modules]
+    return [name for name in linears if name.rpartition(".")[2] in wanted]
 
 
 def add_lora(model: PreTrainedModel, settings: LoraSettings, seed: int = 0) -> PeftModel | PreTrainedModel:

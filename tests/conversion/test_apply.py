@@ -32,6 +32,15 @@ ROPE = {
     "original_max_position_embeddings": 16,
 }
 
+# The default training length lies beyond the original one: its long factors hold.
+LONG = {
+    "rope_type": "longrope",
+    "rope_theta": 1e4,
+    "short_factor": [1.0, 1.1, 1.2, 1.3],
+    "long_factor": [1.0, 2.0, 3.0, 4.0],
+    "original_max_position_embeddings": 16,
+}
+
 
 def run_conversion(dense, output, settings: RunConfig | None = None, dtype: str = "auto", **options):
     settings = settings or RunConfig()
@@ -75,7 +84,7 @@ def test_every_preset_and_conditioning_converts_loads_and_runs(dense, tmp_path, 
     stored = {name: t for file in output.glob("*.safetensors") for name, t in load_file(file).items()}
     weights = {name: t for file in dense.glob("*.safetensors") for name, t in load_file(file).items()}
     for entry in plan.tensors:
-        if entry.operator == "copy":
+        if entry.operator == "copy":  # `split` is shown by equal functions
             assert torch.equal(stored[entry.target], weights[entry.sources[0]]), entry.target
     tokens = torch.arange(40)[None]
     loss = model(tokens, labels=tokens).loss
@@ -94,6 +103,8 @@ def test_every_preset_and_conditioning_converts_loads_and_runs(dense, tmp_path, 
         ("llama", {"rope_parameters": ROPE}),
         ("qwen3", {"attention_bias": True, "head_dim": 16, "tie_word_embeddings": True}),
         ("mistral", {"sliding_window": 128}),
+        ("phi3", {"sliding_window": 128, "tie_word_embeddings": True}),
+        ("phi3", {"rope_parameters": LONG, "original_max_position_embeddings": 16}),
     ],
 )
 def test_graft_with_the_window_over_the_text_is_the_dense_model(tmp_path, model_type, changes):

@@ -7,7 +7,7 @@ import torch
 from tiny_dense import FAMILY_NAMES, dense_config
 from transformers import AutoModelForCausalLM, GPT2Config
 
-from photon_train.conversion.families import FAMILIES, attention_span, dense_tensors, family_of
+from photon_train.conversion.families import FAMILIES, attention_span, dense_tensors, family_of, layer_config, stored_as
 from photon_train.errors import PhotonError
 from photon_train.models.families_photon import CLASS_PREFIXES
 
@@ -32,11 +32,12 @@ def test_expected_tensors_are_those_of_transformers(model_type, changes):
 
 
 def test_the_registries_of_conversion_and_model_name_the_same_families():
-    assert set(FAMILIES) == set(CLASS_PREFIXES) == set(FAMILY_NAMES)
+    assert set(FAMILIES) == set(FAMILY_NAMES)
+    assert {family.layers or name for name, family in FAMILIES.items()} == set(CLASS_PREFIXES)
 
 
 def test_an_unsupported_family_lists_the_supported_ones():
-    with pytest.raises(PhotonError, match="'gpt2'.*llama, mistral, qwen2, qwen3"):
+    with pytest.raises(PhotonError, match="'gpt2'.*llama, mistral, phi3, qwen2, qwen3"):
         family_of(GPT2Config())
 
 
@@ -46,9 +47,44 @@ def test_an_unsupported_family_lists_the_supported_ones():
         ("llama", {}, None),
         ("mistral", {"sliding_window": 32}, 32),
         ("mistral", {"sliding_window": None}, None),
+        ("phi3", {"sliding_window": 32}, 32),
+        ("phi3", {"sliding_window": None}, None),
         ("qwen2", {"use_sliding_window": False, "sliding_window": 32}, None),
         ("qwen2", {"use_sliding_window": True, "sliding_window": 32, "max_window_layers": 2}, 32),
     ],
 )
 def test_sliding_windows_are_recognised(model_type, changes, span):
     assert attention_span(dense_config(model_type, **changes)) == span
+
+
+def test_where_a_stacked_layer_lies():
+    config = dense_config("phi3")
+    stored = {name: stored_as(config, f"model.layers.3.{name}.weight") for name in ("self_attn.k_proj", "mlp.up_proj")}
+    assert stored["self_attn.k_proj"] == ("model.layers.3.self_attn.qkv_proj.weight", 32)
+    assert stored["mlp.up_proj"] == ("model.layers.3.mlp.gate_up_proj.weight", 48)
+    for name in ("model.layers.3.mlp.down_proj.weight", "model.layers.3.input_layernorm.weight"):
+        assert stored_as(config, name) == (name, None)
+    name = "model.layers.3.self_attn.k_proj.weight"
+    assert stored_as(dense_config(), name) == (name, None)
+
+
+def test_a_window_that_is_switched_off_stays_off_in_the_layers():
+    """Mistral's own default is 4,096."""
+    assert layer_config(dense_config("phi3", sliding_window=None), 64)["sliding_window"] is None
+    assert layer_config(dense_config("phi3", sliding_window=32), 64)["sliding_window"] == 32
+
+
+def _rope(kind: str, **more):
+    return {"rope_type": kind, "rope_theta": 1e4, **more}
+
+
+def test_rotations_that_a_cache_cannot_follow_are_refused_or_fixed():
+    long = _rope("longrope", short_factor=[1.0] * 4, long_factor=[4.0] * 4, original_max_position_embeddings=64)
+    config = dense_config("phi3", rope_parameters=long, original_max_position_embeddings=64)
+    for seq_len, factor in ((64, 1.0), (65, 4.0)):
+        rope = layer_config(config, seq_len)["rope_parameters"]
+        assert rope["short_factor"] == rope["long_factor"] == [factor] * 4
+    with pytest.raises(PhotonError, match="rope_type=dynamic"):
+        layer_config(dense_config(rope_parameters=_rope("dynamic", factor=2.0)), 64)
+    with pytest.raises(PhotonError, match="partial_rotary_factor=0.5"):
+        layer_config(dense_config("phi3", rope_parameters=_rope("default", partial_rotary_factor=0.5)), 64)

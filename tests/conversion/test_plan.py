@@ -40,9 +40,10 @@ def case():
     return plan, target_tensors(config), {name: info.shape for name, info in checkpoint.tensors.items()}
 
 
+@pytest.mark.parametrize("model_type", ["llama", "phi3"])
 @pytest.mark.parametrize("preset", PRESETS)
-def test_every_preset_makes_a_complete_plan(preset):
-    plan, _ = plan_for(checkpoint_like(dense_config()), preset)
+def test_every_preset_makes_a_complete_plan(preset, model_type):
+    plan, _ = plan_for(checkpoint_like(dense_config(model_type)), preset)
     assert plan.dtype == "bfloat16"
     assert plan.preserves_dense == (preset == "graft")
     assert not plan.dropped
@@ -104,6 +105,29 @@ def test_the_table_of_eighty_layers_fits_a_screen():
     assert len(lines) < 30
     assert any("0-79" in line and "copy" in line for line in lines)
     assert any("43, 47 ... 79" in line for line in lines)
+
+
+def test_a_stacked_source_is_used_whole_or_not_at_all():
+    checkpoint = checkpoint_like(dense_config("phi3"))
+    plan, config = plan_for(checkpoint)
+    targets, sources = target_tensors(config), {name: info.shape for name, info in checkpoint.tensors.items()}
+    part = next(entry for entry in plan.tensors if entry.operator == "split" and entry.arguments["row"])
+
+    def fails(message: str, row: int) -> None:
+        moved = replace(part, arguments={"row": row})
+        with pytest.raises(PhotonError, match=message):
+            replace(plan, tensors=tuple(moved if e is part else e for e in plan.tensors)).check(targets, sources)
+
+    fails(f"{part.shape[0]} of the 64 rows of source {part.sources[0]} are not used", 0)
+    fails("begins at row 60", 60)
+
+
+@pytest.mark.parametrize("piece", [1, 5, 7, 100])
+def test_split_takes_rows_wherever_the_pieces_end(piece):
+    stacked = torch.arange(9 * 3).view(9, 3)
+    for row, count in ((0, 2), (2, 4), (6, 3)):
+        parts = OPERATORS["split"]((count, 3), {"row": row}, [iter(stacked.flatten().split(piece))])
+        assert torch.equal(torch.cat(list(parts)).view(count, 3), stacked[row : row + count])
 
 
 def run_operator(name: str, shape, **arguments):

@@ -8,7 +8,7 @@ from typing import Any
 from tiny import shake
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 
-FAMILY_NAMES = ("llama", "mistral", "qwen2", "qwen3")
+FAMILY_NAMES = ("llama", "mistral", "qwen2", "qwen3", "phi3")
 
 
 def dense_config(model_type: str = "llama", **changes: Any) -> PretrainedConfig:
@@ -23,6 +23,8 @@ def dense_config(model_type: str = "llama", **changes: Any) -> PretrainedConfig:
         "vocab_size": 64,
         "max_position_embeddings": 256,
     }
+    if model_type == "phi3":  # whose default ids lie beyond a tiny vocabulary
+        settings |= {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
     return AutoConfig.for_model(model_type, **{**settings, **changes})
 
 

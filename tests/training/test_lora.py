@@ -7,12 +7,14 @@ import torch
 from accelerate import Accelerator
 from peft import PeftModel
 from tiny import shake, tokens
+from tiny_dense import dense_config
 from tiny_training import PHOTON_MODELS, tiny_model
+from transformers import AutoModelForCausalLM
 
 from photon_train.config import LoraSettings, TrainSettings
 from photon_train.errors import PhotonError
 from photon_train.training.collect import gather_full_model
-from photon_train.training.lora import add_lora, merge_lora, new_module_names, parameter_groups
+from photon_train.training.lora import add_lora, lora_targets, merge_lora, new_module_names, parameter_groups
 
 MODELS = ("llama", *PHOTON_MODELS, "residual-2-decoder")
 SETTINGS = LoraSettings(rank=4, alpha=8)
@@ -41,6 +43,16 @@ def test_only_adapters_and_new_modules_are_trained(name):
     assert sum(".lora_A." in key for key in trained) == sum(".lora_B." in key for key in trained) == linears
     assert sum(p.numel() for key, p in trained.items() if ".modules_to_save." in key) == new_weights
     assert all(".lora_" in key or ".modules_to_save." in key for key in trained)
+
+
+def test_a_dense_model_with_stacked_layers_is_adapted_where_its_photon_model_is():
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(dense_config("phi3"))
+    stacked = {"qkv_proj", "o_proj", "gate_up_proj", "down_proj"}
+    assert {name.rpartition(".")[2] for name in lora_targets(model, SETTINGS)} == stacked
+    assert {n.rpartition(".")[2] for n in lora_targets(model, LoraSettings(target_modules=["k_proj"]))} == {"qkv_proj"}
+    with pytest.raises(PhotonError, match="target_modules: kv_proj names no linear layer"):
+        lora_targets(model, LoraSettings(target_modules=["kv_proj"]))
 
 
 @pytest.mark.parametrize("name", MODELS)
