@@ -68,6 +68,12 @@ class PhotonPreTrainedModel(PreTrainedModel):
         if not initialize(module, self.config.initializer_range):
             super()._init_weights(module)
 
+    def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> nn.Embedding:
+        """As in transformers; the new size is that of the dense family's configuration too, which stacks are made of."""
+        embeddings = super().resize_token_embeddings(*args, **kwargs)
+        self.config.base_config["vocab_size"] = self.config.vocab_size
+        return embeddings
+
 
 class PhotonModel(PhotonPreTrainedModel):
     """The hierarchy: from token embeddings to the states that predict each next token.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from tiny import HIERARCHIES, photon_config, photon_model, shake, tokens
+from tiny import HIERARCHIES, VOCABULARY, photon_config, photon_model, shake, tokens
 
 from photon_train.models import PhotonForCausalLM
 
@@ -67,6 +67,15 @@ def test_saved_and_loaded_it_is_the_same_function(name, tmp_path):
     assert {k: v for k, v in loaded.config.to_dict().items() if k not in ignored} == {
         k: v for k, v in model.config.to_dict().items() if k not in ignored
     }
+
+
+def test_a_resized_vocabulary_survives_saving(tmp_path):
+    model, ids = photon_model("memory-1"), tokens(2, 9)
+    model.resize_token_embeddings(VOCABULARY + 3)
+    model.save_pretrained(tmp_path)
+    loaded = PhotonForCausalLM.from_pretrained(tmp_path).eval()
+    assert loaded.config.vocab_size == VOCABULARY + 3
+    torch.testing.assert_close(loaded(ids).logits, model(ids).logits)
 
 
 def test_fresh_weights_are_the_documented_starting_values():
