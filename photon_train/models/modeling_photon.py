@@ -69,7 +69,7 @@ class PhotonPreTrainedModel(PreTrainedModel):
             super()._init_weights(module)
 
     def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> nn.Embedding:
-        """As in transformers; the new size is that of the dense family's configuration too, which stacks are made of."""
+        """As in transformers; the dense family's configuration, which sets the size at loading, is changed too."""
         embeddings = super().resize_token_embeddings(*args, **kwargs)
         self.config.base_config["vocab_size"] = self.config.vocab_size
         return embeddings
