@@ -20,7 +20,7 @@ from photon_train.errors import PhotonError
 from photon_train.models import PhotonForCausalLM
 
 Norms = dict[str, list[torch.Tensor]]
-_SEQUENCES, _BATCH = 64, 4
+_SEQUENCES, _BATCH, _BATCH_TOKENS = 64, 4, 2**14
 # Presets whose decoders are copies of upper dense layers; elsewhere the token decoder reads embeddings as before.
 _SCALES_INPUT = ("split", "paper")
 
@@ -71,10 +71,14 @@ def calibrate(model: PhotonForCausalLM, batches: Iterable[torch.Tensor]) -> dict
     return scales
 
 
-def calibration_batches(dataset: Any) -> list[torch.Tensor]:
-    """Token ids of the first sequences of a data set such as `PackedDataset` (up to 64), in batches of 4."""
-    count = min(_SEQUENCES, len(dataset))
-    return [dataset.batch(part)["input_ids"] for part in torch.arange(count).split(_BATCH)]
+def calibration_batches(dataset: Any, most: int = _SEQUENCES) -> list[torch.Tensor]:
+    """Token ids of the first sequences of a data set such as `PackedDataset`, in batches of 4 (fewer if they are long).
+
+    Args:
+        most: Sequences to take, where there are so many.
+    """
+    tokens = dataset.batch(torch.arange(min(most, len(dataset))))["input_ids"]
+    return list(tokens.split(max(1, min(_BATCH, _BATCH_TOKENS // tokens.shape[1]))))
 
 
 def calibrate_directory(

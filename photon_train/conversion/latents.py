@@ -13,7 +13,7 @@ Both are scaled to the same total, and the means go into the converters' biases,
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
 
 import torch
@@ -28,12 +28,14 @@ RIDGE = 1e-4
 
 @dataclass
 class _Recorder(FullSpan):
-    """Full attention that keeps what each layer was asked and had."""
+    """Full attention that keeps what each of `layers` was asked and had."""
 
+    layers: Collection[int] = ()
     seen: dict[int, tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = field(default_factory=dict)
 
     def attend(self, layer, query, key, value, scale, dropout, sliding_window):
-        self.seen[layer] = (query, key, value)
+        if layer in self.layers:
+            self.seen[layer] = (query, key, value)
         return super().attend(layer, query, key, value, scale, dropout, sliding_window)
 
 
@@ -80,7 +82,7 @@ def fit_latents(model: PhotonForCausalLM, batches: Iterable[torch.Tensor]) -> li
 
 
 def _measure(model, batch, moments: dict[int, _Moments], queries: dict[int, _Moments]) -> None:
-    config, recorder = model.config, _Recorder()
+    config, recorder = model.config, _Recorder(layers=model.config.memory_layers)
     decoder, embeds = model.model.levels[0].decoder, model.model.embed_tokens(batch)
     position = torch.arange(batch.shape[1], device=batch.device)[None]
     rotary = model.model.rotary_emb(embeds, position)

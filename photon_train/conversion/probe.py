@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from rich.table import Table
 from transformers import AttentionMaskInterface, PreTrainedModel
 
+from photon_train.accounting.memory import LOGIT_CHUNK
 from photon_train.errors import PhotonError
 from photon_train.models.attention_photon import ATTENTION_NAME, BandSpan, FullSpan, Span
 
@@ -43,13 +44,13 @@ class LayerProbe:
         cost = self.restricted - self.dense
         return tuple((self.restricted - kept) / cost if cost > 0 else 0.0 for kept in self.kept)
 
-    def best_layers(self, count: int) -> list[int]:
-        """The `count` layers whose far attention is missed most, in order of their depth.
+    def best_layers(self, count: int, among: Iterable[int] | None = None) -> list[int]:
+        """The `count` layers (of `among`) whose far attention is missed most, in order of their depth.
 
         Ranked by what restricting each alone costs: layers of one circuit (retrieval takes two) help only together,
         so that one of them kept alone may win nothing back.
         """
-        ranked = sorted(range(len(self.alone)), key=lambda layer: -self.alone[layer])
+        ranked = sorted(range(len(self.alone)) if among is None else among, key=lambda layer: -self.alone[layer])
         return sorted(ranked[:count])
 
     def table(self) -> Table:
@@ -114,12 +115,15 @@ def probe_layers(
 
 def _loss(model, batches: list[torch.Tensor], window: int, num_sinks: int, restricted: Iterable[int]) -> float:
     total = count = 0
+    head = model.get_output_embeddings()
+    rows = max(1, LOGIT_CHUNK // model.config.vocab_size)  # the logits of whole sequences are never held
     for tokens in batches:
         positions = torch.arange(tokens.shape[1], device=tokens.device)
         near = BandSpan(positions, window, window, sinks=positions[:num_sinks] if num_sinks else None)
         spans = [near if layer in restricted else FullSpan() for layer in range(model.config.num_hidden_layers)]
-        logits = model(input_ids=tokens, use_cache=False, photon_span=_ByLayer(spans)).logits
-        far, targets = logits[:, window:-1].float(), tokens[:, window + 1 :]
-        total += F.cross_entropy(far.flatten(0, 1), targets.flatten(), reduction="sum").item()
+        states = model.base_model(input_ids=tokens, use_cache=False, photon_span=_ByLayer(spans)).last_hidden_state
+        far, targets = states[:, window:-1].flatten(0, 1), tokens[:, window + 1 :].flatten()
+        for piece, target in zip(far.split(rows), targets.split(rows), strict=True):
+            total += F.cross_entropy(head(piece).float(), target, reduction="sum").item()
         count += targets.numel()
     return total / count

@@ -24,6 +24,7 @@ from photon_train.export.validate import validate_export
 from photon_train.inference.text import generate_text, load_for_inference
 from photon_train.manifest import read_manifest, verify_manifest
 from photon_train.models import PhotonForCausalLM
+from photon_train.pipeline.devices import roomy_device, weight_bytes
 from photon_train.pipeline.prepare import Text, data_name
 from photon_train.pipeline.stages import Stages
 from photon_train.training.artifacts import log_export
@@ -117,7 +118,8 @@ class TrainingRun:
         state = gather_full_model(self.accelerator, result.model)
         if self.is_main:
             self._export(state, text, found)
-            check = validate_export(self.exported, self._reference(result.model), device=self.accelerator.device)
+            device = roomy_device(self.accelerator.device, weight_bytes(self.exported))
+            check = validate_export(self.exported, self._reference(result.model), device=device)
             found["export_check"] = check.to_dict()
         return found
 
@@ -152,7 +154,8 @@ class TrainingRun:
 
     def _write_sample(self, text: Text) -> dict[str, Any]:
         """Reload the export and let it write."""
-        model, tokenizer = load_for_inference(self.exported)
+        device = roomy_device(self.accelerator.device, weight_bytes(self.exported))
+        model, tokenizer = load_for_inference(self.exported, device=str(device))
         prompt = self.config.export.sample_prompt
         if prompt is None:
             prompt = tokenizer.decode(

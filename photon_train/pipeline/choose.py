@@ -6,9 +6,10 @@ import dataclasses
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from photon_train.config import RunConfig
+from photon_train.conversion.calibrate import calibration_batches
 from photon_train.conversion.presets import photon_config
 from photon_train.conversion.probe import probe_layers
 from photon_train.data.packing import PackedDataset
@@ -16,9 +17,9 @@ from photon_train.data.progress import progress_bar
 from photon_train.errors import PhotonError
 from photon_train.models import PhotonConfig
 from photon_train.pipeline.console import make_console
+from photon_train.pipeline.devices import roomy_device, weight_bytes
 
 _SEQUENCES = 16
-_BATCH = 4
 
 
 def wants_probe(config: RunConfig, planned: PhotonConfig) -> bool:
@@ -38,6 +39,8 @@ def with_layers(config: RunConfig, layers: list[int]) -> RunConfig:
 def choose_layers(config: RunConfig, directory: Path, text: PackedDataset, device: torch.device) -> list[int]:
     """The memory layers of a conversion: `photon.num_memory_layers`, where far attention is missed most.
 
+    Where the dense model does not fit the GPU whole, a probe that nobody asked for is left out: a CPU takes hours.
+
     Args:
         config: The run.
         directory: The dense checkpoint.
@@ -48,24 +51,33 @@ def choose_layers(config: RunConfig, directory: Path, text: PackedDataset, devic
         PhotonError: for a plan without memory layers, more layers than there are, or sequences that are not longer
             than the window.
     """
-    model = AutoModelForCausalLM.from_pretrained(directory, dtype="auto", attn_implementation="photon").to(device)
-    planned: PhotonConfig = photon_config(model.config, config)
-    if not planned.memory_layers or planned.num_token_layers != model.config.num_hidden_layers:
+    dense = AutoConfig.from_pretrained(directory)
+    planned: PhotonConfig = photon_config(dense, config)
+    if not planned.memory_layers or planned.num_token_layers != dense.num_hidden_layers:
         raise PhotonError("photon.choose_layers=probe needs preset graft with conditioning memory: drop it")
     count = config.photon.num_memory_layers or len(planned.memory_layers)
-    if count > planned.num_token_layers:
+    among = set(range(planned.branch_layer, planned.num_token_layers)) - set(planned.full_attention_layers)
+    if count > len(among):
         raise PhotonError(
-            f"photon.num_memory_layers={count}: the model has {planned.num_token_layers} layers; lower it"
+            f"photon.num_memory_layers={count}: {len(among)} layers can have memory (those from photon.branch_layer on "
+            "that are not in photon.full_attention_layers); lower it"
         )
-    tokens = text.batch(torch.arange(min(_SEQUENCES, len(text))))["input_ids"]
+    roomy = roomy_device(device, weight_bytes(directory))
+    if roomy != device and config.photon.choose_layers is None:
+        make_console(stderr=True).print(
+            f"The dense model does not fit the GPU whole: the memory layers are the preset's, {planned.memory_layers}, "
+            "not probed (--photon.choose_layers probe does it on the CPU)."
+        )
+        return planned.memory_layers
+    model = AutoModelForCausalLM.from_pretrained(directory, dtype="auto", attn_implementation="photon").to(roomy)
     with progress_bar(True, "of {task.total} passes") as bar:
         task = bar.add_task("probing layers", total=None)
         probe = probe_layers(
             model,
-            tokens.split(_BATCH),
+            calibration_batches(text, _SEQUENCES),
             planned.window,
             planned.num_sinks,
             on_pass=lambda done, total: bar.update(task, completed=done, total=total),
         )
     make_console(stderr=True).print(probe.table())
-    return probe.best_layers(count)
+    return probe.best_layers(count, sorted(among))

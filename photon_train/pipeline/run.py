@@ -8,7 +8,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from accelerate.utils import broadcast_object_list
 from transformers import AutoModelForCausalLM
 
@@ -23,6 +22,7 @@ from photon_train.files import atomic_write_text, check_can_write
 from photon_train.manifest import verify_manifest
 from photon_train.pipeline.base import TrainingRun, outcome
 from photon_train.pipeline.choose import choose_layers, wants_probe, with_layers
+from photon_train.pipeline.devices import roomy_device
 from photon_train.pipeline.prepare import (
     Conversion,
     Text,
@@ -157,7 +157,7 @@ class _ConversionRun(TrainingRun):
         def write() -> dict[str, Any]:
             if self.start.exists():
                 return {}  # a run that was killed right after: a directory is there only when it is complete
-            device = _calibration_device(self.accelerator.device, conversion.plan.num_bytes)
+            device = roomy_device(self.accelerator.device, conversion.plan.num_bytes)
             calibration = partial(calibrate_directory, batches=calibration_batches(text.train), device=device)
             convert(
                 conversion.checkpoint,
@@ -197,9 +197,3 @@ def _as_baseline(config: RunConfig) -> RunConfig:
         distill=dataclasses.replace(config.distill, weight=0.0, hidden_weight=0.0),
         consistency=dataclasses.replace(config.consistency, weight=0.0),
     )
-
-
-def _calibration_device(device: torch.device, num_bytes: int) -> torch.device:
-    """`device` if it holds a model of `num_bytes` with room to run it, else the CPU."""
-    fits = device.type == "cuda" and 1.5 * num_bytes < torch.cuda.mem_get_info(device)[0]
-    return device if fits else torch.device("cpu")

@@ -8,6 +8,7 @@ from tiny import HIERARCHIES, base_config, photon_model, shake, tokens
 from tiny_dense import save_dense
 
 from photon_train.config import PhotonSettings, RunConfig, TrainSettings
+from photon_train.conversion import calibrate as calibrate_module
 from photon_train.conversion.apply import convert
 from photon_train.conversion.calibrate import calibrate_directory, calibration_batches
 from photon_train.conversion.latents import _mean_rotation, fit_latents
@@ -90,6 +91,12 @@ def test_text_within_the_window_will_do():
     model = photon_model("memory-latent", window=64)
     fit_latents(model, [tokens(8, 30)])
     assert all(parameter.isfinite().all() for parameter in model.parameters())
+
+
+def test_long_text_comes_in_small_batches(monkeypatch):
+    monkeypatch.setattr(calibrate_module, "_BATCH_TOKENS", 200)
+    assert [len(batch) for batch in calibration_batches(Texts())] == [2, 2, 2]
+    assert [len(batch) for batch in calibration_batches(Texts(), most=1)] == [1]
 
 
 def test_models_without_latents_are_left_alone():

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from tiny import base_config, shake
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from photon_train.conversion import probe as probe_module
 from photon_train.conversion.probe import LayerProbe, probe_layers
 from photon_train.errors import PhotonError
 
@@ -38,6 +39,17 @@ def test_probe_equals_transformers_own_windows(family: str) -> None:
         assert probe.restricted == pytest.approx(far_loss(model, tokens, 6), abs=1e-5)
 
 
+def test_logits_of_a_whole_sequence_are_never_held(monkeypatch) -> None:
+    """At a vocabulary of 128k they would take more memory than the training that the probe precedes."""
+    model, tokens = dense("llama"), torch.randint(3, 61, (2, 40), generator=torch.Generator().manual_seed(1))
+    whole, sizes = probe_layers(model, [tokens], window=6), []
+    monkeypatch.setattr(probe_module, "LOGIT_CHUNK", 61 * 5)
+    model.lm_head.register_forward_hook(lambda module, inputs, logits: sizes.append(logits.numel()))
+    pieces = probe_layers(model, [tokens], window=6)
+    assert max(sizes) == 61 * 5
+    assert (pieces.dense, *pieces.alone) == pytest.approx((whole.dense, *whole.alone), abs=1e-5)
+
+
 def test_a_window_over_everything_costs_nothing() -> None:
     model, tokens = dense("llama"), torch.randint(3, 61, (2, 40), generator=torch.Generator().manual_seed(1))
     near, wide = (probe_layers(model, [tokens], window=window, num_sinks=2) for window in (6, 38))
@@ -49,6 +61,7 @@ def test_a_window_over_everything_costs_nothing() -> None:
 def test_layers_are_ranked_by_what_is_lost_without_them() -> None:
     probe = LayerProbe(64, 4, 3.0, 3.5, alone=(3.0, 3.2, 3.1), kept=(3.4, 3.1, 3.6))
     assert probe.best_layers(1) == [1] and probe.best_layers(2) == [1, 2]
+    assert probe.best_layers(1, among=[0, 2]) == [2]
     assert probe.recovered == pytest.approx((0.2, 0.8, -0.2))
 
 

@@ -1,0 +1,77 @@
+"""Which layers get memory, and where the main process runs a whole model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_checkpoint import tiny_checkpoint
+from tiny_training import tiny_data
+from transformers import AutoConfig
+
+from photon_train.config import PhotonSettings, RunConfig
+from photon_train.conversion.presets import photon_config
+from photon_train.errors import PhotonError
+from photon_train.models import PhotonConfig
+from photon_train.pipeline import choose, devices
+from photon_train.pipeline.choose import choose_layers, with_layers
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def dense(tmp_path_factory) -> Path:
+    return tiny_checkpoint(tmp_path_factory.mktemp("choose") / "dense")
+
+
+def settings(**photon: object) -> RunConfig:
+    config = RunConfig(photon=PhotonSettings(window=16, **photon))
+    config.train.seq_len = 64
+    return config
+
+
+def chosen(dense: Path, config: RunConfig) -> PhotonConfig:
+    """The configuration with the layers that the probe chose."""
+    layers = choose_layers(config, dense, tiny_data(4, seq_len=64), CPU)
+    return photon_config(AutoConfig.from_pretrained(dense), with_layers(config, layers))
+
+
+@pytest.mark.parametrize(
+    ("photon", "allowed"),
+    [
+        ({"full_attention_layers": [0, 1]}, {2, 3}),
+        ({"full_attention_layers": [2, 3], "num_memory_layers": 2}, {0, 1}),
+        ({"branch_layer": 3}, {3}),
+    ],
+)
+def test_the_probe_leaves_layers_alone_that_cannot_have_memory(dense, photon, allowed):
+    assert set(chosen(dense, settings(**photon)).memory_layers) <= allowed
+
+
+def test_more_layers_than_can_have_memory_are_refused(dense):
+    with pytest.raises(PhotonError, match="num_memory_layers=3: 2 layers can have memory"):
+        chosen(dense, settings(full_attention_layers=[0, 1], num_memory_layers=3))
+
+
+def test_a_dense_model_larger_than_the_gpu_is_probed_on_request_alone(dense, monkeypatch, capsys):
+    monkeypatch.setattr(choose, "roomy_device", lambda device, num_bytes: CPU)
+    gpu, text = torch.device("cuda"), tiny_data(4, seq_len=64)
+    assert choose_layers(settings(), dense, text, gpu) == [3]
+    assert "does not fit the GPU" in capsys.readouterr().err
+    choose_layers(settings(choose_layers="probe"), dense, text, gpu)
+    assert "does not fit" not in capsys.readouterr().err
+
+
+def test_a_model_runs_on_the_gpu_where_there_is_room_for_it(monkeypatch):
+    gpu = torch.device("cuda", 0)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (24_000, 80_000))
+    assert devices.roomy_device(gpu, 15_000) == gpu
+    assert devices.roomy_device(gpu, 16_000) == CPU
+    assert devices.roomy_device(CPU, 16_000) == CPU
+
+
+def test_weights_are_counted_once(tmp_path):
+    for name in ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors", "consolidated.safetensors"):
+        (tmp_path / name).write_bytes(b"1234")
+    assert devices.weight_bytes(tmp_path) == 8
