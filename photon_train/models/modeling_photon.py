@@ -452,7 +452,8 @@ class PhotonForCausalLM(PhotonPreTrainedModel, GenerationMixin):
 
         Raises:
             ValueError: for position_ids (rows count from their own first token), a mask with holes or an empty
-                row, and `as_dense` on a model that does not hold the dense layers in order.
+                row, a cache of another kind, `as_dense` or `window` with a cache, and `as_dense` on a model that does
+                not hold the dense layers in order.
         """
         if kwargs.pop("position_ids", None) is not None:
             raise ValueError("PHOTON derives positions from attention_mask: leave position_ids out")
@@ -462,6 +463,11 @@ class PhotonForCausalLM(PhotonPreTrainedModel, GenerationMixin):
         cache = past_key_values
         if cache is None and use_cache:
             cache = PhotonCache(self.config, self.protocol)
+        if cache is not None:
+            if not isinstance(cache, PhotonCache):
+                raise ValueError(f"past_key_values must be a PhotonCache, not {type(cache).__name__}: leave it out")
+            if as_dense or window is not None:
+                raise ValueError("as_dense and window are for whole sequences, without a cache: set use_cache=False")
         consistency = None
         if cache is not None and not cache.is_empty:
             hidden = self._decode(embeds, attention_mask, cache)
@@ -517,11 +523,14 @@ class PhotonForCausalLM(PhotonPreTrainedModel, GenerationMixin):
     def _supports_default_dynamic_cache(cls) -> bool:
         return False
 
-    def prepare_inputs_for_generation(self, input_ids, past_key_values=None, use_cache=True, **kwargs):
+    def prepare_inputs_for_generation(
+        self, input_ids, past_key_values=None, inputs_embeds=None, use_cache=True, **kwargs
+    ):
+        # transformers takes embeddings for the prompt only where this signature names them.
         if use_cache and past_key_values is None:
             past_key_values = PhotonCache(self.config, self.protocol)
         return super().prepare_inputs_for_generation(
-            input_ids, past_key_values=past_key_values, use_cache=use_cache, **kwargs
+            input_ids, past_key_values=past_key_values, inputs_embeds=inputs_embeds, use_cache=use_cache, **kwargs
         )
 
     def generate_batch(self, *args: Any, **kwargs: Any) -> None:

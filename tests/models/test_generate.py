@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from tiny import HIERARCHIES, photon_model, tokens
-from transformers import StoppingCriteria, StoppingCriteriaList
+from transformers import DynamicCache, StoppingCriteria, StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
 
 NEW = 14
@@ -113,6 +113,21 @@ def test_going_on_from_a_cache_equals_generating_at_once(model):
     assert torch.equal(continued, naive_greedy(model, text, NEW))
 
 
+def test_a_prompt_may_be_embeddings(model):
+    prompt = tokens(2, 7)
+    out = generate(model, None, inputs_embeds=model.get_input_embeddings()(prompt))
+    assert torch.equal(out, naive_greedy(model, prompt, NEW)[:, 7:])
+
+
+def test_the_dense_function_generates_without_a_cache_only():
+    model, prompt = photon_model("memory-1"), tokens(2, 7)
+    out = generate(model, prompt, as_dense=True, use_cache=False)
+    assert torch.equal(out, naive_greedy(lambda ids: model(ids, as_dense=True), prompt, NEW))
+    for settings in ({"as_dense": True}, {"window": 40}):
+        with pytest.raises(ValueError, match="set use_cache=False"):
+            generate(model, prompt, **settings)
+
+
 def test_what_cannot_work_says_so(model):
     prompt = tokens(1, 6)
     with pytest.raises(ValueError, match="[Aa]ssisted|stateful|_is_stateful"):
@@ -121,5 +136,7 @@ def test_what_cannot_work_says_so(model):
         model.generate_batch([prompt[0].tolist()])
     with pytest.raises(ValueError, match="position_ids"):
         model(prompt, position_ids=torch.arange(6)[None])
+    with pytest.raises(ValueError, match="must be a PhotonCache, not DynamicCache"):
+        generate(model, prompt, past_key_values=DynamicCache())
     with pytest.raises(ValueError, match="holes"):
         model(prompt, attention_mask=torch.tensor([[1, 1, 0, 1, 1, 1]]))
