@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import warnings
+from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -18,6 +19,10 @@ from photon_train.errors import PhotonError
 from photon_train.training.tracking import require_tracker
 
 logger = logging.getLogger(__name__)
+
+# The main process tokenises, probes, converts, exports and checks while the others wait at a collective, which NCCL
+# would give up after 10 minutes. A process that dies ends the others through the launcher, long before.
+PATIENCE = timedelta(hours=6)
 
 
 def resolve_precision(name: str) -> str:
@@ -72,7 +77,7 @@ def make_accelerator(config: RunConfig, output_dir: str | os.PathLike[str]) -> A
         gradient_accumulation_steps=train.gradient_accumulation_steps,
         # Without a GPU only the explicit CPU mode joins the processes; DeepSpeed joins them itself.
         cpu=on_cpu and not uses_deepspeed,
-        kwargs_handlers=[InitProcessGroupKwargs(backend="gloo")] if on_cpu and is_launched else None,
+        kwargs_handlers=[_process_group(on_cpu)] if is_launched else None,
         log_with=tracker,
         project_config=ProjectConfiguration(project_dir=str(output_dir), logging_dir=str(output_dir / "tensorboard")),
         # The schedule counts optimiser steps; accelerate would step it once per process.
@@ -81,6 +86,11 @@ def make_accelerator(config: RunConfig, output_dir: str | os.PathLike[str]) -> A
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
         _fill_deepspeed(accelerator, config)
     return accelerator
+
+
+def _process_group(on_cpu: bool) -> InitProcessGroupKwargs:
+    """How the processes join: over gloo without GPUs, and patient while the main one works alone."""
+    return InitProcessGroupKwargs(timeout=PATIENCE, **({"backend": "gloo"} if on_cpu else {}))
 
 
 def _check_strategy() -> None:

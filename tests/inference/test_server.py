@@ -28,6 +28,10 @@ TEMPLATE = (
 )
 
 
+USER = {"role": "user", "content": "t05"}
+JSON = {"content-type": "application/json"}
+
+
 def make_engine(template: str | None = TEMPLATE) -> Engine:
     model = photon_model("memory-two-levels")
     model.generation_config.eos_token_id = None
@@ -153,6 +157,8 @@ def test_without_a_bound_a_chat_may_fill_the_context(client):
     [
         ("completions", {"prompt": "t05", "model": "gpt"}, "model 'gpt' is not served here: the model is 'tiny'"),
         ("completions", {"prompt": ""}, "a prompt is empty"),
+        ("completions", {"prompt": []}, "a prompt is empty"),
+        ("completions", {"prompt": "\ud800"}, "half of a surrogate pair"),
         ("completions", {"prompt": [5, 61]}, "token 61 is outside the vocabulary"),
         ("completions", {"prompt": [5], "max_tokens": 200}, "max_new_tokens=200 exceed"),
         ("completions", {"prompt": [5], "temperature": -1}, "temperature=-1"),
@@ -160,16 +166,47 @@ def test_without_a_bound_a_chat_may_fill_the_context(client):
         ("completions", {}, "prompt: Field required"),
         ("completions", {"prompt": [5], "logit_bias": {}}, "logit_bias: Extra inputs"),
         ("completions", {"prompt": [5], "echo": True}, "echo"),
+        ("completions", {"prompt": [5], "stream_options": {"unknown": 1}}, "stream_options.unknown: Extra inputs"),
         ("chat/completions", {"messages": []}, "messages"),
+        ("chat/completions", {"messages": [USER], "max_tokens": 0}, "max_new_tokens=0"),
+        ("chat/completions", {"messages": [USER], "top_logprobs": 2}, "top_logprobs needs logprobs"),
+        ("chat/completions", {"messages": [{**USER, "tool_calls": [{}]}]}, "messages.0.tool_calls: Extra inputs"),
+        ("chat/completions", {"messages": [{"role": "user", "content": "\ud800"}]}, "half of a surrogate pair"),
         ("chat/completions", {"messages": [{"role": "tool", "content": "x"}]}, "no tools here"),
     ],
 )
 def test_bad_requests_get_openais_errors(client, path, body, message):
-    response = client.post(f"/v1/{path}", json=body)
+    response = client.post(f"/v1/{path}", content=json.dumps(body), headers=JSON)
     assert response.status_code == 400
     error = response.json()["error"]
     assert message in error["message"] and error["type"] == "invalid_request_error"
     assert client.get("/health").json()["open_requests"] == 0
+
+
+@pytest.mark.parametrize(
+    ("content", "status", "message"),
+    [
+        (b'{"prompt": "t05",}', 400, "the body is no JSON: "),
+        (b'{"prompt": "\xff"}', 400, "error parsing the body"),
+        (b"[" * 100_000, 400, "error parsing the body"),
+        (None, 405, "Method Not Allowed"),
+    ],
+)
+def test_what_is_no_request_gets_openais_errors(client, content, status, message):
+    path = "/v1/completions"
+    response = client.get(path) if content is None else client.post(path, content=content, headers=JSON)
+    error = response.json()["error"]
+    assert response.status_code == status and message in error["message"] and error["param"] is None
+
+
+def test_null_is_absent_and_neutral_settings_are_taken(client):
+    nothing = dict.fromkeys(("max_tokens", "n", "echo", "logit_bias", "suffix", "top_k", "stream_options"))
+    body = {"prompt": [5, 6], "temperature": 0, "stream": True, "best_of": 1, **nothing}
+    with client.stream("POST", "/v1/completions", json=body) as response:
+        assert len(chunks(response)) == 16
+    turn = {"role": "assistant", "content": "t06", "name": "photon", "refusal": None, "tool_calls": None}
+    body = {"messages": [USER, turn], "max_tokens": 3, "logprobs": None, "tools": None}
+    assert client.post("/v1/chat/completions", json=body).json()["usage"]["completion_tokens"] == 3
 
 
 def test_a_tokenizer_without_a_template_cannot_chat():

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import sys
+from datetime import timedelta
+from unittest import mock
 
 import pytest
 import torch
 from tiny_training import tiny_run
 
 from photon_train.errors import PhotonError
+from photon_train.training import accelerator as accelerator_module
 from photon_train.training.accelerator import make_accelerator
 
 
@@ -28,6 +31,19 @@ def test_a_gpu_config_without_a_gpu_is_said(monkeypatch, tmp_path, caplog):
     monkeypatch.setenv("ACCELERATE_USE_CPU", "false")
     make_accelerator(tiny_run(), tmp_path)
     assert caplog.text.count("no GPU is visible") == 1 and "accelerate_configs/cpu.yaml" in caplog.text
+
+
+@pytest.mark.parametrize("has_gpu", [False, True])
+def test_processes_wait_for_a_main_one_that_works_alone(has_gpu, monkeypatch, tmp_path):
+    """Tokenising or converting takes longer than the 10 minutes that NCCL waits for."""
+    given = {}
+    monkeypatch.setattr(accelerator_module, "Accelerator", lambda **kwargs: given.update(kwargs) or mock.MagicMock())
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: has_gpu)
+    monkeypatch.setattr(torch.accelerator, "device_count", lambda: 8)
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    make_accelerator(tiny_run(), tmp_path)
+    (handler,) = given["kwargs_handlers"]
+    assert handler.timeout >= timedelta(hours=1) and (handler.backend == "gloo") != has_gpu
 
 
 class _NoToolkit:
