@@ -7,25 +7,46 @@ from __future__ import annotations
 
 import secrets
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 from transformers import PreTrainedTokenizerBase
 
 from photon_train.errors import PhotonError
 from photon_train.inference.request import Event, SamplingParams
 
 
-class StreamOptions(BaseModel):
+def _unicode(text: str) -> str:
+    """JSON can write half of a surrogate pair, which no tokenizer takes."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"the character at {error.start} is half of a surrogate pair, which is no text") from error
+    return text
+
+
+Text = Annotated[str, AfterValidator(_unicode)]
+
+
+class _Part(BaseModel):
+    """A request or an object in it: null is the same as absent, and what is unknown is refused."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_nulls(cls, given: Any) -> Any:
+        return {key: value for key, value in given.items() if value is not None} if isinstance(given, dict) else given
+
+
+class StreamOptions(_Part):
     """Whether a last chunk states the tokens used."""
 
     include_usage: bool = False
 
 
-class _Request(BaseModel):
+class _Request(_Part):
     """What both kinds of request share; below the line, settings beyond OpenAI's."""
-
-    model_config = ConfigDict(extra="forbid")
 
     model: str | None = None
     n: int = Field(1, ge=1, le=1024)
@@ -72,7 +93,7 @@ class _Request(BaseModel):
 class CompletionRequest(_Request):
     """POST /v1/completions."""
 
-    prompt: str | list[str] | list[int] | list[list[int]]
+    prompt: Text | list[Text] | list[int] | list[list[int]]
     max_tokens: int = 16
     logprobs: int | None = Field(None, ge=0, le=20)
     best_of: int | None = Field(None, ge=1, le=1024)
@@ -81,27 +102,29 @@ class CompletionRequest(_Request):
     @property
     def prompts(self) -> list[str | list[int]]:
         """Each prompt, as text or tokens."""
-        single = isinstance(self.prompt, str) or (bool(self.prompt) and isinstance(self.prompt[0], int))
+        single = isinstance(self.prompt, str) or not self.prompt or isinstance(self.prompt[0], int)
         return [self.prompt] if single else list(self.prompt)
 
 
-class TextPart(BaseModel):
+class TextPart(_Part):
     """A piece of a message."""
 
     type: Literal["text"]
-    text: str
+    text: Text
 
 
-class Message(BaseModel):
+class Message(_Part):
     """One turn of a conversation."""
 
     role: str
-    content: str | list[TextPart]
+    content: Text | list[TextPart]
+    name: Text | None = None
 
     def plain(self) -> dict[str, str]:
         """As chat templates take it."""
         content = self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
-        return {"role": self.role, "content": content}
+        name = {} if self.name is None else {"name": self.name}
+        return {"role": self.role, "content": content} | name
 
 
 class ChatRequest(_Request):

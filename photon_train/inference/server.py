@@ -17,6 +17,7 @@ from typing import Any
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, StreamingResponse
+from starlette.exceptions import HTTPException
 
 from photon_train.errors import PhotonError
 from photon_train.inference.engine import Engine, Prompt
@@ -195,8 +196,15 @@ def create_app(engine: Engine, name: str) -> FastAPI:
     @app.exception_handler(RequestValidationError)
     async def malformed(_: Request, error: RequestValidationError) -> JSONResponse:
         first = error.errors()[0]
+        if first["type"] == "json_invalid":
+            place = f"{first['ctx']['error']} at character {first['loc'][-1]}"
+            return JSONResponse(error_body(f"the body is no JSON: {place}"), 400)
         param = ".".join(str(part) for part in first["loc"] if part != "body")
         return JSONResponse(error_body(f"{param}: {first['msg']}" if param else first["msg"], param=param or None), 400)
+
+    @app.exception_handler(HTTPException)
+    async def elsewhere(_: Request, error: HTTPException) -> JSONResponse:
+        return JSONResponse(error_body(str(error.detail)), error.status_code, error.headers)
 
     @app.exception_handler(Exception)
     async def failed(_: Request, error: Exception) -> JSONResponse:
@@ -231,8 +239,8 @@ def create_app(engine: Engine, name: str) -> FastAPI:
     @app.post("/v1/completions")
     async def completions(body: CompletionRequest, request: Request) -> Any:
         drawn = body.best_of or body.n
-        if drawn < body.n or (body.best_of and body.stream):
-            raise PhotonError("best_of must not be smaller than n, and cannot be streamed")
+        if drawn < body.n or (drawn > body.n and body.stream):
+            raise PhotonError("best_of must not be smaller than n, and more than n cannot be streamed")
 
         def answer() -> Answer:
             params = body.sampling(body.max_tokens, drawn, body.logprobs or 0)
@@ -245,8 +253,10 @@ def create_app(engine: Engine, name: str) -> FastAPI:
     async def chat(body: ChatRequest, request: Request) -> Any:
         def answer() -> Answer:
             prompt = body.tokens(tokenizer)
-            room = max(1, engine.longest - len(prompt))
-            limit = body.max_completion_tokens or body.max_tokens or room
+            if body.top_logprobs is not None and not body.logprobs:
+                raise PhotonError("top_logprobs needs logprobs=true")
+            limits = (body.max_completion_tokens, body.max_tokens, max(1, engine.longest - len(prompt)))
+            limit = next(given for given in limits if given is not None)
             params = body.sampling(limit, body.n, body.top_logprobs or 0)
             return Answer(worker, [prompt], params, ChatStyle(tokenizer, body.logprobs), name)
 
