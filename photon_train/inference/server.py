@@ -69,12 +69,7 @@ class Answer:
         Raises:
             PhotonError: if one is refused.
         """
-        try:
-            for prompt in self.prompts:
-                self.tickets.append(await self.worker.submit(prompt, self.params))
-        except BaseException:
-            self.end()
-            raise
+        self.tickets = await self.worker.submit(self.prompts, self.params)
 
     def end(self) -> None:
         """Whatever still runs is dropped."""

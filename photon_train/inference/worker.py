@@ -6,7 +6,7 @@ import asyncio
 import logging
 import threading
 from collections import deque
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 
@@ -87,24 +87,27 @@ class Worker:
         """Requests that are not finished."""
         return len(self._running) + len(self._new)
 
-    async def submit(self, prompt: Prompt, params: SamplingParams) -> Ticket:
-        """Queue a request.
+    async def submit(self, prompts: Sequence[Prompt], params: SamplingParams) -> list[Ticket]:
+        """Queue a request for each of `prompts`, or none; they reach the engine together.
 
         Raises:
             PhotonError: as `Engine.add`, or if the engine has failed.
         """
-        ticket = Ticket(prompt, params, asyncio.get_running_loop())
+        loop = asyncio.get_running_loop()
+        tickets = [Ticket(prompt, params, loop) for prompt in prompts]
         with self._wake:
             if not self.is_healthy:
                 raise PhotonError(f"the engine does not run: {self.failure or 'it was stopped'}")
-            self._new.append(ticket)
+            self._new.extend(tickets)
             self._wake.notify()
         try:
-            await asyncio.wrap_future(ticket.accepted)
+            for ticket in tickets:
+                await asyncio.wrap_future(ticket.accepted)
         except BaseException:
-            self.drop(ticket)
+            for ticket in tickets:
+                self.drop(ticket)
             raise
-        return ticket
+        return tickets
 
     def drop(self, ticket: Ticket) -> None:
         """Forget a request, finished or not: its client has gone."""

@@ -98,6 +98,19 @@ def test_prompts_and_continuations_are_numbered(client):
     assert client.post("/v1/completions", json={**body, "seed": None}).json()["choices"] != answer["choices"]
 
 
+def test_prompts_reach_the_engine_together():
+    """Not one in each of its steps."""
+    engine, open_requests = make_engine(), []
+    step = engine.step
+    engine.step = lambda: open_requests.append(len(engine._open)) or step()
+    with TestClient(create_app(engine, "tiny")) as client:
+        client.post("/v1/completions", json={"prompt": [[5], [6], [7], [8]], "max_tokens": 3})
+        assert open_requests == [4] * 3
+        # One of them is refused: the others are forgotten.
+        assert client.post("/v1/completions", json={"prompt": [[5], [6], [61]]}).status_code == 400
+        assert client.get("/health").json()["open_requests"] == 0
+
+
 def test_best_of_gives_the_most_probable(client):
     body = {"prompt": [5, 6], "max_tokens": 4, "seed": 3, "logprobs": 0}
     drawn = client.post("/v1/completions", json={**body, "n": 5}).json()["choices"]
