@@ -69,6 +69,11 @@ class TrainingRun:
         with self.accelerator.main_process_first():
             return work()
 
+    def begin(self) -> None:
+        """Create the output directory, once every process has looked whether it is empty: NCCL joins them later."""
+        self.accelerator.wait_for_everyone()
+        self.stages.begin(self.config)
+
     def say(self, message: str) -> None:
         """A line of progress, from the main process."""
         if self.is_main:

@@ -63,12 +63,11 @@ class _FinetuningRun(TrainingRun):
         self.preset = photon.preset
         tokenizer = load_tokenizer(self.start, photon.vocab_size, self.config.dataset)
         if self.config.dataset.stream:
-            self.stages.begin(self.config)  # the tokens are written into the output
+            self.begin()  # the tokens are written into the output
         processes = self.accelerator.num_processes
         text = load_text(self.config, tokenizer, photon.top_span, processes, self.is_main, self.main_first)
         self.say(f"Data: {text}.")
-        self.accelerator.wait_for_everyone()
-        self.stages.begin(self.config)
+        self.begin()
         self.finish(text)
 
     def describe(self, photon: dict[str, Any]) -> dict[str, Any]:

@@ -89,13 +89,12 @@ class _ConversionRun(TrainingRun):
         tokenizer = load_tokenizer(directory, conversion.checkpoint.config.vocab_size, self.config.dataset)
         span, processes = conversion.config.top_span, self.accelerator.num_processes
         if self.config.dataset.stream:
-            self.stages.begin(self.config)  # the tokens are written into the output
+            self.begin()  # the tokens are written into the output
         text = load_text(self.config, tokenizer, span, processes, self.is_main, self.main_first)
         self.say(f"Data: {text}.")
         if not self.start.exists():
             check_can_write(self.start, conversion.plan.num_bytes, "the converted model")
-        self.accelerator.wait_for_everyone()
-        self.stages.begin(self.config)
+        self.begin()
         if wants_probe(self.config, conversion.config):
             self._choose_layers(directory, text)
             conversion = self.conversion

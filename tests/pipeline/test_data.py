@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate import Accelerator
 from tiny_chat import TEMPLATE, chat_file
 from tiny_checkpoint import byte_tokenizer, tiny_checkpoint
 
@@ -17,6 +18,7 @@ from photon_train.cli import load_config
 from photon_train.data.tokenised import Corpus
 from photon_train.pipeline import run_conversion
 from photon_train.pipeline.prepare import load_text
+from photon_train.pipeline.stages import Stages
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -87,3 +89,20 @@ def test_conversations_are_trained_on_and_the_template_is_exported(tmp_path):
     from transformers import AutoTokenizer
 
     assert AutoTokenizer.from_pretrained(tmp_path / "out" / "export").chat_template == TEMPLATE
+
+
+def test_tokens_are_written_when_every_process_has_looked_at_the_output(texts, tmp_path, monkeypatch):
+    """NCCL joins processes at the first collective: a late one would find the directory that it expects to be empty."""
+    dense, waited = tiny_checkpoint(tmp_path / "dense"), []
+
+    class Begun(Exception):
+        pass
+
+    def begin(stages, config):
+        raise Begun
+
+    monkeypatch.setattr(Accelerator, "wait_for_everyone", lambda accelerator: waited.append(True))
+    monkeypatch.setattr(Stages, "begin", begin)
+    with pytest.raises(Begun):
+        run_conversion(settings("--model", dense, "--data", texts[0], "--output", tmp_path / "out", "--dataset.stream"))
+    assert waited and not (tmp_path / "out").exists()
