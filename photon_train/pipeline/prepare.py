@@ -30,6 +30,7 @@ from photon_train.errors import PhotonError
 from photon_train.models import PhotonConfig
 from photon_train.pipeline.console import make_console
 from photon_train.training.accelerator import resolve_precision
+from photon_train.training.lora import check_targets
 
 # Text of a hub data set that is read, in characters per token needed: more than any tokenizer's average.
 _CHARACTERS_PER_TOKEN = 8
@@ -70,8 +71,9 @@ def estimate_training(
     """The estimate of a run; `dtype_bytes` defaults to the type that the PHOTON configuration states.
 
     Raises:
-        PhotonError: if `train.gpu_memory` is no size.
+        PhotonError: if `train.gpu_memory` is no size, or `lora.target_modules` fit no layer.
     """
+    check_targets(config.lora, photon.base_config)
     gpu = config.train.gpu_memory
     gpu_bytes = _parse_size("train.gpu_memory", gpu) if gpu else _detected_gpu()
     precision = config.train.mixed_precision

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+from typing import Any
+
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 from transformers import PreTrainedModel
 
-from photon_train.accounting.model import FUSED
+from photon_train.accounting.model import FUSED, Shape
 from photon_train.config import LoraSettings, TrainSettings
 from photon_train.errors import PhotonError
 
@@ -27,12 +30,45 @@ def _inside(name: str, modules: list[str]) -> bool:
     return any(name == module or name.startswith(f"{module}.") for module in modules)
 
 
+def check_targets(settings: LoraSettings, dense: Any) -> None:
+    """Check `lora.target_modules` against a dense configuration (an object or a dict), before anything is loaded.
+
+    Raises:
+        PhotonError: if one of them names no linear layer that a PHOTON model takes from a dense one, or a head that is
+            the embedding.
+    """
+    if not settings.rank:
+        return
+    shape = Shape.of(dense)
+    _check_names(settings.target_modules, {*shape.linears, "lm_head"}, "the model")
+    _check_head(settings.target_modules, shape.tied)
+
+
+def _check_names(targets: Collection[str], found: Collection[str], model: str) -> None:
+    unknown = sorted(set(targets) - set(found))
+    if unknown or not targets:
+        raise PhotonError(
+            f"lora.target_modules: {', '.join(unknown) or 'the empty list'} names no linear layer of {model}; it has "
+            f"{', '.join(sorted(found))}"
+        )
+
+
+def _check_head(targets: Collection[str], tied: bool) -> None:
+    """An adapter cannot be merged into one use of a weight that has two."""
+    if tied and "lm_head" in targets:
+        raise PhotonError(
+            "lora.target_modules names lm_head, whose weight is the embedding's (tie_word_embeddings): leave it out, "
+            "or untie the checkpoint first"
+        )
+
+
 def lora_targets(model: nn.Module, settings: LoraSettings) -> list[str]:
     """Full names of the linear layers that get an adapter: the named ones, or what they are stacked in, outside the
     new modules.
 
     Raises:
-        PhotonError: if one of `lora.target_modules` names no linear layer of the model.
+        PhotonError: if one of `lora.target_modules` names no linear layer of the model, or a head that is the
+            embedding.
     """
     new = new_module_names(model)
     linears = [
@@ -42,12 +78,8 @@ def lora_targets(model: nn.Module, settings: LoraSettings) -> list[str]:
     # A dense model may hold linear layers stacked; its PHOTON model holds them apart.
     fused = {part: whole for whole, parts in FUSED.items() if whole in found for part in parts}
     wanted = {fused.get(target, target) for target in settings.target_modules}
-    unknown = sorted(wanted - found)
-    if unknown or not settings.target_modules:
-        raise PhotonError(
-            f"lora.target_modules: {', '.join(unknown) or 'the empty list'} names no linear layer of "
-            f"{type(model).__name__}; it has {', '.join(sorted(found))}"
-        )
+    _check_names(wanted, found, type(model).__name__)
+    _check_head(wanted, getattr(model.config, "tie_word_embeddings", False))
     return [name for name in linears if name.rpartition(".")[2] in wanted]
 
 

@@ -135,6 +135,7 @@ def quick(directory: Path) -> list[object]:
         (["--model", "/nonexistent/model"], "/nonexistent/model"),
         (["--data", "/nonexistent/text"], "/nonexistent/text"),
         (["--photon.memory_layers", "9"], "photon.memory_layers"),
+        (["--lora.target_modules", "q_porj"], "lora.target_modules"),
     ],
 )
 def test_wrong_settings(arguments, named, checkpoint, tmp_path, monkeypatch, capsys):

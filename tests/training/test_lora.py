@@ -6,7 +6,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from peft import PeftModel
-from tiny import shake, tokens
+from tiny import base_config, shake, tokens
 from tiny_dense import dense_config
 from tiny_training import PHOTON_MODELS, tiny_model
 from transformers import AutoModelForCausalLM
@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 from photon_train.config import LoraSettings, TrainSettings
 from photon_train.errors import PhotonError
 from photon_train.training.collect import gather_full_model
-from photon_train.training.lora import add_lora, lora_targets, merge_lora, new_module_names, parameter_groups
+from photon_train.training.lora import add_lora, check_targets, merge_lora, new_module_names, parameter_groups
 
 MODELS = ("llama", *PHOTON_MODELS, "residual-2-decoder")
 SETTINGS = LoraSettings(rank=4, alpha=8)
@@ -125,3 +125,20 @@ def test_groups_give_each_parameter_its_rate_and_decay(rank):
 def test_settings_that_fit_no_layer_are_named(settings, named):
     with pytest.raises(PhotonError, match=named):
         add_lora(tiny_model("memory-2-sinks"), settings)
+
+
+def test_an_adapter_on_a_tied_head_is_refused():
+    """Merged, it would have to change the embedding as well; the export would leave it out."""
+    settings = LoraSettings(target_modules=["q_proj", "lm_head"])
+    with pytest.raises(PhotonError, match="lm_head, whose weight is the embedding's"):
+        add_lora(tiny_model("llama", tie_word_embeddings=True), settings)
+    with pytest.raises(PhotonError, match="lm_head, whose weight is the embedding's"):
+        check_targets(settings, base_config(tie_word_embeddings=True))
+    add_lora(tiny_model("llama"), settings)
+    check_targets(settings, base_config())
+
+
+def test_targets_are_checked_before_anything_is_loaded():
+    with pytest.raises(PhotonError, match="q_porj names no linear layer of the model; it has .*q_proj"):
+        check_targets(LoraSettings(target_modules=["q_porj"]), base_config())
+    check_targets(LoraSettings(rank=0, target_modules=[]), base_config())
