@@ -14,7 +14,14 @@ from transformers import AutoModelForCausalLM
 from photon_train.config import LoraSettings, TrainSettings
 from photon_train.errors import PhotonError
 from photon_train.training.collect import gather_full_model
-from photon_train.training.lora import add_lora, check_targets, merge_lora, new_module_names, parameter_groups
+from photon_train.training.lora import (
+    add_lora,
+    check_targets,
+    lora_targets,
+    merge_lora,
+    new_module_names,
+    parameter_groups,
+)
 
 MODELS = ("llama", *PHOTON_MODELS, "residual-2-decoder")
 SETTINGS = LoraSettings(rank=4, alpha=8)
