@@ -22,6 +22,7 @@ logger = logging.getLogger(__name__)
 
 JSONL_SUFFIXES = (".jsonl", ".jsonl.gz")
 PARQUET_SUFFIX = ".parquet"
+_UTF8 = "utf-8-sig"  # Windows begins files with a byte order mark
 TEXT_SUFFIXES = (
     *(".txt", ".text", ".md", ".rst", ".tex", ".html", ".xml", ".csv", ".org"),
     *(".py", ".pyi", ".c", ".h", ".cc", ".cpp", ".hpp", ".cu", ".rs", ".go", ".java", ".kt", ".js", ".ts", ".rb"),
@@ -62,8 +63,8 @@ def read_documents(source: str | None, settings: DataSettings, max_characters: i
 
     Args:
         source: None for the embedded corpus (the standard library of the running interpreter); a text file; a
-            `.jsonl`, `.jsonl.gz` or `.parquet` file; a directory of these (hidden names are left out); else the
-            id of a hub data set, which is streamed.
+            `.jsonl`, `.jsonl.gz` or `.parquet` file; a `.json` file with an object per line; a directory of text,
+            JSONL and Parquet (hidden names are left out); else the id of a hub data set, which is streamed.
         settings: Name of the field of text or messages, hub configuration and split, and the most documents to read.
         max_characters: Stop after the document that reaches this many characters. It bounds what is read from a
             hub data set larger than the run needs.
@@ -195,13 +196,14 @@ class _NotText(PhotonError):
 
 
 def _read_file(path: Path, name: str, settings: DataSettings) -> Iterator[Document]:
-    if path.name.lower().endswith(JSONL_SUFFIXES):
+    # Many data sets call JSON lines `.json`. Asked for by name, that is meant; in a directory it is anything.
+    if path.name.lower().endswith((*JSONL_SUFFIXES, ".json", ".json.gz")):
         yield from _read_jsonl(path, name, settings)
     elif path.name.lower().endswith(PARQUET_SUFFIX):
         yield from _read_parquet(path, name, settings)
     else:
         with _readable(path):
-            text = path.read_text(encoding="utf-8")
+            text = path.read_text(encoding=_UTF8)
         yield Document(name, text)
 
 
@@ -219,16 +221,18 @@ def _readable(path: Path) -> Iterator[None]:
 
 def _read_jsonl(path: Path, name: str, settings: DataSettings) -> Iterator[Document]:
     raw = gzip.open(path, "rb") if path.suffix.lower() == ".gz" else open(path, "rb")
-    with raw, io.TextIOWrapper(raw, encoding="utf-8") as lines, _readable(path):
+    with raw, io.TextIOWrapper(raw, encoding=_UTF8) as lines, _readable(path):
         for number, line in enumerate(lines, start=1):
             if not line.strip():
                 continue
             try:
                 record = json.loads(line)
             except json.JSONDecodeError as error:
-                raise PhotonError(f"{path}:{number}: not valid JSON: {error.msg} (column {error.colno})") from error
+                raise PhotonError(
+                    f"{path}:{number}: not valid JSON: {error.msg} (column {error.colno}); each line must be an object"
+                ) from error
             if not isinstance(record, dict):
-                raise PhotonError(f"{path}:{number}: expected a JSON object, got {type(record).__name__}")
+                raise PhotonError(f"{path}:{number}: expected a JSON object per line, got {type(record).__name__}")
             yield _document(f"{name}:{number}", record, settings, f"{path}:{number}")
 
 
@@ -281,7 +285,16 @@ def _document(name: str, record: dict, settings: DataSettings, where: str) -> Do
     if not isinstance(value, str):
         hint = "; for conversations set dataset.messages_field" if isinstance(value, list) else ""
         raise PhotonError(f"{where}: {field!r} holds {type(value).__name__}, not text; set dataset.text_field{hint}")
-    return Document(name, value)
+    return Document(name, _sound(value))
+
+
+def _sound(text: str) -> str:
+    """`text` as UTF-8 can hold it: JSON may escape half of a surrogate pair, which no tokenizer takes."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    return text
 
 
 def _messages(value: object, field: str, where: str) -> tuple[dict[str, str], ...]:
@@ -291,7 +304,7 @@ def _messages(value: object, field: str, where: str) -> tuple[dict[str, str], ..
                 f"{where}: {field!r} must be a list of messages with the texts 'role' and 'content'; found "
                 f"{str(message)[:60]!r} (dataset.messages_field)"
             )
-    return tuple({"role": message["role"], "content": message["content"]} for message in value)
+    return tuple({"role": message["role"], "content": _sound(message["content"])} for message in value)
 
 
 def _missing_field(where: str, settings: DataSettings, fields: Iterable[str]) -> PhotonError:

@@ -50,6 +50,35 @@ def test_jsonl_plain_and_compressed(tmp_path: Path) -> None:
     assert read(packed, text_field="body") == [("b.jsonl.gz:1", "one"), ("b.jsonl.gz:3", "two")]
 
 
+@pytest.mark.parametrize("name", ["a.json", "a.json.gz"])
+def test_json_lines_under_the_name_of_json(tmp_path: Path, name: str) -> None:
+    """They were read as one text that teaches a model JSON."""
+    lines = b'{"text": "one"}\n{"text": "two"}\n'
+    (tmp_path / name).write_bytes(gzip.compress(lines) if name.endswith(".gz") else lines)
+    assert read(tmp_path / name) == [(f"{name}:1", "one"), (f"{name}:2", "two")]
+    (tmp_path / "array.json").write_text('[{"text": "one"}, {"text": "two"}]')
+    assert "array.json:1: expected a JSON object per line" in error_of(tmp_path / "array.json")
+    (tmp_path / "pretty.json").write_text('[\n  {"text": "one"}\n]')
+    assert "each line must be an object" in error_of(tmp_path / "pretty.json")
+
+
+def test_half_a_surrogate_pair_does_not_end_a_run(tmp_path: Path) -> None:
+    """Cut-off emojis in crawled JSON; the tokenizer raised a TypeError that named no line."""
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"text": "cut \\ud83d off"}\n{"text": "whole \\ud83d\\ude00"}\n')
+    assert read(path) == [("a.jsonl:1", "cut \ufffd off"), ("a.jsonl:2", "whole \U0001f600")]
+    chats = tmp_path / "b.jsonl"
+    chats.write_text('{"messages": [{"role": "user", "content": "\\udc00 x"}]}\n')
+    (chat,) = read_documents(str(chats), DataSettings(messages_field="messages"))
+    assert chat.messages == ({"role": "user", "content": "\ufffd x"},) and chat.text == "\ufffd x"
+
+
+def test_a_byte_order_mark_is_no_text(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("text", encoding="utf-8-sig")
+    (tmp_path / "b.jsonl").write_text('{"text": "line"}', encoding="utf-8-sig")
+    assert read(tmp_path) == [("a.txt", "text"), ("b.jsonl:1", "line")]
+
+
 def test_parquet_over_several_batches(tmp_path: Path) -> None:
     texts = [f"text {i}" for i in range(2500)]
     path = write_parquet(tmp_path / "a.parquet", {"id": list(range(2500)), "text": texts})
@@ -151,7 +180,7 @@ def test_invalid_json_names_line_and_column(tmp_path: Path) -> None:
     path.write_text('{"text": "x"}\n\n{"text": oops}\n')
     assert "a.jsonl:3: not valid JSON" in error_of(path) and "column 10" in error_of(path)
     path.write_text('["x"]\n')
-    assert "a.jsonl:1: expected a JSON object, got list" in error_of(path)
+    assert "a.jsonl:1: expected a JSON object per line, got list" in error_of(path)
 
 
 def test_broken_files(tmp_path: Path) -> None:
