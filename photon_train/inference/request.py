@@ -9,6 +9,9 @@ from photon_train.errors import PhotonError
 from photon_train.inference.pages import Held, Saved
 from photon_train.inference.streaming import TextStream
 
+# Logits divided by less can overflow, and differences of 1e-3 already decide at this one.
+LEAST_TEMPERATURE = 1e-5
+
 
 @dataclass(frozen=True)
 class SamplingParams:
@@ -16,7 +19,7 @@ class SamplingParams:
 
     Attributes:
         max_new_tokens: Bound on the new tokens.
-        temperature: Divides the logits; 0 takes the most probable token.
+        temperature: Divides the logits; 0 (and what is below 1e-5) takes the most probable token.
         top_k: Keep the k most probable tokens; 0 keeps all.
         top_p: Keep the smallest set of tokens whose probability reaches this.
         min_p: Keep tokens at least this share as probable as the best.
@@ -70,7 +73,7 @@ class SamplingParams:
     @property
     def greedy(self) -> bool:
         """Whether no random number is drawn."""
-        return self.temperature == 0
+        return self.temperature < LEAST_TEMPERATURE
 
 
 @dataclass(eq=False)

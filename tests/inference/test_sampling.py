@@ -84,6 +84,13 @@ def test_penalty_counts_prompt_and_output_and_works_with_greedy():
     assert sample(row[None], [one])[0].token == 1
 
 
+@pytest.mark.parametrize("temperature", [0.0, 1e-46, 1e-40, 1e-6, 1e-5])
+def test_the_lowest_temperatures_take_the_best_token(temperature):
+    rows = logits()
+    chosen = sample(rows, [sequence(temperature=temperature) for _ in rows])
+    assert [choice.token for choice in chosen] == rows.argmax(dim=-1).tolist()
+
+
 def test_draws_follow_the_distribution():
     one = sequence(temperature=1.0, top_k=4, seed=1)
     row = torch.tensor([1.0, 2.0, 0.5, -1.0, 1.5, -3.0])
