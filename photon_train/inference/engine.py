@@ -198,11 +198,18 @@ class Engine:
         """Answer all prompts; per prompt its n continuations.
 
         Raises:
-            PhotonError: as `add`; then none of the prompts is left in the engine.
+            PhotonError: as `add`.
+
+        Whatever interrupts it, none of the prompts is left in the engine.
         """
         numbers = self._add_all(prompts, params)
-        while any(number in self._open for number in numbers):
-            self.step()
+        try:
+            while any(number in self._open for number in numbers):
+                self.step()
+        except BaseException:
+            for number in numbers:
+                self.abort(number)
+            raise
         return [self.result(number) for number in numbers]
 
     def stream(

@@ -106,6 +106,24 @@ def test_everything_is_given_back():
     assert not any(engine.cache.pool.holders)
 
 
+def test_an_interrupted_call_leaves_nothing_behind():
+    model = quiet(photon_model("memory-3-full"))
+    engine = Engine(model, settings=EngineSettings(max_sequences=2, max_prefixes=0, max_length=64))
+    step, steps = engine.step, []
+
+    def interrupted():
+        steps.append(None)
+        if len(steps) == 4:
+            raise KeyboardInterrupt
+        return step()
+
+    engine.step = interrupted
+    with pytest.raises(KeyboardInterrupt):
+        engine.generate([[5, 6], [7], [8]], SamplingParams(max_new_tokens=9))
+    assert not engine.has_work and not engine.scheduler.running and not engine.scheduler.waiting
+    assert engine.cache.pool.num_free == engine.cache.layout.num_pages
+
+
 def test_equal_prompts_are_encoded_once():
     model = quiet(photon_model("memory-two-levels"))
     fed = []
