@@ -163,7 +163,7 @@ class _Run:
                     self._close_gradients()
                 if self.guard.reason is None:
                     self.optimizer.step()
-                elif accelerator.scaler is not None:
+                elif accelerator.scaler is not None and accelerator.sync_gradients:
                     accelerator.scaler.update()  # it has unscaled and expects a step
                 self.optimizer.zero_grad()
         if self.guard.reason is None and not accelerator.optimizer_step_was_skipped:

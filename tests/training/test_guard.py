@@ -6,10 +6,12 @@ import json
 import math
 
 import pytest
+import torch
 from tiny_training import Poison, tiny_data, tiny_model, tiny_run
 
 from photon_train.config import RunConfig, TrainSettings
 from photon_train.errors import PhotonError
+from photon_train.training.accelerator import make_accelerator
 from photon_train.training.guard import GuardState, SpikeGuard
 from photon_train.training.loop import TrainResult, train
 from photon_train.training.lora import add_lora
@@ -76,7 +78,7 @@ def test_too_many_in_a_row_or_in_all_end_the_run():
         step(guard, math.nan, 1.0)
 
 
-def run(config: RunConfig, output, steps: dict[int, str], on_step=None) -> TrainResult:
+def run(config: RunConfig, output, steps: dict[int, str], on_step=None, **settings) -> TrainResult:
     model = add_lora(tiny_model("llama"), config.lora, config.seed)
     poison = Poison(model, steps)
 
@@ -85,7 +87,7 @@ def run(config: RunConfig, output, steps: dict[int, str], on_step=None) -> Train
         if on_step is not None:
             on_step(number, model)
 
-    return train(model, TRAIN, EVAL, config, output, on_step=after)
+    return train(model, TRAIN, EVAL, config, output, on_step=after, **settings)
 
 
 @pytest.mark.parametrize("kind", ["nan", "gradient"])
@@ -104,6 +106,16 @@ def test_a_bad_step_leaves_the_weights_alone(kind, accumulation, tmp_path):
     for one, other in ((3, 4), (5, 6)):
         assert any(not value.equal(seen[other][name]) for name, value in seen[one].items())
     assert all(value.isfinite().all() for value in seen[6].values())
+
+
+def test_the_loss_scaler_of_fp16_survives_a_skipped_step_between_micro_batches(tmp_path):
+    """It accepts one update per step, after it has looked at the gradients."""
+    config = tiny_run(batch_size=2, gradient_accumulation_steps=2)
+    accelerator = make_accelerator(config, tmp_path)
+    scaler = accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=2.0)
+    accelerator.unscale_gradients = lambda: [scaler.unscale_(one.optimizer) for one in accelerator._optimizers]
+    result = run(config, tmp_path, {3: "nan"}, accelerator=accelerator)
+    assert result.steps == 6 and result.metrics["train/skipped_steps"] == 1 and scaler.get_scale() == 1.0
 
 
 def test_a_run_that_diverges_stops_with_one_line_and_resumes_its_count(tmp_path):
