@@ -422,8 +422,6 @@ def _latent_parts(photon: PhotonSettings, pooling: str) -> int:
         raise PhotonError(
             f"photon.memory_latent_parts={parts} needs photon.memory_pooling=latent: set that, or drop it"
         )
-    if parts not in (1, 2):
-        raise PhotonError(f"photon.memory_latent_parts={parts} must be 1 or 2")
     return parts
 
 
