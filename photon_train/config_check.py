@@ -30,6 +30,7 @@ _AT_LEAST: dict[str, float] = {
     "photon.memory_level": 1,
     "photon.num_memory_layers": 1,
     "photon.memory_latents": 1,
+    "photon.memory_latent_parts": 1,
     "dataset.max_documents": 1,
     "dataset.num_workers": 0,
     "train.max_steps": 1,
