@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -66,6 +67,17 @@ class LatentChunker(nn.Module):
         return split_heads(latent.to(keys.dtype), self.heads)
 
 
+class LatentMap(nn.Linear):
+    """A linear map of latents that decoding applies to queries and sums instead.
+
+    Its weights are read in its forward alone: that is where hooks that offload or shard weights have them in place.
+    """
+
+    def forward(self, states: torch.Tensor | None, use: Callable | None = None):
+        """Map `states`, or give ``use(weight, bias)``."""
+        return super().forward(states) if use is None else use(self.weight, self.bias)
+
+
 class LatentConverter(nn.Module):
     """One latent -> a key and a value for each of the S tokens under the unit, for one layer.
 
@@ -77,7 +89,7 @@ class LatentConverter(nn.Module):
         self.span = span
         self.heads, self.head_dim = kv_shape(base_config)
         size = 2 * self.heads * self.head_dim // num_parts
-        self.parts = nn.ModuleList(nn.Linear(size, span * size) for _ in range(num_parts))
+        self.parts = nn.ModuleList(LatentMap(size, span * size) for _ in range(num_parts))
 
     def forward(self, keys: torch.Tensor, values: torch.Tensor) -> KeyValue:
         """Unpack latents ``[B, Hkv, U, D]`` (the two halves) to keys and values ``[B, Hkv, U * S, D]``."""
@@ -85,15 +97,16 @@ class LatentConverter(nn.Module):
         slots = [part(one).unflatten(-1, (self.span, -1)) for part, one in zip(self.parts, given, strict=True)]
         return split_heads(torch.cat(slots, dim=-1).flatten(1, 2).to(keys.dtype), self.heads)
 
-    def maps(self) -> tuple[KeyValue, KeyValue]:
-        """What it does to one latent: matrices of keys and values, ``[S, Hkv, D, C]``, and biases ``[S, Hkv, D]``.
+    def with_map(self, half: int, use: Callable[[torch.Tensor, torch.Tensor], Any]) -> Any:
+        """``use(matrix, bias)`` of what it does to one latent for keys (`half` 0) or values (-1).
 
-        C is the width of what they read: the latent, or of two parts its own half.
+        The matrix is ``[S, Hkv, D, C]``, the bias ``[S, Hkv, D]``; C is the width of what is read: the latent, or of
+        two parts its own half.
         """
         shape = (self.span, 2 // len(self.parts), self.heads, self.head_dim)
-        pairs = [(part.weight.unflatten(0, shape), part.bias.unflatten(0, shape)) for part in self.parts]
-        (keys, key_bias), (values, value_bias) = pairs[0], pairs[-1]
-        return (keys[:, 0], values[:, -1]), (key_bias[:, 0], value_bias[:, -1])
+        return self.parts[half](
+            None, lambda weight, bias: use(weight.unflatten(0, shape)[:, half], bias.unflatten(0, shape)[:, half])
+        )
 
 
 def fold_queries(content: torch.Tensor, converter: LatentConverter) -> tuple[torch.Tensor, torch.Tensor]:
@@ -106,12 +119,15 @@ def fold_queries(content: torch.Tensor, converter: LatentConverter) -> tuple[tor
         content: Unrotated queries, ``[n, Hq, D]``.
 
     Returns:
-        ``[n, Hq, S, C]``, C as in `LatentConverter.maps`, and biases ``[n, Hq, S]``.
+        ``[n, Hq, S, C]``, C as in `LatentConverter.with_map`, and biases ``[n, Hq, S]``.
     """
-    (key_map, _), (key_bias, _) = converter.maps()
     content = content.unflatten(1, (converter.heads, -1))
-    folded = torch.einsum("nhgd,shdc->nhgsc", content, key_map)
-    return folded.flatten(1, 2), torch.einsum("nhgd,shd->nhgs", content, key_bias).flatten(1, 2)
+
+    def fold(key_map, key_bias):
+        folded = torch.einsum("nhgd,shdc->nhgsc", content, key_map)
+        return folded.flatten(1, 2), torch.einsum("nhgd,shd->nhgs", content, key_bias).flatten(1, 2)
+
+    return converter.with_map(0, fold)
 
 
 def unfold_values(mixed: torch.Tensor, mass: torch.Tensor, converter: LatentConverter) -> torch.Tensor:
@@ -120,10 +136,13 @@ def unfold_values(mixed: torch.Tensor, mass: torch.Tensor, converter: LatentConv
     Returns:
         ``[n, Hq, D]``.
     """
-    (_, value_map), (_, value_bias) = converter.maps()
     mixed, mass = (states.unflatten(1, (converter.heads, -1)) for states in (mixed, mass.to(mixed.dtype)))
-    out = torch.einsum("nhgsc,shdc->nhgd", mixed, value_map) + torch.einsum("nhgs,shd->nhgd", mass, value_bias)
-    return out.flatten(1, 2)
+
+    def unfold(value_map, value_bias):
+        out = torch.einsum("nhgsc,shdc->nhgd", mixed, value_map) + torch.einsum("nhgs,shd->nhgd", mass, value_bias)
+        return out.flatten(1, 2)
+
+    return converter.with_map(-1, unfold)
 
 
 def attend_folded(

@@ -50,17 +50,8 @@ class PhotonPreTrainedModel(PreTrainedModel):
     config_class = PhotonConfig
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
-    _no_split_modules = [
-        "LlamaDecoderLayer",
-        "MistralDecoderLayer",
-        "Qwen2DecoderLayer",
-        "Qwen3DecoderLayer",
-        "UnitMemory",
-        "LatentChunker",
-        "LatentConverter",
-        "Chunker",
-        "Converter",
-    ]
+    # What layers see of the sequence is laid out once, for all of them, on one device.
+    _no_split_modules = ["PhotonModel"]
     _skip_keys_device_placement = ["past_key_values"]
     _supports_sdpa = True
 

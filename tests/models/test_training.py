@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from accelerate import infer_auto_device_map
 from peft import LoraConfig, get_peft_model
 from tiny import HIERARCHIES, VOCABULARY, photon_config, photon_model, shake, tokens
 
@@ -76,6 +77,24 @@ def test_a_resized_vocabulary_survives_saving(tmp_path):
     loaded = PhotonForCausalLM.from_pretrained(tmp_path).eval()
     assert loaded.config.vocab_size == VOCABULARY + 3
     torch.testing.assert_close(loaded(ids).logits, model(ids).logits)
+
+
+@pytest.mark.parametrize("name", ["memory-latent-shared", "memory-latent-apart"])
+def test_weights_may_be_offloaded(name, tmp_path):
+    model, ids = photon_model(name), tokens(2, 9)
+    model.save_pretrained(tmp_path / "model")
+    settings = {"device_map": {"model": "disk", "lm_head": "cpu"}, "offload_folder": tmp_path / "offloaded"}
+    offloaded = PhotonForCausalLM.from_pretrained(tmp_path / "model", **settings).eval()
+    assert offloaded.model.levels[0].encoder.layers[0].mlp.up_proj.weight.is_meta
+    generate = {"max_new_tokens": 9, "do_sample": False, "eos_token_id": None}
+    assert torch.equal(offloaded.generate(ids, **generate), model.generate(ids, **generate))
+
+
+def test_a_device_map_does_not_divide_the_hierarchy():
+    model = photon_model("memory-1")
+    size = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
+    memory = {0: int(0.7 * size), 1: 2 * size, "cpu": 2 * size}
+    assert infer_auto_device_map(model, memory, no_split_module_classes=model._no_split_modules) == {"": 1}
 
 
 def test_fresh_weights_are_the_documented_starting_values():
