@@ -152,7 +152,8 @@ class TrainSettings:
         spike_window: Accepted steps that mean and deviation are taken over.
         max_skipped_in_row: Skipped steps in a row that end the run.
         max_skipped_steps: Skipped steps in all that end the run.
-        mixed_precision: `bf16`, `fp16`, `no`, or `auto`: bf16 where the hardware multiplies it natively, else no.
+        mixed_precision: `bf16`, `fp16`, `no` (all in fp32), or `auto`: bf16 where the hardware multiplies it natively,
+            else no.
         gradient_checkpointing: Recompute activations in the backward pass.
         gpu_memory: Memory of one GPU, such as 80GiB, for which `dry_run` recommends an accelerate config; unset takes
             that of the GPU that is present.

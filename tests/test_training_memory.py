@@ -44,7 +44,14 @@ def tool():
 
 
 @pytest.mark.parametrize(
-    "changes", [{}, {"gradient_checkpointing": True, "seq_len": 2048}, {"distill": 1.0}, {"distill_hidden": 1.0}]
+    "changes",
+    [
+        {},
+        {"gradient_checkpointing": True, "seq_len": 2048},
+        {"distill": 1.0},
+        {"distill_hidden": 1.0},
+        {"weights": "bfloat16"},  # trained in fp32, as there is no mixed precision
+    ],
 )
 def test_a_measured_step_takes_what_the_formula_says(tool, changes, tmp_path, monkeypatch):
     """In this process, through the real loop; within 15%."""
@@ -175,3 +182,10 @@ def test_the_launch_tells_stage_and_offloading(monkeypatch):
     monkeypatch.setenv("ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE", "cpu")
     setup = training_setup(RunConfig(), 4, 2, "bf16")
     assert (setup.zero_stage, setup.offload, setup.num_processes) == (3, True, 4)
+
+
+@pytest.mark.parametrize("stage", [0, 2, 3])
+def test_without_mixed_precision_16_bit_checkpoints_count_as_fp32(stage):
+    config = large_graft()
+    setups = [TrainingSetup(1024, weight_bytes=size, precision="no", zero_stage=stage) for size in (2, 4)]
+    assert len({training_memory(config, setup) for setup in setups}) == 1

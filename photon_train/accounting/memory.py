@@ -83,8 +83,10 @@ class TrainingSetup:
 
     @property
     def frozen_bytes(self) -> int:
-        """Bytes of one frozen weight on the device."""
-        return 2 if self.zero_stage and self.precision != "no" else self.weight_bytes
+        """Bytes of one frozen weight on the device; without mixed precision all are trained in fp32."""
+        if self.precision == "no":
+            return max(4, self.weight_bytes)
+        return 2 if self.zero_stage else self.weight_bytes
 
     @property
     def trained_bytes(self) -> int:

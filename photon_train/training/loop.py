@@ -191,11 +191,7 @@ def _prepare(model: nn.Module, config: RunConfig, accelerator: Accelerator, teac
         enable_checkpointing(model)
     fuse_layers(model)
     objective = TrainingObjective(model, config.distill, config.consistency, teacher)
-    if accelerator.mixed_precision != "no" and accelerator.distributed_type != DistributedType.DEEPSPEED:
-        # bf16 has too few digits to add small updates to; DeepSpeed keeps its own fp32 copies.
-        for parameter in objective.parameters():
-            if parameter.requires_grad:
-                parameter.data = parameter.data.float()
+    _widen(objective, accelerator)
     optimizer = AdamW(parameter_groups(model, train), lr=train.learning_rate)
     scheduler = learning_rates(optimizer, model, train)
     objective, optimizer, scheduler = accelerator.prepare(objective, optimizer, scheduler)
@@ -204,6 +200,19 @@ def _prepare(model: nn.Module, config: RunConfig, accelerator: Accelerator, teac
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
         guard.watch_zero(objective.optimizer)
     return _Run(accelerator, config, objective, optimizer, scheduler, guard, trained, window_schedule(model, train))
+
+
+def _widen(objective: nn.Module, accelerator: Accelerator) -> None:
+    """Train in fp32 what a checkpoint holds in 16 bits, which have too few digits to add small updates to.
+
+    Frozen weights stay as they are where mixed precision reconciles the types; DeepSpeed then has its own fp32 copies.
+    """
+    is_mixed = accelerator.mixed_precision != "no"
+    if is_mixed and accelerator.distributed_type == DistributedType.DEEPSPEED:
+        return
+    for parameter in objective.parameters():
+        if (parameter.requires_grad or not is_mixed) and parameter.itemsize < 4:
+            parameter.data = parameter.data.float()
 
 
 def train(

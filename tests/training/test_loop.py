@@ -71,6 +71,20 @@ def test_how_a_step_is_computed_does_not_change_it(model, changes, tmp_path):
         assert losses(other.history, key) == pytest.approx(losses(plain.history, key), rel=1e-5), key
 
 
+@pytest.mark.parametrize("rank", [0, 4])
+def test_a_16_bit_checkpoint_is_trained_in_fp32_without_mixed_precision(rank, tmp_path):
+    """In bf16 updates of a usual size are rounded away: 85% of the new modules' weights never changed."""
+    config = tiny_run({"rank": rank}, learning_rate=1e-4, new_modules_learning_rate=1e-4, max_steps=6, save_every=0)
+    student = add_lora(tiny_model("memory-latent").bfloat16(), config.lora, config.seed)
+    before = {name: p.detach().clone() for name, p in student.named_parameters() if p.requires_grad and p.ndim > 1}
+    train(student, TRAIN, EVAL, config, tmp_path)
+    assert {parameter.dtype for parameter in student.parameters()} == {torch.float32}
+    after = dict(student.named_parameters())
+    # Rows of tokens that the text does not hold, and what a zero gate hides, get no gradient.
+    moved = [bool((after[name] != value).any(-1).float().mean() > 0.9) for name, value in before.items()]
+    assert all(moved)
+
+
 def test_full_fine_tuning(tmp_path):
     result = run(tiny_run({"rank": 0}, max_steps=8), tmp_path, "block-2")
     assert result.metrics["eval/ce"] < result.initial_ce
