@@ -61,6 +61,8 @@ class PhotonConfig(PretrainedConfig):
 
     model_type = "photon"
     keys_to_ignore_at_inference = ["past_key_values"]
+    # There is no model without layers: older releases of transformers, which compare with defaults, are told not to.
+    has_no_defaults_at_init = True
 
     def __init__(
         self,
