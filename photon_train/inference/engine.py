@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from itertools import count
 
 import torch
@@ -28,9 +29,32 @@ from photon_train.inference.sampler import Choice, sample
 from photon_train.inference.scheduler import Scheduler
 from photon_train.inference.streaming import TextStream
 from photon_train.models import PhotonForCausalLM
+from photon_train.models.decoding_photon import load_kernels
 
 Prompt = str | list[int]
 GPU_SHARE = 0.9  # of the free memory; the rest is for activations
+
+
+def free_memory(device: torch.device) -> int | None:
+    """Free bytes of a GPU; None for any other device."""
+    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else None
+
+
+def decode_bytes(model: PhotonForCausalLM, rows: int, tokens: int) -> int:
+    """Bytes that grow with the text and that decoding takes beside the cache: the kernels' weights of latents.
+
+    Args:
+        rows: Sequences that decode at a time; tokens: those of the longest, in whole pages.
+    """
+    config = model.config
+    if model.backend != "triton" or config.memory_pooling != "latent":
+        return 0
+    spans = {config.span(level) for level in config.source_levels.values()}
+    heads, element_size = config.num_attention_heads, model.get_input_embeddings().weight.element_size()
+    return max(
+        load_kernels().latent_decode_bytes(rows, heads, span, tokens // span, config.head_dim, element_size)
+        for span in spans
+    )
 
 
 @dataclass(frozen=True)
@@ -38,8 +62,9 @@ class EngineSettings:
     """Sizes of the engine.
 
     Attributes:
-        memory: Bytes of the cache, as a number or a size (``4GiB``). None: 90% of a GPU's free memory; on a CPU what
-            `max_sequences` sequences of `max_length` need.
+        memory: Bytes of the cache, as a number or a size (``4GiB``). None: 90% of a GPU's free memory, less what
+            decoding takes beside the cache (`decode_bytes`); on a CPU what `max_sequences` sequences of `max_length`
+            need.
         max_sequences: Sequences that run at a time.
         max_prefixes: Prefixes of prompts that are kept; 0 keeps none.
         max_length: Longest sequence that memory is planned for; None: the model's longest position.
@@ -119,18 +144,28 @@ class Engine:
         return StaticParts(self.cache, self.settings.max_sequences, min(longest, layout.num_pages), capture)
 
     def _layout(self, settings: EngineSettings) -> CacheLayout:
-        weights = self.model.get_input_embeddings().weight
-        memory = None if settings.memory is None else parse_size(settings.memory, "memory")
-        if memory is None and weights.device.type == "cuda":
-            memory = int(torch.cuda.mem_get_info(weights.device)[0] * GPU_SHARE)
-        return CacheLayout.fit(
-            self.model.config,
-            memory if memory is not None else 2**62,
-            settings.max_sequences + settings.max_prefixes,
-            weights.element_size(),
-            settings.page_tokens,
-            settings.max_length,
+        model, weights = self.model, self.model.get_input_embeddings().weight
+        fit = partial(
+            CacheLayout.fit,
+            model.config,
+            num_rows=settings.max_sequences + settings.max_prefixes,
+            dtype_bytes=weights.element_size(),
+            page_tokens=settings.page_tokens,
+            max_length=settings.max_length,
         )
+        if settings.memory is not None:
+            return fit(parse_size(settings.memory, "memory"))
+        most, free = fit(2**62), free_memory(weights.device)
+        if free is None:
+            return most
+        longest = most.pages_for(settings.max_length or model.config.max_position_embeddings) * most.page_tokens
+        left = int(free * GPU_SHARE) - decode_bytes(model, settings.max_sequences, longest)
+        if left < 0:
+            raise PhotonError(
+                f"the GPU's {free} free bytes hold no cache beside what decoding {settings.max_sequences} sequences of "
+                f"{longest} tokens takes: lower max_sequences or max_length"
+            )
+        return fit(left)
 
     # --- requests ---
 

@@ -7,7 +7,7 @@ import torch
 from tiny import HIERARCHIES, photon_model, tokens
 
 from photon_train.errors import PhotonError
-from photon_train.inference.engine import Engine, EngineSettings
+from photon_train.inference.engine import Engine, EngineSettings, decode_bytes
 from photon_train.inference.request import SamplingParams
 
 NEW = 11
@@ -250,6 +250,24 @@ def test_bad_requests_are_refused(prompt, params, message):
     with pytest.raises(PhotonError, match=message):
         engine.generate([[5, 6], prompt], SamplingParams(**params))
     assert not engine.has_work and not engine.scheduler.waiting
+
+
+def test_a_gpus_free_memory_also_holds_the_weights_of_latents(monkeypatch):
+    free = 2**25
+    monkeypatch.setattr("photon_train.inference.engine.free_memory", lambda device: free)
+    model, pages = photon_model("memory-latent"), {}
+    for backend in ("torch", "triton"):
+        model.backend = backend
+        engine = Engine(model, settings=EngineSettings(max_sequences=100, max_length=2**13, cuda_graphs="off"))
+        layout = engine.cache.layout
+        pages[backend] = layout.num_pages
+        room = int(0.9 * free) - decode_bytes(model, 100, layout.pages_for(2**13) * layout.page_tokens)
+        assert 0 <= room - layout.total_bytes < layout.page_bytes
+    # 100 rows, 4 heads and 8,192 tokens: 13 MB in fp32.
+    assert pages["triton"] < pages["torch"]
+    free = 2**23
+    with pytest.raises(PhotonError, match="lower max_sequences or max_length"):
+        Engine(model, settings=EngineSettings(max_sequences=100, max_length=2**13))
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ from torch import Tensor
 from photon_kernels._backend import check_backend, check_integers, check_rows, check_triton_inputs
 from photon_kernels.latent_decode.naive import latent_decode_naive
 
-__all__ = ["LatentMix", "latent_decode", "latent_decode_naive"]
+__all__ = ["LatentMix", "latent_decode", "latent_decode_bytes", "latent_decode_naive"]
 
 
 class LatentMix(NamedTuple):
@@ -97,3 +97,18 @@ def latent_decode(
     from photon_kernels.latent_decode.triton import latent_decode_triton
 
     return LatentMix(*latent_decode_triton(*arguments, num_splits))
+
+
+def latent_decode_bytes(
+    batch: int, num_heads: int, places: int, num_units: int, head_dim: int, element_size: int
+) -> int:
+    """Bytes that the Triton backend holds beside its inputs and its result while it runs, as far as they grow.
+
+    A weight for every row, query head and token under U units (of whole pages), and in float32 five sums per block of
+    units. What the sums of latents take does not depend on U.
+    """
+    from photon_kernels.latent_decode.triton import choose_latent_config
+
+    queries = num_heads * places
+    num_blocks = -(-num_units // choose_latent_config(queries, head_dim, element_size).block_n)
+    return batch * queries * (num_units * element_size + num_blocks * 5 * 4)
