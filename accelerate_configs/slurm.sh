@@ -18,6 +18,7 @@ HOSTS=$(scontrol show hostnames "$SLURM_JOB_NODELIST")
 MAIN_IP=${HOSTS%%$'\n'*}
 PORT=$((20000 + SLURM_JOB_ID % 10000))
 GPUS=${SLURM_GPUS_PER_NODE:-8}
+GPUS=${GPUS##*:} # a type may stand before the number (h100:8)
 
 # One launcher per node; each starts a process per GPU. If one of them dies, all are stopped.
 srun --kill-on-bad-exit=1 bash -c '

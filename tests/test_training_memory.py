@@ -138,10 +138,10 @@ def test_unknown_settings(wrong):
     [
         (80, TrainingSetup(4096, 4), "single_gpu", ""),
         (24, TrainingSetup(4096, 4), "single_gpu", " --train.gradient_checkpointing"),
-        (24, TrainingSetup(4096, 2, num_processes=8), "zero2", ""),
+        (24, TrainingSetup(4096, 2, num_processes=8), "zero2", " --num_processes 8"),
         (8, TrainingSetup(4096, 4), "single_gpu", " --train.gradient_checkpointing --train.batch_size 2"),
-        (5, TrainingSetup(4096, 1), "zero3_offload", " --train.gradient_checkpointing"),
-        (7, TrainingSetup(4096, 1, rank=0, num_processes=8), "zero3", " --train.gradient_checkpointing"),
+        (5, TrainingSetup(4096, 1), "zero3_offload", " --num_processes 1 --train.gradient_checkpointing"),
+        (7, TrainingSetup(4096, rank=0, num_processes=8), "zero3", " --num_processes 8 --train.gradient_checkpointing"),
     ],
 )
 def test_the_fastest_way_that_fits_is_recommended(gib, setup, config, arguments):

@@ -45,9 +45,9 @@ class Option:
     fits: bool
 
     def command(self, setup: TrainingSetup) -> str:
-        """The arguments that differ from the run's."""
+        """The launcher's arguments, and those that differ from the run's; the configs' own count is 8 processes."""
         arguments = [f"--config_file accelerate_configs/{self.config}.yaml"]
-        if self.num_processes != setup.num_processes:
+        if self.config != "single_gpu":
             arguments.append(f"--num_processes {self.num_processes}")
         if self.gradient_checkpointing != setup.gradient_checkpointing:
             arguments.append("--train.gradient_checkpointing")
