@@ -130,6 +130,13 @@ def show_conversion(conversion: Conversion) -> None:
     console = make_console()
     console.print(conversion.plan.table())
     console.print(conversion.estimate.table())
+    seq_len, known = conversion.estimate.context, conversion.checkpoint.config.max_position_embeddings
+    if seq_len > known:
+        console.print(
+            f"Warning: train.seq_len={seq_len} goes beyond the {known} positions that the dense model was made for "
+            "(max_position_embeddings): it predicts badly there, and teaches so. Lower train.seq_len, or extend the "
+            "model first (rope_scaling in its config.json)."
+        )
 
 
 def _deepspeed_stage() -> tuple[int, bool]:

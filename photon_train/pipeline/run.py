@@ -55,7 +55,10 @@ def run_conversion(config: RunConfig, families: tuple[str, ...] | None = None) -
     rank, num_processes = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     if config.dry_run:
         if rank == 0:
-            show_conversion(plan_conversion(_open(config, families, weights=False), config, num_processes))
+            conversion = plan_conversion(_open(config, families, weights=False), config, num_processes)
+            show_conversion(conversion)
+            if wants_probe(config, conversion.config):
+                print("The run will choose as many memory layers by a probe of the dense model (photon.choose_layers).")
         return
     stages = Stages(config, rank == 0, num_processes)
     if config.model is not None:

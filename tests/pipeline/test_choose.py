@@ -14,7 +14,7 @@ from photon_train.config import PhotonSettings, RunConfig
 from photon_train.conversion.presets import photon_config
 from photon_train.errors import PhotonError
 from photon_train.models import PhotonConfig
-from photon_train.pipeline import choose, devices
+from photon_train.pipeline import choose, devices, run_conversion
 from photon_train.pipeline.choose import choose_layers, with_layers
 
 CPU = torch.device("cpu")
@@ -75,3 +75,15 @@ def test_weights_are_counted_once(tmp_path):
     for name in ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors", "consolidated.safetensors"):
         (tmp_path / name).write_bytes(b"1234")
     assert devices.weight_bytes(tmp_path) == 8
+
+
+@pytest.mark.parametrize(("seq_len", "probes", "too_long"), [(16, False, False), (256, True, False), (512, True, True)])
+def test_a_dry_run_says_what_its_plan_leaves_open_and_what_the_model_cannot_read(
+    dense, seq_len, probes, too_long, capsys
+):
+    config = settings()
+    config.model, config.dry_run, config.train.seq_len = str(dense), True, seq_len
+    run_conversion(config)
+    printed = " ".join(capsys.readouterr().out.split())
+    assert ("by a probe of the dense model" in printed) == probes
+    assert ("train.seq_len=512 goes beyond the 256 positions" in printed) == too_long
