@@ -116,6 +116,16 @@ def unit_log_count(num_units: int, span: int, num_sinks: int, device: torch.devi
     return torch.log((span - sinks_inside).float())
 
 
+def in_blocks(states: torch.Tensor, block: int, fill: float = 0.0) -> torch.Tensor:
+    """``[B, H, E, D]`` -> ``[B, H, blocks, block, D]``, padded with `fill`."""
+    return F.pad(states, (0, 0, 0, -states.shape[2] % block), value=fill).unflatten(2, (-1, block))
+
+
+def fold_blocks(blocks: torch.Tensor) -> torch.Tensor:
+    """``[B, H, blocks, N, D]`` -> ``[B * blocks, H, N, D]``: each block by itself."""
+    return blocks.transpose(1, 2).flatten(0, 1)
+
+
 @dataclass
 class FullSpan:
     """Causal attention over the whole sequence (also over each isolated chunk, folded into the batch)."""
@@ -264,7 +274,7 @@ class BandSpan:
         batch, length = query.shape[0], query.shape[2]
         keys = self._gather(key, key_before, key_sinks, unit_keys)
         values = self._gather(value, value_before, value_sinks, unit_values)
-        queries = self._fold(self._blocks(query))
+        queries = fold_blocks(in_blocks(query, self.block))
         mask = self._mask(blocks, query.dtype, unit_keys)
         mask = mask[None, :, None].expand(batch, -1, -1, -1, -1).flatten(0, 1)
         out = sdpa(queries, keys, values, scale, mask=mask, dropout=dropout)
@@ -278,14 +288,6 @@ class BandSpan:
         """Units that some query of `blocks` sees: the first ones."""
         return 0
 
-    def _blocks(self, states: torch.Tensor) -> torch.Tensor:
-        """``[B, H, E, D]`` -> ``[B, H, blocks, block, D]``, padded with zeros."""
-        return F.pad(states, (0, 0, 0, -states.shape[2] % self.block)).unflatten(2, (-1, self.block))
-
-    @staticmethod
-    def _fold(blocks: torch.Tensor) -> torch.Tensor:
-        return blocks.transpose(1, 2).flatten(0, 1)
-
     def _gather(
         self,
         states: torch.Tensor,
@@ -294,13 +296,13 @@ class BandSpan:
         units: torch.Tensor | None,
     ) -> torch.Tensor:
         """Keys or values for every block of a piece, ``[B * blocks, Hkv, 2 * block + s + U, D]``."""
-        own = self._blocks(states)
+        own = in_blocks(states, self.block)
         first = torch.zeros_like(own[:, :, :1]) if before is None else before[:, :, None]
         parts = [torch.cat([first, own[:, :, :-1]], dim=2), own]
         for shared in (sinks, units):
             if shared is not None:
                 parts.append(shared[:, :, None].expand(-1, -1, own.shape[2], -1, -1))
-        return self._fold(torch.cat(parts, dim=3))
+        return fold_blocks(torch.cat(parts, dim=3))
 
 
 @dataclass

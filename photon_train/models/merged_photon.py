@@ -11,7 +11,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
+
+from .attention_photon import fold_blocks, in_blocks
 
 # Scores that a far part holds at a time, where they are held, and numbers of its mask.
 _SCORES = 2**24
@@ -40,8 +41,7 @@ class TwoParts:
 
     def fold(self, states: torch.Tensor, fill: float = 0.0) -> torch.Tensor:
         """``[B, H, E, D]`` -> ``[B * blocks, H, block, D]``, padded with `fill`."""
-        padded = F.pad(states, (0, 0, 0, -states.shape[2] % self.block), value=fill)
-        return padded.unflatten(2, (-1, self.block)).transpose(1, 2).flatten(0, 1)
+        return fold_blocks(in_blocks(states, self.block, fill))
 
     def unfold(self, folded: torch.Tensor, batch: int) -> torch.Tensor:
         """Inverse of `fold`, ``[B, H, E, D]``."""
