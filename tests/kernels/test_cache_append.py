@@ -165,3 +165,14 @@ def test_a_target_that_cannot_be_written_in_place_is_refused(device: torch.devic
     strided = append.target.new_empty(5, 2, 8, 6).mT
     with pytest.raises(ValueError, match="last dimension of every target must be contiguous"):
         cache_append([append._replace(target=strided)], backend="triton")
+
+
+def test_a_row_may_have_more_than_2_to_31_elements(device: torch.device) -> None:
+    """6 GB of which next to nothing is touched: an offset of 32 bits would lie before its beginning."""
+    if device.type == "cuda":
+        pytest.skip("a GPU's memory is not given page by page")
+    target = torch.empty(1, 3, 2**26 + 3, 16, dtype=torch.float16)
+    source = torch.randn(1, 3, 1, 16).half()
+    append = Append(source, target, torch.zeros(1, dtype=torch.long), torch.tensor([[5]]))
+    cache_append([append], backend="triton")
+    assert torch.equal(target[:, :, 5:6], source)

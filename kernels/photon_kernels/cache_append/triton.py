@@ -52,10 +52,10 @@ def cache_append_kernel(
             head_dim: tl.constexpr = HEAD_DIMS[w]
             num_positions: tl.constexpr = POSITIONS[w]
             per_page: tl.constexpr = PER_PAGE[w]
-            head = element // head_dim
+            # 64 bits from here on: a cache, or one row of it, may have more than 2^31 elements.
+            head = (element // head_dim).to(tl.int64)
             dim = element % head_dim
             inside = element < HEADS[w] * head_dim
-            # 64 bits from here on: a cache may have more than 2^31 elements.
             cache_row = tl.load(rows[w] + row).to(tl.int64)
             source = sources[w] + row.to(tl.int64) * source_strides[w][0] + head * source_strides[w][1] + dim
             for position in tl.static_range(num_positions):
