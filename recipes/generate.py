@@ -31,17 +31,21 @@ def main() -> None:
     options = arguments()
     from transformers import set_seed
 
+    from photon_train.inference.request import SamplingParams
     from photon_train.inference.text import generate_text, load_for_inference
 
+    settings = SamplingParams(options.max_new_tokens, options.temperature, top_p=options.top_p)
+    if not 0 <= options.seed < 2**32:
+        raise PhotonError(f"--seed {options.seed} is not between 0 and 2^32 - 1")
     model, tokenizer = load_for_inference(options.model, options.backend, options.device, options.dtype)
     try:
         model.set_protocol(options.protocol)
     except ValueError as error:
         raise PhotonError(f"--protocol: {error}") from error
     set_seed(options.seed)
-    sampling = {"do_sample": options.temperature > 0}
-    if options.temperature > 0:
-        sampling.update(temperature=options.temperature, top_p=options.top_p)
+    sampling = {"do_sample": not settings.greedy}
+    if not settings.greedy:
+        sampling.update(temperature=settings.temperature, top_p=settings.top_p)
     began = time.perf_counter()
     texts = generate_text(model, tokenizer, options.prompt, options.max_new_tokens, **sampling)
     for prompt, text in zip(options.prompt, texts, strict=True):

@@ -36,7 +36,10 @@ def load_for_inference(
     if (directory / FILE_NAME).is_file():
         verify_manifest(directory)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    check_device(device)
     check_backend(backend, device)
+    if dtype != "auto" and not isinstance(getattr(torch, dtype, None), torch.dtype):
+        raise PhotonError(f"--dtype {dtype!r} is not auto, float32, bfloat16 or float16")
     try:
         config = PhotonConfig.from_pretrained(directory)
     except ValueError as error:
@@ -47,6 +50,20 @@ def load_for_inference(
     model.set_backend(backend)
     fuse_layers(model)
     return model, AutoTokenizer.from_pretrained(directory)
+
+
+def check_device(device: str) -> None:
+    """Check that torch knows `device`, and has a GPU if it is one.
+
+    Raises:
+        PhotonError: if not.
+    """
+    try:
+        is_gpu = torch.device(device).type == "cuda"
+    except RuntimeError as error:
+        raise PhotonError(f"--device {device!r} is no device of torch: give cpu, cuda, cuda:1, ...") from error
+    if is_gpu and not torch.cuda.is_available():
+        raise PhotonError(f"--device {device}: torch finds no GPU here: give cpu")
 
 
 def check_backend(backend: str, device: str) -> None:
