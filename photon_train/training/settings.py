@@ -16,7 +16,6 @@ FREE_ON_RESUME = (
     "resume",
     "tracking.",
     "export.",
-    "hub.",
     "dataset.num_workers",
     "train.eval_every",
     "train.eval_sequences",

@@ -215,3 +215,15 @@ def test_a_run_goes_on_with_other_processes_at_the_same_sequences_per_step(tmp_p
     assert Stages(settings(4, 2), True, num_processes=1).done == {}
     with pytest.raises(PhotonError, match=r"another sequences per step \(processes x .*same settings"):
         Stages(begun, True, num_processes=1)
+
+
+def test_a_run_goes_on_with_the_revision_that_it_was_begun_with(tmp_path):
+    """Its checkpoints belong to those weights; the token may be another."""
+    config = RunConfig(output=str(tmp_path / "out"), resume=True)
+    config.hub.revision, config.hub.token = "v1", "one"
+    Stages(config, writes=True).begin(config)
+    config.hub.token = "two"
+    assert Stages(config, writes=True).done == {}
+    config.hub.revision = "v2"
+    with pytest.raises(PhotonError, match=r"another hub.revision"):
+        Stages(config, writes=True)
