@@ -25,7 +25,7 @@ from photon_train.data.corpora import read_documents, split_documents
 from photon_train.data.mixture import Mixture
 from photon_train.data.packing import PackedDataset, check_tokenizer, pack
 from photon_train.data.pretrain import PretrainSettings
-from photon_train.data.tokenised import Corpus, CorpusDataset, is_corpus, tokenizer_for, write_corpus
+from photon_train.data.tokenised import Corpus, CorpusDataset, is_corpus, local_bytes, tokenizer_for, write_corpus
 from photon_train.errors import PhotonError
 from photon_train.models import PhotonConfig
 from photon_train.pipeline.console import make_console
@@ -34,6 +34,8 @@ from photon_train.training.lora import check_targets
 
 # Text of a hub data set that is read, in characters per token needed: more than any tokenizer's average.
 _CHARACTERS_PER_TOKEN = 8
+# Of a text in memory while it is packed: as it is read, as tokens, and the tokens joined.
+_COPIES = 3
 
 
 @dataclass
@@ -222,6 +224,7 @@ def load_text(
                 CorpusDataset(corpus, chosen, train.seq_len, align, end),
                 CorpusDataset(corpus, held_out, train.seq_len, align, end, pad_last=True),
             )
+        _check_memory(source, settings)
         documents = read_documents(source, settings, most)
         chosen, held_out = split_documents(documents, settings.held_out_fraction)
         return (
@@ -234,6 +237,19 @@ def load_text(
     pairs = [one(number, source.path) for number, source in enumerate(settings.sources)]
     weights = [source.weight for source in settings.sources]
     return Text(tokenizer, *(Mixture(side, weights) for side in zip(*pairs, strict=True)))
+
+
+def _check_memory(source: str | None, settings: DataSettings) -> None:
+    """Refuse text that the processes of this machine cannot hold: the system would end one of them without a word."""
+    size, processes = local_bytes(source), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    if size is None or settings.max_documents is not None or not hasattr(os, "sysconf"):
+        return
+    needed, memory = _COPIES * size * processes, os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if needed > memory:
+        raise PhotonError(
+            f"{source} has {size / 1e9:.1f} GB: packing it in memory takes about {needed / 1e9:.0f} GB in {processes} "
+            f"process{'es' if processes > 1 else ''}, this machine has {memory / 1e9:.0f} GB: set dataset.stream"
+        )
 
 
 def _silent(_: str) -> None:

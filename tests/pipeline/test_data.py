@@ -16,6 +16,7 @@ from tiny_checkpoint import byte_tokenizer, tiny_checkpoint
 
 from photon_train.cli import load_config
 from photon_train.data.tokenised import Corpus
+from photon_train.errors import PhotonError
 from photon_train.pipeline import run_conversion
 from photon_train.pipeline.prepare import load_text
 from photon_train.pipeline.stages import Stages
@@ -89,6 +90,16 @@ def test_conversations_are_trained_on_and_the_template_is_exported(tmp_path):
     from transformers import AutoTokenizer
 
     assert AutoTokenizer.from_pretrained(tmp_path / "out" / "export").chat_template == TEMPLATE
+
+
+def test_text_that_the_processes_cannot_hold_is_refused_at_once(texts, tmp_path, monkeypatch):
+    arguments = ["--data", texts[0], "--output", tmp_path / "out"]
+    monkeypatch.setattr(os, "sysconf", lambda name: {"SC_PAGE_SIZE": 10, "SC_PHYS_PAGES": 1000}[name])
+    load_text(settings(*arguments), byte_tokenizer(), 16, 1, False)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
+    with pytest.raises(PhotonError, match="in 8 processes, this machine has .*dataset.stream"):
+        load_text(settings(*arguments), byte_tokenizer(), 16, 8, False)
+    load_text(settings(*arguments, "--dataset.stream"), byte_tokenizer(), 16, 8, False)
 
 
 def test_tokens_are_written_when_every_process_has_looked_at_the_output(texts, tmp_path, monkeypatch):
