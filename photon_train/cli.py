@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import errno
 import os
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
@@ -27,6 +29,8 @@ _COMMAND_LINE = "the command line"
 _BOOLEANS = {"true": True, "yes": True, "on": True, "1": True, "false": False, "no": False, "off": False, "0": False}
 # A list grows to the index that an override names; the bound turns a slip of the finger into an error.
 _MAX_INDEX = 15
+_DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
+_WAIT = 10.0  # seconds; launchers look after their processes more often
 
 
 def load_config(argv: list[str] | None, *, prog: str, description: str, defaults: RunConfig | None = None) -> RunConfig:
@@ -60,18 +64,30 @@ def load_config(argv: list[str] | None, *, prog: str, description: str, defaults
 
 
 def main_wrapper(function: Callable[[], object]) -> NoReturn:
-    """Run a recipe's main function and exit: 0 on success, 2 with one line on stderr for a `PhotonError`.
+    """Run a recipe's main function and exit: 0 on success, 2 with one line on stderr for a `PhotonError`, a full disk.
 
-    Of several processes only the first on each machine prints. Bad input is found before the processes part ways, so
-    all of them meet the same error.
+    Most errors are met by all processes, and the first on each machine speaks: the others wait for so long that the
+    launcher has ended them. What one of them meets alone (a hub that did not answer it) it then says itself.
     """
     try:
         function()
-    except PhotonError as error:
-        if os.environ.get("LOCAL_RANK", "0") == "0":
-            print("error: " + " ".join(str(error).split()), file=sys.stderr)
+    except (PhotonError, OSError) as error:
+        if isinstance(error, OSError) and error.errno not in _DISK_FULL:
+            raise
+        place = ""
+        if os.environ.get("LOCAL_RANK", "0") != "0":
+            time.sleep(_WAIT)
+            place = f" (process {os.environ.get('RANK', os.environ['LOCAL_RANK'])})"
+        print(f"error{place}: {_one_line(error)}", file=sys.stderr)
         raise SystemExit(2) from None
     raise SystemExit(0)
+
+
+def _one_line(error: Exception) -> str:
+    if isinstance(error, OSError):
+        name = error.filename or "a file"
+        return f"{name} cannot be written: {error.strerror}; free some, then start the run again with --resume"
+    return " ".join(str(error).split())
 
 
 def _split_arguments(arguments: list[str]) -> tuple[list[Path], list[tuple[str, str]]]:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import re
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -269,16 +271,34 @@ def _fail() -> None:
     raise PhotonError("a.yaml:\n  mend it")
 
 
+def _fill_the_disk() -> None:
+    raise OSError(errno.ENOSPC, "No space left on device", "out/plan.json")
+
+
+def test_an_error_of_one_process_alone_is_said(capsys, monkeypatch) -> None:
+    """One that all meet is said once: the launcher ends the others while they wait."""
+    waited = []
+    monkeypatch.setattr(time, "sleep", waited.append)
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    monkeypatch.setenv("RANK", "9")
+    with pytest.raises(SystemExit) as stop:
+        cli.main_wrapper(_fail)
+    assert stop.value.code == 2 and waited[0] >= 5
+    assert capsys.readouterr().err == "error (process 9): a.yaml: mend it\n"
+
+
 def test_main_wrapper(capsys, monkeypatch) -> None:
     monkeypatch.delenv("LOCAL_RANK", raising=False)
     with pytest.raises(SystemExit) as stop:
         cli.main_wrapper(_fail)
     assert stop.value.code == 2
     assert capsys.readouterr().err == "error: a.yaml: mend it\n"
-    monkeypatch.setenv("LOCAL_RANK", "1")
     with pytest.raises(SystemExit) as stop:
-        cli.main_wrapper(_fail)
-    assert stop.value.code == 2 and capsys.readouterr().err == ""
+        cli.main_wrapper(_fill_the_disk)
+    assert stop.value.code == 2
+    assert capsys.readouterr().err.startswith("error: out/plan.json cannot be written: No space left on device; ")
+    with pytest.raises(FileNotFoundError):
+        cli.main_wrapper(lambda: open("/nowhere/at/all"))
     with pytest.raises(SystemExit) as stop:
         cli.main_wrapper(lambda: None)
     assert stop.value.code == 0
