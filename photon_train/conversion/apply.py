@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers import GenerationConfig
 
@@ -54,20 +55,24 @@ def convert(
 
     Raises:
         PhotonError: before anything is written, if `output_dir` is not empty, the disk is too full, a known hash is
-            wrong or the tokenizer does not fit the vocabulary; while writing, at a weight that is not finite.
+            wrong or the tokenizer does not fit the vocabulary; while writing, at a weight that is not finite, or if the
+            disk fills up.
     """
     output_dir = Path(output_dir)
     check_can_write(output_dir, plan.num_bytes, "the converted model")
     checkpoint.check_tokenizer()
     checkpoint.check_hashes()
     shards = _shards(plan, parse_size(max_shard_size))
-    with atomic_directory(output_dir) as directory:
-        _check_tied_head(checkpoint, config)
-        _write_weights(checkpoint, plan, directory, shards, progress)
-        _write_small_files(checkpoint, plan, config, directory)
-        if on_written is not None:
-            on_written(directory)
-        write_manifest(directory, "converted", run_config or {}, {"model": checkpoint.directory})
+    try:
+        with atomic_directory(output_dir) as directory:
+            _check_tied_head(checkpoint, config)
+            _write_weights(checkpoint, plan, directory, shards, progress)
+            _write_small_files(checkpoint, plan, config, directory)
+            if on_written is not None:
+                on_written(directory)
+            write_manifest(directory, "converted", run_config or {}, {"model": checkpoint.directory})
+    except (OSError, SafetensorError) as error:
+        raise PhotonError(f"{output_dir} cannot be written: {error}; nothing of it is left") from error
 
 
 def _is_new(entry: TensorPlan) -> bool:

@@ -8,6 +8,7 @@ from collections import namedtuple
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from tiny_dense import FAMILY_NAMES, save_dense
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -191,6 +192,18 @@ def test_a_directory_that_is_not_empty_is_left_as_it_was(dense, tmp_path):
     (tmp_path / "photon" / "mine.txt").write_text("mine")
     fails_cleanly(tmp_path, "photon is not empty", dense)
     assert (tmp_path / "photon" / "mine.txt").read_text() == "mine"
+
+
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), SafetensorError("No space left on device")])
+def test_a_disk_that_fills_up_is_one_error(dense, tmp_path, error):
+    """Others write to it as well, after its room was checked."""
+
+    def fill(directory):
+        raise error
+
+    with pytest.raises(PhotonError, match="photon cannot be written: .*No space left"):
+        run_conversion(dense, tmp_path / "photon", on_written=fill)
+    assert not [path for path in tmp_path.iterdir() if "photon" in path.name]
 
 
 def test_a_full_disk_is_noticed_before_writing(dense, tmp_path, monkeypatch):
