@@ -181,14 +181,20 @@ def _read_standard_library() -> Iterator[Document]:
             continue  # one odd or unreadable file of an installation must not stop the demo
 
 
+def data_files(source: Path) -> list[Path]:
+    """What is read of a file or directory, in order."""
+    if not source.is_dir():
+        return [source]
+    files = (path for path in sorted(source.rglob("*")) if path.is_file() and _is_data_file(path))
+    return [path for path in files if not any(part.startswith(".") for part in path.relative_to(source).parts)]
+
+
 def _read_directory(root: Path, settings: DataSettings) -> Iterator[Document]:
-    for path in sorted(root.rglob("*")):
-        relative = path.relative_to(root)
-        if path.is_file() and _is_data_file(path) and not any(part.startswith(".") for part in relative.parts):
-            try:
-                yield from _read_file(path, relative.as_posix(), settings)
-            except _NotText as error:
-                logger.warning("left out: %s", error)
+    for path in data_files(root):
+        try:
+            yield from _read_file(path, path.relative_to(root).as_posix(), settings)
+        except _NotText as error:
+            logger.warning("left out: %s", error)
 
 
 class _NotText(PhotonError):

@@ -116,7 +116,7 @@ def _made_of(source, settings, tokenizer, documents_per_shard, max_characters) -
     kept = ("messages_field", "text_field", "hub_config", "hub_split", "max_documents")
     return {
         "source": source,
-        "source_bytes": local_bytes(source),
+        "source_bytes": _local_bytes(source),
         **{key: value for key, value in asdict(settings).items() if key in kept},
         "tokenizer": tokenizer_hash(tokenizer),
         "documents_per_shard": documents_per_shard,
@@ -124,8 +124,8 @@ def _made_of(source, settings, tokenizer, documents_per_shard, max_characters) -
     }
 
 
-def local_bytes(source: str | None) -> int | None:
-    """Bytes of a local source, None for another: what was added to it later does not go unnoticed."""
+def _local_bytes(source: str | None) -> int | None:
+    """Bytes of a local source: what was added to it later does not go unnoticed."""
     path = Path(source) if source else None
     if path is None or not path.exists():
         return None

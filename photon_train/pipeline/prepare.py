@@ -21,11 +21,11 @@ from photon_train.conversion.plan import ConversionPlan, make_plan
 from photon_train.conversion.presets import layer_map, photon_config
 from photon_train.conversion.safetensors_io import TensorInfo
 from photon_train.conversion.source import DenseCheckpoint
-from photon_train.data.corpora import read_documents, split_documents
+from photon_train.data.corpora import data_files, read_documents, split_documents
 from photon_train.data.mixture import Mixture
 from photon_train.data.packing import PackedDataset, check_tokenizer, pack
 from photon_train.data.pretrain import PretrainSettings
-from photon_train.data.tokenised import Corpus, CorpusDataset, is_corpus, local_bytes, tokenizer_for, write_corpus
+from photon_train.data.tokenised import Corpus, CorpusDataset, is_corpus, tokenizer_for, write_corpus
 from photon_train.errors import PhotonError
 from photon_train.models import PhotonConfig
 from photon_train.pipeline.console import make_console
@@ -241,9 +241,11 @@ def load_text(
 
 def _check_memory(source: str | None, settings: DataSettings) -> None:
     """Refuse text that the processes of this machine cannot hold: the system would end one of them without a word."""
-    size, processes = local_bytes(source), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    if size is None or settings.max_documents is not None or not hasattr(os, "sysconf"):
+    path = None if source is None else Path(source).expanduser()
+    if path is None or not path.exists() or settings.max_documents is not None or not hasattr(os, "sysconf"):
         return
+    size = sum(file.stat().st_size for file in data_files(path))
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     needed, memory = _COPIES * size * processes, os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     if needed > memory:
         raise PhotonError(

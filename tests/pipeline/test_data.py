@@ -94,6 +94,7 @@ def test_conversations_are_trained_on_and_the_template_is_exported(tmp_path):
 
 def test_text_that_the_processes_cannot_hold_is_refused_at_once(texts, tmp_path, monkeypatch):
     arguments = ["--data", texts[0], "--output", tmp_path / "out"]
+    (texts[0] / "picture.png").write_bytes(bytes(10**6))  # is not read
     monkeypatch.setattr(os, "sysconf", lambda name: {"SC_PAGE_SIZE": 10, "SC_PHYS_PAGES": 1000}[name])
     load_text(settings(*arguments), byte_tokenizer(), 16, 1, False)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
