@@ -111,6 +111,17 @@ def evaluate(accelerator: Accelerator, objective: nn.Module, dataset: PackedData
     return total / tokens
 
 
+def place(accelerator: Accelerator, objective: nn.Module) -> nn.Module:
+    """`objective` ready for `evaluate` without a training: on this process's device, with ZeRO-3 in shards.
+
+    A model that is trained in shards need not fit one GPU. The next `train` releases it.
+    """
+    plugin = accelerator.deepspeed_plugin
+    if plugin is not None and plugin.zero_stage == 3:
+        return accelerator.prepare(objective)
+    return objective.to(accelerator.device)
+
+
 @dataclass
 class _Run:
     """The objects of one training, prepared."""

@@ -77,6 +77,9 @@ def test_two_processes_compute_what_one_computes(launcher, one_process, tmp_path
             assert two["dropout"][-1] != pytest.approx(two["train/loss"][-1], rel=1e-4)
             # A step that one process spoils is skipped by all of them.
             assert one["skipped"] == two["skipped"] == {"3": 1, "4": 1, "5": 2, "6": 2}
+            # Evaluated without a training, a model is in shards as well.
+            assert two["untrained"] == pytest.approx(one["eval/ce"][0], rel=1e-4)
+            assert (two["largest"] < 100) == (launcher == "zero3")
             assert len(one["poisoned"]) == 5 and two["poisoned"] == pytest.approx(one["poisoned"], rel=1e-4)
     if launcher != "zero2":
         _check_continued_by_one_process(launcher, tmp_path, one_process)
