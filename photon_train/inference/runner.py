@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 
 from photon_train.inference.cache import PagedCache
@@ -10,6 +12,10 @@ from photon_train.inference.pages import Held
 from photon_train.inference.prefill import SegmentPass
 from photon_train.models import PhotonForCausalLM
 from photon_train.models.decoding_photon import TokenStepper
+
+# Tokens that the segments of one pass follow and hold at most, where they are several: what attention takes beside the
+# cache, masks and unpacked latents above all, grows with them.
+PASS_TOKENS = 2**16
 
 
 class Runner:
@@ -35,14 +41,21 @@ class Runner:
     def prefill(self, work: list[tuple[Held, list[int]]]) -> torch.Tensor:
         """Feed each sequence its tokens; logits of what follows the last one, ``[n, V]``."""
         logits = torch.empty(len(work), self.model.config.vocab_size, device=self.device)
-        # Segments of similar lengths together, so that less than half of a pass is padding.
+        for together in self._passes(work):
+            logits[together] = self._segment([work[index] for index in together]).to(logits.dtype)
+        return logits
+
+    @staticmethod
+    def _passes(work: list[tuple[Held, list[int]]]) -> Iterator[list[int]]:
+        """Which segments go together: of similar lengths, so that less than half of a pass is padding."""
         buckets: dict[int, list[int]] = {}
         for index, (_, tokens) in enumerate(work):
             buckets.setdefault((len(tokens) - 1).bit_length(), []).append(index)
         for bucket in buckets.values():
             bucket.sort(key=lambda index: work[index][0].row)
-            logits[bucket] = self._segment([work[index] for index in bucket]).to(logits.dtype)
-        return logits
+            longest = max(work[index][0].length + len(work[index][1]) for index in bucket)
+            size = max(1, PASS_TOKENS // longest)
+            yield from (bucket[start : start + size] for start in range(0, len(bucket), size))
 
     def _segment(self, work: list[tuple[Held, list[int]]]) -> torch.Tensor:
         counts = [len(tokens) for _, tokens in work]

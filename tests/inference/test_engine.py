@@ -210,6 +210,20 @@ def test_later_requests_do_not_wait_for_long_prompts():
         assert events[0].request_id == 0 and len(events) == (1 if step < 9 else 2)
 
 
+def test_long_sequences_are_prefilled_by_themselves(monkeypatch):
+    model = quiet(photon_model("memory-two-levels"))
+    prompts = [tokens(1, 32, seed=seed)[0].tolist() for seed in range(4)]
+    answers, passes = {}, []
+    for limit in (2**16, 40):
+        monkeypatch.setattr("photon_train.inference.runner.PASS_TOKENS", limit)
+        engine = Engine(model, settings=EngineSettings(max_prefixes=0, max_length=64, segment_tokens=16))
+        segment = engine.runner._segment
+        engine.runner._segment = lambda work, segment=segment: passes.append(len(work)) or segment(work)
+        answers[limit] = engine.generate(prompts, SamplingParams(max_new_tokens=3))
+    assert passes == [4, 4] + [2, 2] + [1, 1, 1, 1]
+    assert [one[0].tokens for one in answers[40]] == [one[0].tokens for one in answers[2**16]]
+
+
 def test_end_tokens_and_abort():
     model = photon_model("memory-1")
     prompt = tokens(1, 9)[0].tolist()
