@@ -1,6 +1,7 @@
 # make demo    convert, fine-tune, export and run a small Llama (about eight minutes on two cores)
 # make test    the whole test suite
-# Both create .venv and install into it on first use; nothing else is needed but Python >= 3.10.
+# make test-oldest    what depends on libraries most, with the oldest supported releases of them
+# All create .venv and install into it on first use; nothing else is needed but Python >= 3.10.
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -13,7 +14,10 @@ OUTPUT ?= runs/demo-$(shell date +%Y%m%d-%H%M%S)
 # where the index cannot be reached, pip takes torch from its usual places.
 TORCH_INDEX ?= $(if $(shell command -v nvidia-smi),,https://download.pytorch.org/whl/cpu)
 
-.PHONY: venv demo test lint format
+# Where the oldest releases lie: before those of VENV on the path, and not in it.
+OLDEST := $(VENV)-oldest
+
+.PHONY: venv demo test test-oldest lint format
 venv: $(VENV)/.installed
 
 # torch comes first and alone: its index holds nothing else, and what follows keeps the build chosen here.
@@ -30,6 +34,15 @@ demo: venv
 
 test: venv
 	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile
+
+$(OLDEST)/.installed: $(VENV)/.installed constraints-oldest.txt
+	rm -rf $(OLDEST)
+	$(BIN)/python -m pip install --quiet --no-deps --target $(OLDEST) -r constraints-oldest.txt
+	@touch $@
+
+test-oldest: $(OLDEST)/.installed
+	PYTHONPATH=$(OLDEST) $(BIN)/python -m pytest -n $(JOBS) --dist loadfile tests/models tests/kernels tests/conversion/test_apply.py \
+		tests/export tests/inference/test_engine.py tests/inference/test_triton_backend.py tests/training/test_loop.py
 
 lint: venv
 	$(BIN)/ruff check .
