@@ -68,31 +68,45 @@ def plot_quality(rows: list[dict[str, Any]], output: Path) -> None:
 
 
 def plot_budget(rows: list[dict[str, Any]], output: Path) -> None:
-    """Draw quality against the tokens trained, one line per name that was trained on several budgets.
+    """Draw the excess over the dense model fine-tuned alike against the tokens trained, one line per name.
+
+    Means over seeds; the excess in percent is linear up to 1% and logarithmic beyond, so that what is near the dense
+    model and what is far from it are both seen.
 
     Args:
         rows: Of `tools/compare_plans.py`.
-        output: PNG to write; nothing is written if every name has one budget.
+        output: PNG to write; nothing is written if no name has two budgets with the dense model trained on both.
     """
     lines = {name: [row for row in rows if row["name"] == name and row["tokens"]] for name in {r["name"] for r in rows}}
-    lines = {name: found for name, found in sorted(lines.items()) if len({row["tokens"] for row in found}) > 1}
+    budgets = sorted({row["tokens"] for row in lines.pop("dense-finetuned", [])})
+    lines = {name: [row for row in found if row["tokens"] in budgets] for name, found in sorted(lines.items())}
+    lines = {name: found for name, found in lines.items() if len({row["tokens"] for row in found}) > 1}
     if not lines:
         return
     figure = _figure(12, 5)
     left, right = figure.subplots(1, 2)
-    for axes, column, label in (
-        (left, "ce_repeated", "cross-entropy on repeated text (nats)"),
-        (right, "ce_beyond_window", "cross-entropy beyond the window (nats)"),
-    ):
+    for axes, column, label in ((left, "ce", "held-out text"), (right, "ce_repeated", "periodic text")):
+        dense = {tokens: _mean_of(rows, "dense-finetuned", tokens, column) for tokens in budgets}
         for index, (name, found) in enumerate(lines.items()):
-            points = sorted((row["tokens"], row[column]) for row in found)
-            axes.plot(*zip(*points, strict=True), marker="o", color=f"C{index % 10}", label=name)
+            tokens = sorted({row["tokens"] for row in found})
+            excess = [100 * (_mean_of(found, name, each, column) / dense[each] - 1) for each in tokens]
+            axes.plot(tokens, excess, marker="o", color=f"C{index % 10}", label=name)
+        axes.axhline(0, color="grey", linewidth=0.8)
         axes.set_xscale("log")
+        axes.set_xticks(budgets, [f"{tokens / 1e6:.2f}M" for tokens in budgets])
+        axes.minorticks_off()
+        axes.set_yscale("symlog", linthresh=1)
+        axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
         axes.set_xlabel("tokens trained")
-        axes.set_ylabel(label)
+        axes.set_ylabel(f"cross-entropy on {label}: % above the dense model's")
         axes.grid(alpha=0.3)
     right.legend(fontsize=7)
     _save(figure, output)
+
+
+def _mean_of(rows: list[dict[str, Any]], name: str, tokens: int, column: str) -> float:
+    values = [row[column] for row in rows if row["name"] == name and row["tokens"] == tokens]
+    return sum(values) / len(values)
 
 
 def plot_training(rows: list[dict[str, Any]], output: Path) -> None:

@@ -140,13 +140,17 @@ def test_recovered_share_uses_rows_trained_alike() -> None:
     assert alone[0]["recovered"] is None and markdown_table(alone)
 
 
-def test_budgets_are_drawn_where_a_plan_has_several(tmp_path):
-    rows = [{"name": name, "tokens": tokens, "ce_repeated": 2.0 - tokens / 99, "ce_beyond_window": 2.0}
-            for name, tokens in (("a", 10), ("a", 20), ("b", 10), ("dense", 0))]  # fmt: skip
-    plot_budget(rows, tmp_path / "budget.png")
+def test_budgets_are_drawn_where_a_plan_and_the_dense_model_have_several(tmp_path):
+    rows = [
+        {"name": name, "tokens": tokens, "ce_repeated": 2.0 - tokens / 99, "ce": 2.0}
+        for name, tokens in (("a", 10), ("a", 20), ("b", 10), ("dense", 0))
+    ]
+    dense = [{"name": "dense-finetuned", "tokens": tokens, "ce_repeated": 1.8, "ce": 1.9} for tokens in (10, 20)]
+    plot_budget([*rows, *dense], tmp_path / "budget.png")
     assert (tmp_path / "budget.png").read_bytes().startswith(b"\x89PNG")
-    plot_budget(rows[1:], tmp_path / "none.png")
-    assert not (tmp_path / "none.png").exists()
+    for index, fewer in enumerate(([*rows[1:], *dense], [*rows, dense[0]], rows)):
+        plot_budget(fewer, tmp_path / f"{index}.png")
+        assert not (tmp_path / f"{index}.png").exists()
 
 
 def test_budgets_are_fitted_by_a_power_of_the_tokens():
