@@ -56,7 +56,8 @@ class PhotonSettings:
             `latent`: packed, and unpacked to a key and value per token where they are read.
         memory_latents: With `latent`, how many latents a unit has: so many groups of consecutive memory layers share
             one (made by the group's first layer); unset gives each memory layer its own.
-        memory_latent_parts: With `latent`, 1 packs keys and values together, 2 apart: half the arithmetic of reading.
+        memory_latent_parts: With `latent`, 1 packs keys and values together, 2 apart: half the arithmetic of reading
+            and half the parameters; unset takes 2 where a token's keys and values are more than 4,096 numbers.
         full_attention_layers: Token-decoder layers kept at full attention (growing KV each).
         unit_positions: Rotary positions of units: `index`, or `scaled` by the tokens under a unit.
         calibrate: Set the scales of new paths from norms measured on text at conversion.

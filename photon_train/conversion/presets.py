@@ -19,7 +19,8 @@ Stream windows are 256 tokens, or 64 for models of hidden size <= 512 (such as t
 the span of the top unit; 4 sinks stay visible. Encoders below the top look back on 64 units, the top one on all.
 `graft`'s memory is N / 8 layers with a latent each, one per 4 tokens (8 in models of fewer than 8 layers): 3.1% of the
 dense model's growing KV. What the quality study found best at that size (docs/quality.md). The layers should come
-from a probe of the dense model (`photon.choose_layers`); without one they lie evenly in the upper half.
+from a probe of the dense model (`photon.choose_layers`); without one they lie evenly in the upper half. Latents wider
+than 4,096 numbers (models without grouped heads) are packed in two parts.
 
 With another pooling or conditioning, `graft` has 2 levels with C = (4, 4), and level encoders of 1 layer each and N / 8
 at the top, copies of the lowest dense layers from `branch_layer` upward; pooled memory is then in every second layer.
@@ -33,6 +34,7 @@ from typing import Any
 
 from transformers import PretrainedConfig
 
+from photon_train.accounting.model import Shape
 from photon_train.config import CONDITIONINGS, PRESETS, LevelOverrides, PhotonSettings, RunConfig
 from photon_train.conversion.families import attention_span, family_of, layer_config
 from photon_train.errors import PhotonError
@@ -41,6 +43,9 @@ from photon_train.models.configuration_photon import PhotonConfig
 CHUNK_SIZE = 4
 POOLING = "latent"
 LATENT_SHARE = 8  # one memory layer in so many
+# Width of a latent (all keys and values of a token) beyond which its halves are packed apart: its maps grow with the
+# square of it, and models without grouped heads have wide ones.
+WIDE_LATENT = 4096
 ENCODER_WINDOW = 64
 NUM_SINKS = 4
 _MEMORY_KEYS = ("memory_layers", "memory_level", "memory_pooling", "memory_latents", "memory_latent_parts")
@@ -372,10 +377,12 @@ def _stream_settings(
             if getattr(photon, key):
                 raise PhotonError(f"photon.{key} needs photon.conditioning=memory: set that, or drop it")
         return result
-    return result | _memory_settings(photon, len(layers.encoders), full, depth, branch)
+    return result | _memory_settings(dense, photon, len(layers.encoders), full, depth, branch)
 
 
-def _memory_settings(photon: PhotonSettings, count: int, full: list[int], depth: int, branch: int) -> dict[str, Any]:
+def _memory_settings(
+    dense: PretrainedConfig, photon: PhotonSettings, count: int, full: list[int], depth: int, branch: int
+) -> dict[str, Any]:
     pooling, memory = _pooling(photon), photon.memory_layers
     if memory is None:
         if pooling == "latent":
@@ -410,14 +417,14 @@ def _memory_settings(photon: PhotonSettings, count: int, full: list[int], depth:
         "memory_levels": levels,
         "memory_pooling": pooling,
         "memory_sources": sources,
-        "memory_latent_parts": _latent_parts(photon, pooling),
+        "memory_latent_parts": _latent_parts(dense, photon, pooling),
     }
 
 
-def _latent_parts(photon: PhotonSettings, pooling: str) -> int:
+def _latent_parts(dense: PretrainedConfig, photon: PhotonSettings, pooling: str) -> int:
     parts = photon.memory_latent_parts
     if parts is None:
-        return 1
+        return 2 if pooling == "latent" and Shape.of(dense).kv > WIDE_LATENT else 1
     if pooling != "latent":
         raise PhotonError(
             f"photon.memory_latent_parts={parts} needs photon.memory_pooling=latent: set that, or drop it"

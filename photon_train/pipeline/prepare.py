@@ -36,6 +36,8 @@ from photon_train.training.lora import check_targets
 _CHARACTERS_PER_TOKEN = 8
 # Of a text in memory while it is packed: as it is read, as tokens, and the tokens joined.
 _COPIES = 3
+# New parameters, as a share of the dense model's, that a dry run warns of.
+_MANY_NEW = 0.25
 
 
 @dataclass
@@ -132,7 +134,15 @@ def show_conversion(conversion: Conversion) -> None:
     console = make_console()
     console.print(conversion.plan.table())
     console.print(conversion.estimate.table())
-    seq_len, known = conversion.estimate.context, conversion.checkpoint.config.max_position_embeddings
+    numbers = conversion.estimate
+    if numbers.new_parameters > _MANY_NEW * numbers.dense_parameters:
+        console.print(
+            f"Warning: the hierarchy adds {numbers.new_parameters / 1e6:,.0f}M parameters, "
+            f"{numbers.new_parameters / numbers.dense_parameters:.0%} of the dense model's, which are trained in full. "
+            "Those of a latent memory fall with photon.num_memory_layers, photon.levels.0.chunk_size and "
+            "photon.memory_latent_parts=2."
+        )
+    seq_len, known = numbers.context, conversion.checkpoint.config.max_position_embeddings
     if seq_len > known:
         console.print(
             f"Warning: train.seq_len={seq_len} goes beyond the {known} positions that the dense model was made for "

@@ -72,6 +72,14 @@ def test_latents_of_the_default_take_at_most_a_thirtieth_of_the_dense_cache(tota
     assert len(layers) / (total * chunk_size) <= 0.032 or total < 4
 
 
+@pytest.mark.parametrize(("kv_heads", "chosen", "parts"), [(16, None, 1), (32, None, 2), (32, 1, 1), (16, 2, 2)])
+def test_wide_latents_are_packed_in_two_parts(kv_heads, chosen, parts):
+    dense = dense_config(num_attention_heads=32, num_key_value_heads=kv_heads, head_dim=128, num_hidden_layers=8)
+    assert photon_config(dense, run("graft", memory_latent_parts=chosen)).memory_latent_parts == parts
+    if chosen is None:
+        assert photon_config(dense, run("graft", memory_pooling="mean")).memory_latent_parts == 1
+
+
 def test_pooled_memory_has_two_levels():
     config = photon_config(eight_layers(), run("graft", memory_pooling="mean"))
     assert [level["chunk_size"] for level in config.levels] == [4, 4]

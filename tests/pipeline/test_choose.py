@@ -87,3 +87,14 @@ def test_a_dry_run_says_what_its_plan_leaves_open_and_what_the_model_cannot_read
     printed = " ".join(capsys.readouterr().out.split())
     assert ("by a probe of the dense model" in printed) == probes
     assert ("train.seq_len=512 goes beyond the 256 positions" in printed) == too_long
+
+
+@pytest.mark.parametrize(("preset", "warned"), [("hourglass", False), ("graft", True)])
+def test_a_dry_run_warns_of_a_hierarchy_that_is_large_beside_its_model(dense, preset, warned, capsys):
+    config = settings()
+    config.model, config.dry_run, config.preset = str(dense), True, preset
+    run_conversion(config)
+    printed = " ".join(capsys.readouterr().out.split())
+    assert (
+        "photon.num_memory_layers, photon.levels.0.chunk_size and photon.memory_latent_parts=2" in printed
+    ) == warned
