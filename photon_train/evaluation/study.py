@@ -33,14 +33,15 @@ def add_recovered(rows: list[dict[str, Any]]) -> None:
     ``(window - row) / (window - dense)``, with `dense-window` and `dense-finetuned` trained alike: on the same number
     of tokens (for a row that was not trained, on none: `dense` and the untrained window), averaged over their seeds;
     of several windows, the one next to the row's `window`.
+    A dense model trained with other settings has another `name` and is no reference.
     `recovered` is on text beyond the window, `recovered_repeated` on periodic text; None where the window costs less
     than 0.005 nats, which says nothing.
     """
     for share, column in _RECOVERED.items():
         for row in rows:
             alike = [other for other in rows if other["tokens"] == row["tokens"]]
-            window = _mean(_nearest(alike, row.get("window")), "dense-window", column)
-            dense = _mean(alike, "dense-finetuned" if row["tokens"] else "dense", column)
+            window = _mean(_nearest(alike, row.get("window")), column)
+            dense = _mean(_named(alike, "dense-finetuned" if row["tokens"] else "dense"), column)
             known = window is not None and dense is not None and window - dense >= 0.005
             row[share] = (window - row[column]) / (window - dense) if known else None
 
@@ -54,9 +55,12 @@ def _nearest(rows: list[dict[str, Any]], window: int | None) -> list[dict[str, A
     return [row for row in found if abs(row["window"] - window) == least <= window / 4]
 
 
-def _mean(rows: list[dict[str, Any]], plan: str, column: str) -> float | None:
-    values = [row[column] for row in rows if row["plan"] == plan]
-    return sum(values) / len(values) if values else None
+def _named(rows: list[dict[str, Any]], name: str) -> list[dict[str, Any]]:
+    return [row for row in rows if row["name"] == name]
+
+
+def _mean(rows: list[dict[str, Any]], column: str) -> float | None:
+    return sum(row[column] for row in rows) / len(rows) if rows else None
 
 
 def fit_budgets(rows: list[dict[str, Any]], target: float = 0.01) -> dict[str, dict[str, float | None]]:
@@ -75,7 +79,7 @@ def fit_budgets(rows: list[dict[str, Any]], target: float = 0.01) -> dict[str, d
         points = []
         for tokens in sorted({row["tokens"] for row in rows if row["name"] == name and row["tokens"]}):
             alike = [row for row in rows if row["tokens"] == tokens]
-            dense = _mean(alike, "dense-finetuned", "ce")
+            dense = _mean(_named(alike, "dense-finetuned"), "ce")
             own = [row["ce"] for row in alike if row["name"] == name]
             excess = sum(own) / len(own) / dense - 1 if dense else 0.0
             if excess > 0:

@@ -117,6 +117,7 @@ def row(plan: str, ce: float, tokens: int, seed: int = 0) -> dict:
 def test_recovered_share_uses_rows_trained_alike() -> None:
     rows = [row("dense", 3.0, 0), row("dense-window", 3.4, 0), row("dense-finetuned", 2.9, 10)]
     rows += [
+        {**row("dense-finetuned", 2.5, 10), "name": "dense, every weight"},
         row("dense-window", 3.2, 10),
         row("dense-window", 3.4, 10, seed=1),
         row("graft", 3.0, 10),
@@ -127,7 +128,7 @@ def test_recovered_share_uses_rows_trained_alike() -> None:
     assert rows[-1]["recovered"] == pytest.approx(0.75) == rows[-1]["recovered_repeated"]
     assert rows[2]["recovered"] == pytest.approx(1.0)
     lines = markdown_table(rows).splitlines()
-    assert len(lines) == 2 + 6 and any("3.3000 ± 0.1000" in line for line in lines)
+    assert len(lines) == 2 + 7 and any("3.3000 ± 0.1000" in line for line in lines)
     wide = [{**row("dense-window", 3.1, 10), "window": 130}, {**row("graft", 3.0, 10), "window": 128}]
     narrow = [{**each, "window": 64} for each in rows]
     add_recovered([*narrow, *wide])
