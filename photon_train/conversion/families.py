@@ -99,12 +99,12 @@ def layer_config(config: PretrainedConfig, seq_len: int) -> dict[str, Any]:
         PhotonError: for a rotation that PHOTON models cannot serve, naming the key.
     """
     family = family_of(config)
-    settings = {key: value for key, value in config.to_dict().items() if key not in _BOOKKEEPING}
+    settings = config.to_dict()
     if family.layers is not None:
         known = AutoConfig.for_model(family.layers).to_dict()
-        settings = {key: getattr(config, key) for key in known if key in settings or hasattr(config, key)}
-        settings = {key: value for key, value in settings.items() if key not in _BOOKKEEPING}
+        settings = {key: getattr(config, key) for key in known if hasattr(config, key)}
         settings["model_type"] = family.layers
+    settings = {key: value for key, value in settings.items() if key not in _BOOKKEEPING}
     rope = dict(settings.get("rope_parameters") or {})
     if rope.get("rope_type") == "dynamic":
         raise PhotonError(
