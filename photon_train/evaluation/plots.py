@@ -7,6 +7,8 @@ import math
 from pathlib import Path
 from typing import Any
 
+from photon_train.evaluation.study import excess_by_tokens
+
 
 def plot_losses(metrics: Path, output: Path) -> None:
     """Draw the training loss and the held-out cross-entropy of every training of a run against its steps.
@@ -77,20 +79,18 @@ def plot_budget(rows: list[dict[str, Any]], output: Path) -> None:
         rows: Of `tools/compare_plans.py`.
         output: PNG to write; nothing is written if no name has two budgets with the dense model trained on both.
     """
-    lines = {name: [row for row in rows if row["name"] == name and row["tokens"]] for name in {r["name"] for r in rows}}
-    budgets = sorted({row["tokens"] for row in lines.pop("dense-finetuned", [])})
-    lines = {name: [row for row in found if row["tokens"] in budgets] for name, found in sorted(lines.items())}
-    lines = {name: found for name, found in lines.items() if len({row["tokens"] for row in found}) > 1}
-    if not lines:
+    names = sorted({row["name"] for row in rows} - {"dense-finetuned"})
+    names = [name for name in names if len(excess_by_tokens(rows, name, "ce")) > 1]
+    if not names:
         return
+    budgets = list(excess_by_tokens(rows, "dense-finetuned", "ce"))
     figure = _figure(12, 5)
     left, right = figure.subplots(1, 2)
     for axes, column, label in ((left, "ce", "held-out text"), (right, "ce_repeated", "periodic text")):
-        dense = {tokens: _mean_of(rows, "dense-finetuned", tokens, column) for tokens in budgets}
-        for index, (name, found) in enumerate(lines.items()):
-            tokens = sorted({row["tokens"] for row in found})
-            excess = [100 * (_mean_of(found, name, each, column) / dense[each] - 1) for each in tokens]
-            axes.plot(tokens, excess, marker="o", color=f"C{index % 10}", label=name)
+        for index, name in enumerate(names):
+            excess = excess_by_tokens(rows, name, column)
+            percent = [100 * each for each in excess.values()]
+            axes.plot(list(excess), percent, marker="o", color=f"C{index % 10}", label=name)
         axes.axhline(0, color="grey", linewidth=0.8)
         axes.set_xscale("log")
         axes.set_xticks(budgets, [f"{tokens / 1e6:.2f}M" for tokens in budgets])
@@ -102,11 +102,6 @@ def plot_budget(rows: list[dict[str, Any]], output: Path) -> None:
         axes.grid(alpha=0.3)
     right.legend(fontsize=7)
     _save(figure, output)
-
-
-def _mean_of(rows: list[dict[str, Any]], name: str, tokens: int, column: str) -> float:
-    values = [row[column] for row in rows if row["name"] == name and row["tokens"] == tokens]
-    return sum(values) / len(values)
 
 
 def plot_training(rows: list[dict[str, Any]], output: Path) -> None:

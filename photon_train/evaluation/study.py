@@ -63,6 +63,20 @@ def _mean(rows: list[dict[str, Any]], column: str) -> float | None:
     return sum(row[column] for row in rows) / len(rows) if rows else None
 
 
+def excess_by_tokens(rows: list[dict[str, Any]], name: str, column: str) -> dict[int, float]:
+    """Tokens trained -> ``column / dense - 1`` of the rows called `name`, in order of the tokens.
+
+    `dense` is `dense-finetuned` on as many tokens; means over the seeds. Budgets without it are left out.
+    """
+    found = {}
+    for tokens in sorted({row["tokens"] for row in rows if row["name"] == name and row["tokens"]}):
+        alike = [row for row in rows if row["tokens"] == tokens]
+        dense = _mean(_named(alike, "dense-finetuned"), column)
+        if dense:
+            found[tokens] = _mean(_named(alike, name), column) / dense - 1
+    return found
+
+
 def fit_budgets(rows: list[dict[str, Any]], target: float = 0.01) -> dict[str, dict[str, float | None]]:
     """How the cross-entropy comes down to that of `dense-finetuned` with the tokens trained, for each name.
 
@@ -76,14 +90,8 @@ def fit_budgets(rows: list[dict[str, Any]], target: float = 0.01) -> dict[str, d
     """
     found = {}
     for name in dict.fromkeys(row["name"] for row in rows):
-        points = []
-        for tokens in sorted({row["tokens"] for row in rows if row["name"] == name and row["tokens"]}):
-            alike = [row for row in rows if row["tokens"] == tokens]
-            dense = _mean(_named(alike, "dense-finetuned"), "ce")
-            own = [row["ce"] for row in alike if row["name"] == name]
-            excess = sum(own) / len(own) / dense - 1 if dense else 0.0
-            if excess > 0:
-                points.append((math.log(tokens), math.log(excess)))
+        excesses = excess_by_tokens(rows, name, "ce")
+        points = [(math.log(tokens), math.log(excess)) for tokens, excess in excesses.items() if excess > 0]
         if len(points) < 3:
             continue
         slope, start = statistics.linear_regression(*zip(*points, strict=True))
