@@ -1,14 +1,16 @@
-"""The PHOTON model: this folder is what an export ships for ``trust_remote_code``."""
+"""The PHOTON models: this folder is what an export ships for ``trust_remote_code``."""
 
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 from .cache_photon import PhotonCache
 from .configuration_photon import PhotonConfig
 from .modeling_photon import PhotonForCausalLM, PhotonModel
 
 AutoConfig.register("photon", PhotonConfig, exist_ok=True)
+AutoModel.register(PhotonConfig, PhotonModel, exist_ok=True)
 AutoModelForCausalLM.register(PhotonConfig, PhotonForCausalLM, exist_ok=True)
 PhotonConfig.register_for_auto_class()
+PhotonModel.register_for_auto_class("AutoModel")
 PhotonForCausalLM.register_for_auto_class("AutoModelForCausalLM")
 
 __all__ = ["PhotonCache", "PhotonConfig", "PhotonForCausalLM", "PhotonModel"]
