@@ -287,8 +287,8 @@ class RowCache(Cache):
 class PhotonCache(RowCache):
     """Cache of `PhotonForCausalLM`.
 
-    Grows with the text: memory layers (one latent per unit that has left the window), full-attention layers (one key and
-    value per token). Everything else is constant. `accounting` has the formula.
+    Grows with the text: memory layers (one latent per unit that has left the window) and full-attention layers (one key
+    and value per token). Everything else is constant. `accounting` has the formula.
 
     Args:
         config: The model's.

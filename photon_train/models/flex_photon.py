@@ -1,7 +1,7 @@
 """Windows with sinks and memory units as one fused kernel, forward and backward: PyTorch's flex_attention.
 
 For training on a GPU: the mask is evaluated inside the kernel, and blocks of keys that no query of a block sees are
-skipped. Every window is described by four vectors, so that one mask function, compiled once per shape class, serves all.
+skipped. Every window is described by four vectors: one mask function, compiled once per shape class, serves all.
 """
 
 from __future__ import annotations

@@ -1,12 +1,12 @@
 """Memory units as latents: S tokens' keys and values packed into one vector, and unpacked again where they are read.
 
 The paper's chunker (C states -> 1) and converter (1 -> R slots) inside a layer's own softmax: a unit's latent has the
-width of one key and value, and gives one key and value *per token* under the unit when the layer reads it, so that single
-tokens can be told apart. The low-rank joint compression of keys and values of multi-head latent attention (arXiv
+width of one key and value, and gives one key and value *per token* under the unit when the layer reads it, so that
+single tokens can be told apart. The low-rank joint compression of keys and values of multi-head latent attention (arXiv
 2405.04434), here over the tokens of a unit.
 
-Far keys carry no position: queries meet them with their rotation undone. Beyond the window, where units are read, what a
-retrieval head matches is content; and scores stay linear in the latent, so that decoding folds the converter into the
+Far keys carry no position: queries meet them with their rotation undone. Beyond the window, where units are read, what
+a retrieval head matches is content; and scores stay linear in the latent, so that decoding folds the converter into the
 query.
 """
 

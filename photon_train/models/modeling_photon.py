@@ -11,22 +11,14 @@ from transformers import GenerationConfig, GenerationMixin, PreTrainedModel
 from transformers.generation.configuration_utils import GenerationMode
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
-from .attention_photon import (
-    ATTENTION_NAME,
-    BACKENDS,
-    FUSED,
-    FullSegment,
-    MemorySegment,
-    NewElements,
-    Segment,
-    WindowSegment,
-    load_kernels,
-)
+from .attention_photon import ATTENTION_NAME, BACKENDS, NewElements, Segment, load_kernels
 from .cache_photon import PhotonCache
 from .configuration_photon import PhotonConfig
 from .families_photon import family
 from .memory_photon import LayerMemory, initialize
+from .memory_segment_photon import MemorySegment
 from .rows_photon import Rows, align_rows
+from .segments_photon import FUSED, FullSegment, WindowSegment
 
 # Least number of tokens that a cache made for assisted generation can take back.
 _ROLLBACK = 64
@@ -87,8 +79,8 @@ class PhotonModel(PhotonPreTrainedModel):
 
         Args:
             input_ids: ``[B, T]``; or `inputs_embeds`, ``[B, T, d]``.
-            attention_mask: ``[B, T]`` (with a cache ``[B, cached + T]``), 1 for tokens. Each row counts positions, units
-                and its window from its own first token; what lies between tokens is left out.
+            attention_mask: ``[B, T]`` (with a cache ``[B, cached + T]``), 1 for tokens. Each row counts positions,
+                units and its window from its own first token; what lies between tokens is left out.
             position_ids: Only as every row counts them, up to a constant; they follow from `attention_mask`.
             past_key_values: Cache to go on from (filled in place).
             use_cache: Return a cache; default: ``config.use_cache``, or in training only if one is given.
@@ -214,7 +206,7 @@ class PhotonModel(PhotonPreTrainedModel):
 
 
 class PhotonForCausalLM(PhotonPreTrainedModel, GenerationMixin):
-    """The family's causal LM (`LlamaForCausalLM`, ...) on a `PhotonModel`; position i of the logits predicts token i + 1.
+    """The family's causal LM (`LlamaForCausalLM`, ...) on a `PhotonModel`; logits i predict token i + 1.
 
     An instance is one of the family's causal LM too; ``PhotonForCausalLM(config)`` chooses it by
     ``config.base_model_type``. Its forward is the family's: arguments of `PhotonModel.forward` are handed on.
@@ -228,7 +220,7 @@ class PhotonForCausalLM(PhotonPreTrainedModel, GenerationMixin):
 
     def __init__(self, config: PhotonConfig) -> None:
         super().__init__(config)
-        # The family's class has built its own decoder stack: it becomes ours, with the same weights under the same names.
+        # The family's class has built its own decoder stack: it becomes ours, weights and names as they are.
         self.model.__class__ = _base_model(config.base_model_type)
         self.model._add_memory()
         self.post_init()
@@ -269,8 +261,7 @@ class PhotonForCausalLM(PhotonPreTrainedModel, GenerationMixin):
     ) -> None:
         if generation_config.cache_implementation is not None:
             raise ValueError(
-                f"cache_implementation={generation_config.cache_implementation!r} is not for PHOTON, which has a cache of "
-                "its own: leave it out"
+                f"cache_implementation={generation_config.cache_implementation!r}: PHOTON has its own cache; leave it out"
             )
         given = model_kwargs.get("past_key_values")
         if given is None and generation_config.use_cache is not False:

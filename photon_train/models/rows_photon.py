@@ -128,6 +128,6 @@ def _check_positions(position_ids, index, valid, order) -> None:
         wrong = wrong & valid
     if bool(wrong.any()):
         raise ValueError(
-            "position_ids must count the tokens of each row one by one (packed sequences are not supported): leave them "
-            "out, PHOTON derives positions from attention_mask"
+            "position_ids must count the tokens of each row one by one (packed sequences are not supported): leave "
+            "them out, PHOTON derives positions from attention_mask"
         )
