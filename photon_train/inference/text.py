@@ -12,7 +12,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from photon_train.errors import PhotonError
 from photon_train.manifest import FILE_NAME, verify_manifest
 from photon_train.models import PhotonConfig, PhotonForCausalLM
-from photon_train.models.decoding_photon import BACKENDS
+from photon_train.models.attention_photon import BACKENDS
 from photon_train.models.liger_photon import fuse_layers
 
 

@@ -185,6 +185,7 @@ class RowCache(Cache):
         lengths: Tokens that each row holds, ``[rows]``; None while nothing is allocated.
         host_lengths: The same for the rows of the next pass, on the host; None asks `lengths`.
         rows: Rows of the next pass, ``[n]``; None: all, in order.
+        is_static: Whether the next pass may not depend on what the host knows of lengths (`host_lengths` is not used).
         columns: Input columns seen, padding included (what transformers calls the sequence length).
     """
 
@@ -193,6 +194,7 @@ class RowCache(Cache):
         self.lengths: torch.Tensor | None = None
         self.host_lengths: list[int] | None = None
         self.rows: torch.Tensor | None = None
+        self.is_static = False
         self.columns = 0
 
     def rings(self) -> list[RingStore]:
@@ -215,9 +217,18 @@ class RowCache(Cache):
         """Everything bounded that belongs to rows, rows first."""
         return [self.lengths, *(tensor for ring in self.rings() for tensor in ring.tensors())]
 
-    def past_lengths(self) -> tuple[torch.Tensor, list[int]]:
-        """Tokens of each row of the next pass, ``[n]``, on the device and on the host."""
+    def clear(self, row: int) -> None:
+        """Empty a row; nothing of what it held is left (masked, a NaN would still reach results)."""
+        for tensor in self.row_tensors():
+            tensor[row] = 0
+        for ring in self.rings():
+            ring.index[row] = -1
+
+    def past_lengths(self) -> tuple[torch.Tensor, list[int] | None]:
+        """Tokens of each row of the next pass, ``[n]``, on the device and on the host (None: `is_static`)."""
         lengths = self.lengths if self.rows is None else self.lengths[self.rows]
+        if self.is_static:
+            return lengths, None
         if self.host_lengths is None:
             self.host_lengths = lengths.tolist()
         return lengths, self.host_lengths

@@ -214,6 +214,8 @@ class PhotonForCausalLM(PhotonPreTrainedModel, GenerationMixin):
 
     # The cache takes drafts back where the window allows it.
     _is_stateful = False
+    # `as_dense=True` computes the dense model from the same weights.
+    holds_dense_model = True
 
     def __new__(cls, config: PhotonConfig | None = None, *args: Any, **kwargs: Any) -> PhotonForCausalLM:
         return super().__new__(cls if config is None else _causal_lm(config.base_model_type))
@@ -228,6 +230,11 @@ class PhotonForCausalLM(PhotonPreTrainedModel, GenerationMixin):
     def new_module_names(self) -> list[str]:
         """Names of the modules that a conversion adds, for peft's `modules_to_save`."""
         return [name for name, module in self.named_modules() if isinstance(module, LayerMemory)]
+
+    @property
+    def backend(self) -> str:
+        """How one token per row is computed: ``torch`` or ``triton``."""
+        return getattr(self.model, "backend", "torch")
 
     def set_backend(self, backend: str) -> None:
         """Choose how one token per row is computed: ``torch`` or ``triton``.
@@ -261,7 +268,7 @@ class PhotonForCausalLM(PhotonPreTrainedModel, GenerationMixin):
     ) -> None:
         if generation_config.cache_implementation is not None:
             raise ValueError(
-                f"cache_implementation={generation_config.cache_implementation!r}: PHOTON has its own cache; leave it out"
+                f"cache_implementation={generation_config.cache_implementation!r}: leave it out, PHOTON has its own"
             )
         given = model_kwargs.get("past_key_values")
         if given is None and generation_config.use_cache is not False:

@@ -20,7 +20,7 @@ class Rows:
         base: The first position of all rows on the host, where they agree; else None.
         valid: Which tokens are real, ``[B, T]``, the others follow them; None: all.
         lengths: New tokens of each row, ``[B]``; past: tokens before them, ``[B]``.
-        host_lengths, host_past: The same on the host.
+        host_lengths, host_past: The same on the host; `host_past` is None where the host may not decide anything.
         order: Column of the input that each place of a row takes, ``[B, T]``; None: they are the same.
         place: Place that each column of the input has taken, ``[B, T]``, or None.
         rows: Rows of the cache, ``[B]``; None: all.
@@ -34,7 +34,7 @@ class Rows:
     lengths: torch.Tensor
     past: torch.Tensor
     host_lengths: list[int]
-    host_past: list[int]
+    host_past: list[int] | None
     order: torch.Tensor | None = None
     place: torch.Tensor | None = None
     rows: torch.Tensor | None = None
@@ -42,11 +42,13 @@ class Rows:
     @property
     def has_past(self) -> bool:
         """Whether any row has tokens in the cache."""
-        return any(self.host_past)
+        return self.host_past is None or any(self.host_past)
 
     @property
-    def longest(self) -> int:
-        """Tokens of the longest row, the new ones included."""
+    def longest(self) -> int | None:
+        """Tokens of the longest row, the new ones included; None where the host may not know."""
+        if self.host_past is None:
+            return None
         return max(had + new for had, new in zip(self.host_past, self.host_lengths, strict=True))
 
     def gather(self, states: torch.Tensor) -> torch.Tensor:
@@ -91,8 +93,8 @@ def align_rows(
         past, host_past = torch.zeros(batch, dtype=torch.long, device=device), [0] * batch
     else:
         (past, host_past), rows = cache.past_lengths(), cache.rows
-        if len(host_past) != batch:
-            raise ValueError(f"past_key_values holds {len(host_past)} rows, the input {batch}: they must be as many")
+        if len(past) != batch:
+            raise ValueError(f"past_key_values holds {len(past)} rows, the input {batch}: they must be as many")
     real = None if mask is None else mask[:, -columns:].bool()
     if real is not None and bool(real.all()):
         real = None
@@ -102,7 +104,11 @@ def align_rows(
     if real is not None:
         lengths = real.sum(1)
         host_lengths = lengths.tolist()
-        empty = [row for row, (new, had) in enumerate(zip(host_lengths, host_past, strict=True)) if not new + had]
+        empty = [
+            row
+            for row, (new, had) in enumerate(zip(host_lengths, host_past or [0] * batch, strict=True))
+            if not new + had
+        ]
         if empty:
             raise ValueError(f"attention_mask has no token in row {empty[0]}")
         valid = column < lengths[:, None]
@@ -110,7 +116,7 @@ def align_rows(
             # Stable: tokens keep their order, and what is no token follows them.
             order = torch.argsort(~real, dim=1, stable=True)
             place = torch.argsort(order, dim=1)
-    agree = real is None and len(set(host_past)) == 1
+    agree = real is None and host_past is not None and len(set(host_past)) == 1
     index = (past[:1] if agree else past)[:, None] + column
     if position_ids is not None and columns > 1:
         _check_positions(position_ids, index, valid, order)
