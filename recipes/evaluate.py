@@ -33,8 +33,8 @@ def main() -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     import photon_train.models  # noqa: F401  registers PHOTON with the Auto classes
-    from photon_train.evaluation.benchmark import write_rows
     from photon_train.evaluation.harness import harness_scores, open_tasks
+    from photon_train.evaluation.report import write_rows
 
     device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
     manager = open_tasks(options.tasks, options.include_path)
