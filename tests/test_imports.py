@@ -26,8 +26,10 @@ ALLOWED = {
     "inference": {"models", "accounting", "manifest", "photon_kernels", *HELPERS},
     "evaluation": {"models", "data", "accounting", "manifest", *HELPERS},
 }
-# The stages put together, as the recipes call them.
+# The stages put together, as the commands call them.
 ALLOWED["pipeline"] = {"cli", "manifest", *ALLOWED}
+# What the console script and the recipes run; nothing in the library imports it.
+ALLOWED["commands"] = {"cli", "pipeline", *ALLOWED}
 # The scripts of `tools/` and what they share, by the names that they have while one of them (or a test) runs.
 TOOLS = {"tools", *(path.stem for path in (ROOT / "tools").glob("*.py"))}
 # What the library never imports.
@@ -228,6 +230,7 @@ def test_kernels_folder_is_no_package() -> None:
         ("training", "def f():\n    from ..conversion.plan import x", {"conversion"}),
         ("training", "from photon_train import conversion, models", {"conversion"}),
         ("training", "import recipes.convert_llama", {"recipes"}),
+        ("pipeline", "from photon_train.commands import convert", {"commands"}),
         ("training", "from lib.shapes import SHAPES", {"lib"}),
         ("training", "import bench_kernels", {"bench_kernels"}),
         ("training", "from .loop import x\nfrom ..models import y\nimport torch", set()),
