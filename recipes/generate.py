@@ -1,58 +1,18 @@
 """Write text with an exported PHOTON model.
 
 python recipes/generate.py --model runs/demo/export --prompt "def main" --backend torch|triton
+
+`photon-train generate` is the same.
 """
 
 from __future__ import annotations
 
-import argparse
-import time
+from functools import partial
 
 from photon_train.cli import main_wrapper
-from photon_train.errors import PhotonError
+from photon_train.commands import generate
 
-
-def arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("--model", required=True, help="directory of an exported checkpoint")
-    parser.add_argument("--prompt", required=True, nargs="+", help="one or more prompts, continued as one batch")
-    parser.add_argument("--backend", default="torch", help="torch, or triton (a GPU, or TRITON_INTERPRET=1 on the CPU)")
-    parser.add_argument("--protocol", default="hiergen", help="hiergen, or the paper's recgen (preset paper)")
-    parser.add_argument("--max-new-tokens", type=int, default=128, help="new tokens per prompt")
-    parser.add_argument("--temperature", type=float, default=0.0, help="sampling temperature; 0 is greedy")
-    parser.add_argument("--top-p", type=float, default=1.0, help="nucleus of the sampling")
-    parser.add_argument("--seed", type=int, default=0, help="seed of the sampling")
-    parser.add_argument("--device", default=None, help="cpu, cuda, ...; default: a GPU if there is one")
-    parser.add_argument("--dtype", default="auto", help="auto (the checkpoint's), float32, bfloat16 or float16")
-    return parser.parse_args()
-
-
-def main() -> None:
-    options = arguments()
-    from transformers import set_seed
-
-    from photon_train.inference.request import SamplingParams
-    from photon_train.inference.text import generate_text, load_for_inference
-
-    settings = SamplingParams(options.max_new_tokens, options.temperature, top_p=options.top_p)
-    if not 0 <= options.seed < 2**32:
-        raise PhotonError(f"--seed {options.seed} is not between 0 and 2^32 - 1")
-    model, tokenizer = load_for_inference(options.model, options.backend, options.device, options.dtype)
-    try:
-        model.set_protocol(options.protocol)
-    except ValueError as error:
-        raise PhotonError(f"--protocol: {error}") from error
-    set_seed(options.seed)
-    sampling = {"do_sample": not settings.greedy}
-    if not settings.greedy:
-        sampling.update(temperature=settings.temperature, top_p=settings.top_p)
-    began = time.perf_counter()
-    texts = generate_text(model, tokenizer, options.prompt, options.max_new_tokens, **sampling)
-    for prompt, text in zip(options.prompt, texts, strict=True):
-        print(f"--- {prompt}\n{text}")
-    seconds = time.perf_counter() - began
-    print(f"--- {len(texts)} x up to {options.max_new_tokens} tokens in {seconds:.1f} s ({options.backend})")
-
+main = partial(generate.main, prog="python recipes/generate.py")
 
 if __name__ == "__main__":
     main_wrapper(main)

@@ -1,65 +1,18 @@
 """Serve an exported PHOTON model over HTTP with OpenAI's interface.
 
 python recipes/serve.py --model runs/demo/export --port 8000
-curl http://127.0.0.1:8000/v1/completions -H 'content-type: application/json' -d '{"prompt": "def main"}'
+
+`photon-train serve` is the same.
 """
 
 from __future__ import annotations
 
-import argparse
-from pathlib import Path
+from functools import partial
 
 from photon_train.cli import main_wrapper
-from photon_train.errors import PhotonError
+from photon_train.commands import serve
 
-
-def arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("--model", required=True, help="directory of an exported checkpoint")
-    parser.add_argument("--name", default=None, help="name that clients give; default: the directory's")
-    parser.add_argument("--host", default="127.0.0.1", help="address to listen on (nobody is asked for a key)")
-    parser.add_argument("--port", type=int, default=8000, help="port to listen on")
-    parser.add_argument("--backend", default=None, help="torch or triton; default: triton on a GPU")
-    parser.add_argument("--device", default=None, help="cpu, cuda, ...; default: a GPU if there is one")
-    parser.add_argument("--dtype", default="auto", help="auto (the checkpoint's), float32, bfloat16 or float16")
-    parser.add_argument(
-        "--memory", default=None, help="bytes of the cache (4GiB); default: 90%% of a GPU's free memory"
-    )
-    parser.add_argument("--max-sequences", type=int, default=64, help="sequences that run at a time")
-    parser.add_argument("--max-length", type=int, default=None, help="longest sequence; default: the model's")
-    parser.add_argument("--max-prefixes", type=int, default=8, help="beginnings of prompts that are kept")
-    parser.add_argument("--align-phases", action="store_true", help="close the chunks of all sequences together")
-    parser.add_argument("--cuda-graphs", default="auto", help="auto or off")
-    return parser.parse_args()
-
-
-def main() -> None:
-    options = arguments()
-    try:
-        import uvicorn
-
-        from photon_train.inference.server import create_app
-    except ImportError as error:
-        raise PhotonError(f"{error.name} is not installed: pip install photon-train[serve]") from error
-    import torch
-
-    from photon_train.inference.engine import Engine, EngineSettings
-    from photon_train.inference.text import load_for_inference
-
-    device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    backend = options.backend or ("triton" if device.startswith("cuda") else "torch")
-    model, tokenizer = load_for_inference(options.model, backend, device, options.dtype)
-    settings = EngineSettings(
-        memory=options.memory,
-        max_sequences=options.max_sequences,
-        max_length=options.max_length,
-        max_prefixes=options.max_prefixes,
-        align_phases=options.align_phases,
-        cuda_graphs=options.cuda_graphs,
-    )
-    app = create_app(Engine(model, tokenizer, settings), options.name or Path(options.model).resolve().name)
-    uvicorn.run(app, host=options.host, port=options.port)
-
+main = partial(serve.main, prog="python recipes/serve.py")
 
 if __name__ == "__main__":
     main_wrapper(main)

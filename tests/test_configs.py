@@ -61,5 +61,7 @@ def test_deepspeed_takes_the_run_s_batch_and_accumulation(name: str, monkeypatch
 
 
 def test_every_run_configuration_is_read() -> None:
-    for path in sorted((ROOT / "recipes" / "configs").glob("*.yaml")):
+    files = sorted((ROOT / "photon_train" / "commands").glob("*.yaml"))
+    assert files
+    for path in files:
         load_config(["--config", str(path)], prog="recipe.py", description="")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
+import importlib
 import json
 import re
 import shlex
@@ -14,7 +14,8 @@ from photon_train.cli import load_config
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", ROOT / "kernels" / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-CONFIGURED = {"convert_llama.py", "convert_qwen.py", "finetune.py", "pretokenize.py"}  # they read a RunConfig
+# They read a RunConfig.
+CONFIGURED = {"convert.py", "convert_llama.py", "convert_qwen.py", "finetune.py", "pretokenize.py"}
 
 
 def commands() -> list[tuple[str, list[str]]]:
@@ -29,13 +30,18 @@ def commands() -> list[tuple[str, list[str]]]:
 
 
 def scripts() -> list[tuple[str, str, list[str]]]:
-    """Page, script and arguments of the commands that run a file of this repository."""
-    return [
-        (page, word, words[index + 1 :])
-        for page, words in commands()
-        for index, word in enumerate(words)
-        if re.match(r"(recipes|tools)/\w+\.(py|sh)$", word)
-    ]
+    """Page, script and arguments of the commands that run a file of this repository, or what it installs."""
+    found = []
+    for page, words in commands():
+        if words[0] == "photon-train":
+            found.append((page, f"photon_train/commands/{words[1].replace('-', '_')}.py", words[2:]))
+            continue
+        for index, word in enumerate(words):
+            if re.match(r"(recipes|tools)/\w+\.(py|sh)$", word):
+                found.append((page, word, words[index + 1 :]))
+            elif word.startswith("photon_train.commands."):
+                found.append((page, f"{word.replace('.', '/')}.py", words[index + 1 :]))
+    return found
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
@@ -46,7 +52,12 @@ def test_links_lead_to_files(page):
 
 
 def test_the_main_commands_are_found():
-    assert {"convert_llama.py", "generate.py"} <= {Path(script).name for _, script, _ in scripts()}
+    found = {script for _, script, _ in scripts()}
+    assert {
+        "recipes/convert_llama.py",
+        "photon_train/commands/convert.py",
+        "photon_train/commands/generate.py",
+    } <= found
 
 
 @pytest.mark.parametrize(("page", "script", "arguments"), scripts())
@@ -55,6 +66,8 @@ def test_commands_name_files_and_settings_that_exist(page, script, arguments):
     assert path.is_file()
     if path.name in CONFIGURED:
         load_config(arguments, prog=path.name, description="")
+    elif path.parent.name in ("recipes", "commands"):
+        importlib.import_module(f"photon_train.commands.{path.stem}").make_parser().parse_args(arguments)
     elif path.suffix == ".py":
         known = set(re.findall(r'add_argument\(\s*"(--[\w-]+)"', path.read_text(encoding="utf-8")))
         used = {word.split("=")[0] for word in arguments if word.startswith("--")}
@@ -76,12 +89,3 @@ def test_the_demos_table_is_the_benchmarks():
     for row in record["held_out"]:
         assert f"| {row['cross_entropy']:.4f} |" in text, row["label"]
     assert f"({record['kv_ratio']:.1%})" in text
-
-
-def test_the_embedded_settings_of_the_demo_are_what_the_recipe_reads():
-    """Without a model the recipe takes the demo's YAML, with one the defaults."""
-    spec = importlib.util.spec_from_file_location("convert_llama", ROOT / "recipes" / "convert_llama.py")
-    recipe = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(recipe)
-    demo, plain = recipe.read_settings([]), recipe.read_settings(["--model", "somewhere"])
-    assert demo.train.max_steps < plain.train.max_steps

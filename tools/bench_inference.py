@@ -29,15 +29,15 @@ from typing import Any
 import torch
 from transformers import LlamaForCausalLM
 
+from lib import baselines
+from lib.plots import plot_inference
+from lib.shapes import SHAPES, dense_shape, photon_shape
+from lib.systems import DenseSystem, PhotonSystem, System, copy_bandwidth
+from lib.vllm_system import VllmSystem
 from photon_train.cli import main_wrapper
 from photon_train.errors import PhotonError
-from photon_train.evaluation.benchmark import write_rows
-from photon_train.evaluation.plots import plot_inference
-from photon_train.inference import baselines
-from photon_train.inference.systems import DenseSystem, PhotonSystem, System, copy_bandwidth
-from photon_train.inference.vllm_system import VllmSystem
+from photon_train.evaluation.report import write_rows
 from photon_train.models import PhotonForCausalLM
-from photon_train.pipeline.shapes import SHAPES, dense_shape, photon_shape
 
 FULL = ("dense-dynamic", "dense-static")  # full attention: what ratios refer to
 GIB = 2**30

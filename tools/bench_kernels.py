@@ -41,7 +41,7 @@ from photon_kernels import (  # noqa: E402
 from photon_kernels._tiles import candidates, device_name, trial  # noqa: E402
 from photon_train.cli import main_wrapper  # noqa: E402
 from photon_train.errors import PhotonError  # noqa: E402
-from photon_train.evaluation.benchmark import write_rows  # noqa: E402
+from photon_train.evaluation.report import write_rows  # noqa: E402
 from photon_train.files import atomic_write_text  # noqa: E402
 from photon_train.models.attention_photon import BandSpan  # noqa: E402
 

@@ -27,17 +27,17 @@ from torch import nn
 from torch.optim import AdamW
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
+from lib import shapes
+from lib.peak_memory import PeakMemory
+from lib.plots import plot_training
 from photon_train.accounting import dense_flops, photon_flops
 from photon_train.cli import main_wrapper
 from photon_train.config import MEMORY_POOLINGS, LoraSettings, PhotonSettings, RunConfig, TrainSettings
 from photon_train.conversion.presets import photon_config
 from photon_train.data.pretrain import fast_dtype
 from photon_train.errors import PhotonError
-from photon_train.evaluation.benchmark import write_rows
-from photon_train.evaluation.peak_memory import PeakMemory
-from photon_train.evaluation.plots import plot_training
+from photon_train.evaluation.report import write_rows
 from photon_train.models import PhotonForCausalLM
-from photon_train.pipeline import shapes
 from photon_train.training.loop import enable_checkpointing
 from photon_train.training.lora import add_lora, parameter_groups
 from photon_train.training.losses import TrainingObjective

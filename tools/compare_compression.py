@@ -21,14 +21,14 @@ import torch
 import torch.nn.functional as F
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 
+from lib.quality import periodic
+from lib.study_text import study_documents
 from photon_train.accounting import cache_bytes, dense_cache_bytes
 from photon_train.cli import main_wrapper
 from photon_train.data.corpora import split_documents
 from photon_train.data.packing import pack
-from photon_train.data.study import study_documents
 from photon_train.errors import PhotonError
-from photon_train.evaluation.benchmark import write_rows
-from photon_train.evaluation.quality import periodic
+from photon_train.evaluation.report import write_rows
 from photon_train.models import PhotonForCausalLM
 
 PRESSES = (

@@ -26,6 +26,12 @@ import torch
 from accelerate import Accelerator
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
+from lib.benchmark import read_rows
+from lib.plots import plot_budget, plot_quality
+from lib.quality import Quality, measure_quality
+from lib.repeats import Repeats
+from lib.study import add_recovered, fit_budgets, markdown_table
+from lib.study_text import study_documents
 from photon_train.accounting import TrainingSetup, dense_flops, dense_parameters, estimate
 from photon_train.cli import load_config, main_wrapper
 from photon_train.config import RunConfig
@@ -37,13 +43,8 @@ from photon_train.conversion.presets import layer_map, photon_config
 from photon_train.conversion.source import DenseCheckpoint
 from photon_train.data.corpora import split_documents
 from photon_train.data.packing import PackedDataset, pack
-from photon_train.data.repeats import Repeats
-from photon_train.data.study import study_documents
 from photon_train.errors import PhotonError
-from photon_train.evaluation.benchmark import read_rows, write_rows
-from photon_train.evaluation.plots import plot_budget, plot_quality
-from photon_train.evaluation.quality import Quality, measure_quality
-from photon_train.evaluation.study import add_recovered, fit_budgets, markdown_table
+from photon_train.evaluation.report import write_rows
 from photon_train.files import atomic_write_text
 from photon_train.models import PhotonForCausalLM
 from photon_train.training.accelerator import make_accelerator

@@ -6,7 +6,7 @@ The points of one ZeRO stage and precision share one `accelerate launch` with a 
 Each runs the fine-tuning loop of the recipes on random weights and text; the second optimiser step is measured, in the
 process that takes the most. With a GPU the points run on all GPUs of the machine and `torch.cuda.max_memory_allocated`
 is read; without one, two processes share the CPU and torch's profiler counts the bytes of all tensors
-(`photon_train.evaluation.peak_memory`).
+(`lib.peak_memory`).
 """
 
 from __future__ import annotations
@@ -28,16 +28,17 @@ import torch
 from accelerate import Accelerator
 from transformers import AutoConfig
 
+from lib import shapes
+from lib.benchmark import read_rows
+from lib.peak_memory import PeakMemory
 from photon_train.accounting import TrainingSetup, training_memory
 from photon_train.cli import main_wrapper
 from photon_train.config import DistillSettings, LoraSettings, RunConfig, TrackingSettings, TrainSettings
 from photon_train.conversion.presets import photon_config
 from photon_train.data.packing import PackedDataset
 from photon_train.errors import PhotonError
-from photon_train.evaluation.benchmark import read_rows, write_rows
-from photon_train.evaluation.peak_memory import PeakMemory
+from photon_train.evaluation.report import write_rows
 from photon_train.models import PhotonConfig, PhotonForCausalLM
-from photon_train.pipeline import shapes
 from photon_train.pipeline.prepare import training_setup
 from photon_train.training.accelerator import make_accelerator
 from photon_train.training.loop import train

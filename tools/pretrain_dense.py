@@ -16,13 +16,13 @@ from pathlib import Path
 
 import torch
 
+from lib.copying import copy_gain
+from lib.repeats import Repeats
+from lib.study_text import study_documents
 from photon_train.cli import main_wrapper
 from photon_train.data.corpora import split_documents
 from photon_train.data.packing import pack
 from photon_train.data.pretrain import PretrainSettings, Stage, pretrain, train_tokenizer
-from photon_train.data.repeats import Repeats
-from photon_train.data.study import study_documents
-from photon_train.evaluation.copying import copy_gain
 from photon_train.evaluation.perplexity import evaluate_loss
 from photon_train.files import atomic_directory, atomic_write_text
 

@@ -16,12 +16,12 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM
 
+from lib.quality import periodic
 from photon_train.cli import load_config, main_wrapper
 from photon_train.conversion.probe import probe_layers
 from photon_train.conversion.source import DenseCheckpoint
 from photon_train.data.progress import progress_bar
-from photon_train.evaluation.benchmark import write_rows
-from photon_train.evaluation.quality import periodic
+from photon_train.evaluation.report import write_rows
 from photon_train.pipeline.console import make_console
 from photon_train.pipeline.prepare import load_text, load_tokenizer
 

@@ -16,12 +16,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from lib import roofline
+from lib.roofline import DEVICES, Bound
+from lib.shapes import SHAPES, dense_shape, photon_shape
 from photon_train import accounting
 from photon_train.cli import main_wrapper
-from photon_train.evaluation.benchmark import write_rows
-from photon_train.inference import roofline
-from photon_train.inference.roofline import DEVICES, Bound
-from photon_train.pipeline.shapes import SHAPES, dense_shape, photon_shape
+from photon_train.evaluation.report import write_rows
 
 SYSTEMS = ("graft", "graft-apart", "graft-residual", "hourglass", "split", "paper")
 

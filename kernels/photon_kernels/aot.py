@@ -16,34 +16,14 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from photon_kernels._compile_case import CompileCase
+
 # Largest shared memory of one program in bytes (CUDA C++ Programming Guide, "Compute Capabilities").
 SHARED_LIMITS = {"sm_80": 163 * 1024, "sm_90": 227 * 1024}
-
-
-@dataclasses.dataclass(frozen=True)
-class CompileCase:
-    """One kernel in one configuration.
-
-    Attributes:
-        name: Shown in the report; unique.
-        kernel: The function decorated with ``triton.jit``.
-        types: Triton's type names of the arguments that are passed at launch, such as ``*bf16`` or ``i32``; a tuple of
-            them for an argument that is a tuple.
-        constants: Values of the ``constexpr`` arguments.
-        num_warps: Warps per program.
-        num_stages: Depth of the software pipeline.
-    """
-
-    name: str
-    kernel: Any
-    types: Mapping[str, Any]
-    constants: Mapping[str, Any]
-    num_warps: int
-    num_stages: int
 
 
 @dataclasses.dataclass(frozen=True)

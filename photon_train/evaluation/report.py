@@ -19,6 +19,7 @@ from photon_train.accounting import format_bytes
 from photon_train.errors import PhotonError
 from photon_train.evaluation.perplexity import perplexity
 from photon_train.files import atomic_write_text
+from photon_train.manifest import git_commit, package_versions
 
 JSON_FILE, MARKDOWN_FILE = "report.json", "report.md"
 _MODELS = {
@@ -159,6 +160,19 @@ def machine() -> dict[str, Any]:
     if torch.cuda.is_available():
         found["gpus"] = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
     return found
+
+
+def write_rows(path: Path, rows: list[dict[str, Any]], **more: Any) -> None:
+    """Write measured `rows` with machine, versions and commit (and `more`) as JSON."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    record = {
+        **more,
+        "machine": machine(),
+        "versions": {"python": platform.python_version(), **package_versions()},
+        "commit": git_commit(),
+        "rows": rows,
+    }
+    atomic_write_text(path, json.dumps(record, indent=1, ensure_ascii=False) + "\n")
 
 
 @dataclass(frozen=True)

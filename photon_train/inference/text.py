@@ -45,7 +45,7 @@ def load_for_inference(
     except ValueError as error:
         raise PhotonError(f"{directory / 'config.json'}: {error}") from error
     if PhotonConfig.get_config_dict(directory)[0].get("model_type") != PhotonConfig.model_type:
-        raise PhotonError(f"{directory} is no PHOTON model: convert it first with recipes/convert_llama.py")
+        raise PhotonError(f"{directory} is no PHOTON model: convert it first with `photon-train convert`")
     model = PhotonForCausalLM.from_pretrained(directory, config=config, dtype=dtype).to(device).eval()
     model.set_backend(backend)
     fuse_layers(model)

@@ -29,7 +29,7 @@ def run_finetuning(config: RunConfig) -> None:
     if config.photon != PhotonSettings():
         raise PhotonError(
             "photon.* is set, but the hierarchy of a converted model is fixed: leave these settings out, or convert "
-            "the dense model anew with recipes/convert_llama.py"
+            "the dense model anew with `photon-train convert`"
         )
     photon = _config_of(Path(config.model))
     numbers = estimate_training(photon.base_config, photon, config, num_processes)
@@ -47,7 +47,7 @@ def _config_of(directory: Path) -> PhotonConfig:
     if not (directory / "config.json").is_file():
         raise PhotonError(f"{directory} holds no config.json: give the converted/ or export/ directory of a run")
     if PhotonConfig.get_config_dict(directory)[0].get("model_type") != PhotonConfig.model_type:
-        raise PhotonError(f"{directory} is no PHOTON model: convert it with recipes/convert_llama.py")
+        raise PhotonError(f"{directory} is no PHOTON model: convert it with `photon-train convert`")
     try:
         return PhotonConfig.from_pretrained(directory)
     except ValueError as error:

@@ -74,8 +74,8 @@ def _open(config: RunConfig, families: tuple[str, ...] | None = None, weights: b
     checkpoint = DenseCheckpoint.open(config.model, config.hub.revision, config.hub.token, weights=weights)
     if families is not None and checkpoint.config.model_type not in families:
         raise PhotonError(
-            f"{config.model} is a {checkpoint.config.model_type} model and this recipe is for {', '.join(families)}: "
-            "take recipes/convert_llama.py, which converts every supported family"
+            f"{config.model} is a {checkpoint.config.model_type} model and this command is for {', '.join(families)}: "
+            "take `photon-train convert`, which converts every supported family"
         )
     return checkpoint
 

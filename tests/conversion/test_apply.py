@@ -13,13 +13,13 @@ from safetensors.torch import load_file, save_file
 from tiny_dense import FAMILY_NAMES, save_dense
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from lib.verify import verify_preserves
 from photon_train.config import LevelOverrides, PhotonSettings, RunConfig
 from photon_train.conversion.apply import convert, rewrite_new_tensors
 from photon_train.conversion.calibrate import calibrate, calibrate_directory
 from photon_train.conversion.plan import ConversionPlan, make_plan
 from photon_train.conversion.presets import layer_map, photon_config
 from photon_train.conversion.source import INDEX, DenseCheckpoint
-from photon_train.conversion.verify import verify_preserves
 from photon_train.errors import PhotonError
 from photon_train.manifest import verify_manifest
 from photon_train.models import PhotonForCausalLM

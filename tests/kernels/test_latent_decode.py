@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from lib.peak_memory import PeakMemory
 from photon_kernels import latent_decode, latent_decode_bytes
-from photon_train.evaluation.peak_memory import PeakMemory
 
 BACKENDS = ["torch", "triton"]
 

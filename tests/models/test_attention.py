@@ -6,7 +6,7 @@ import pytest
 import torch
 from tiny import HIERARCHIES, photon_model, tokens
 
-from photon_train.evaluation.peak_memory import PeakMemory
+from lib.peak_memory import PeakMemory
 from photon_train.models import attention_photon
 
 

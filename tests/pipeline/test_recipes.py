@@ -90,9 +90,7 @@ def test_the_recipe_for_qwen_converts_qwen_with_its_defaults(converted):
 def test_the_recipe_for_qwen_refuses_others(tmp_path, text, monkeypatch):
     dense = tiny_checkpoint(tmp_path / "dense")
     settings = arguments(model=dense, data=text, output=tmp_path / "out")
-    with pytest.raises(
-        PhotonError, match="is a llama model and this recipe is for qwen2, qwen3: take recipes/convert_"
-    ):
+    with pytest.raises(PhotonError, match="is a llama model and this command is for qwen2, qwen3: take `photon"):
         run_recipe("convert_qwen", monkeypatch, *settings)
     with pytest.raises(PhotonError, match="model is not set"):
         run_recipe("convert_qwen", monkeypatch)

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from photon_train.evaluation.plots import plot_inference
+from lib.plots import plot_inference
 
 TOOLS = Path(__file__).resolve().parents[2] / "tools"
 COLUMNS = {"device", "mode", "context", "batch", "system", "tokens_per_s", "decode_ratio", "tpm_kv", "tpm_total"}

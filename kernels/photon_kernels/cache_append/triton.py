@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 
 from photon_kernels._backend import current_device_of, next_power_of_2, with_dense_rows
-from photon_kernels.aot import CompileCase
+from photon_kernels._compile_case import CompileCase
 from photon_kernels.cache_append.naive import Append
 
 # The kernel is unrolled over what it appends: more of them are several launches.

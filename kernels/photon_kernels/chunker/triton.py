@@ -11,9 +11,9 @@ import triton.language as tl
 from torch import Tensor
 
 from photon_kernels._backend import current_device_of, next_power_of_2, with_dense_rows
+from photon_kernels._compile_case import CompileCase
 from photon_kernels._tiles import tuned
 from photon_kernels._triton_math import dot
-from photon_kernels.aot import CompileCase
 
 
 class ChunkerConfig(NamedTuple):

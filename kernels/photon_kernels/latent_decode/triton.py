@@ -19,10 +19,10 @@ from torch import Tensor
 
 from photon_kernels._attention_config import AttentionConfig
 from photon_kernels._backend import current_device_of, next_power_of_2, with_dense_rows
+from photon_kernels._compile_case import CompileCase
 from photon_kernels._decode_tiles import locate_units
 from photon_kernels._tiles import tuned
 from photon_kernels._triton_math import LN_2, LOG2_E, dot
-from photon_kernels.aot import CompileCase
 from photon_kernels.summary_decode.triton import choose_num_splits
 
 

@@ -17,10 +17,10 @@ from torch import Tensor
 
 from photon_kernels._attention_config import choose_attention_config
 from photon_kernels._backend import current_device_of, next_power_of_2, with_dense_rows
+from photon_kernels._compile_case import CompileCase
 from photon_kernels._decode_tiles import attend_ring, locate_units, query_tile
 from photon_kernels._tiles import tuned
 from photon_kernels._triton_math import LOG2_E, attend_tile, finish_softmax
-from photon_kernels.aot import CompileCase
 from photon_kernels.summary_decode.naive import Window
 
 # Enough programs for two on each of an H100's or H200's 132 multiprocessors.

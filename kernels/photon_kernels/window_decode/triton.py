@@ -16,10 +16,10 @@ from torch import Tensor
 
 from photon_kernels._attention_config import choose_attention_config
 from photon_kernels._backend import current_device_of, with_dense_rows
+from photon_kernels._compile_case import CompileCase
 from photon_kernels._decode_tiles import attend_ring, query_tile
 from photon_kernels._tiles import tuned
 from photon_kernels._triton_math import LOG2_E, finish_softmax
-from photon_kernels.aot import CompileCase
 
 
 @triton.jit

@@ -10,10 +10,10 @@ from types import SimpleNamespace
 
 import pytest
 
+from lib import roofline
+from lib.roofline import H200, Device
+from lib.shapes import dense_shape, photon_shape
 from photon_train import accounting
-from photon_train.inference import roofline
-from photon_train.inference.roofline import H200, Device
-from photon_train.pipeline.shapes import dense_shape, photon_shape
 
 TOOL = Path(__file__).resolve().parents[2] / "tools" / "roofline.py"
 

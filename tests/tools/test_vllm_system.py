@@ -11,9 +11,9 @@ import torch
 from tiny import base_config, shake, tokens
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from lib.vllm_system import VllmSystem
 from photon_train import accounting
 from photon_train.errors import PhotonError
-from photon_train.inference.vllm_system import VllmSystem
 
 BLOCKS = 10
 

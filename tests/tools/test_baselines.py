@@ -7,8 +7,7 @@ import torch
 from tiny import base_config, shake, tokens
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from photon_train import accounting
-from photon_train.inference.baselines import (
+from lib.baselines import (
     KINDS,
     available,
     cache_bytes,
@@ -17,6 +16,7 @@ from photon_train.inference.baselines import (
     repeated,
     window_mask,
 )
+from photon_train import accounting
 
 WINDOW, SINKS = 6, 2
 

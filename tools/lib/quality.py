@@ -9,9 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from lib.copying import copy_gain
 from photon_train.data.packing import IGNORED_LABEL, PackedDataset
 from photon_train.errors import PhotonError
-from photon_train.evaluation.copying import copy_gain
 
 Logits = Callable[[torch.Tensor], torch.Tensor]
 # Periods of the repeated text: beyond every local window of a study, at least twice in a sequence of 1024 tokens.

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from lib.systems import System, relative_error
 from photon_train import accounting
 from photon_train.errors import PhotonError
-from photon_train.inference.systems import System, relative_error
 
 LONGEST = 131_072 + 8192  # tokens of a row: the longest prompt of the benchmark and its answer
 MEMORY_SHARE = 0.9  # of the GPU, reserved for weights and cache when it starts

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 from tiny import photon_model
 
+from lib.merge import best_mean_logprob, majority_vote
 from photon_train.errors import PhotonError
 from photon_train.inference.engine import Engine, EngineSettings
-from photon_train.inference.merge import best_mean_logprob, majority_vote
 from photon_train.inference.request import Completion, SamplingParams
 
 

@@ -9,13 +9,13 @@ import pytest
 import torch
 from torch import nn
 
+from lib.copying import copy_gain
+from lib.plots import plot_budget
+from lib.quality import measure_quality, periodic
+from lib.repeats import Repeats
+from lib.study import add_recovered, fit_budgets, markdown_table
 from photon_train.data.packing import PackedDataset
-from photon_train.data.repeats import Repeats
 from photon_train.errors import PhotonError
-from photon_train.evaluation.copying import copy_gain
-from photon_train.evaluation.plots import plot_budget
-from photon_train.evaluation.quality import measure_quality, periodic
-from photon_train.evaluation.study import add_recovered, fit_budgets, markdown_table
 
 VOCABULARY = 50
 

@@ -12,9 +12,9 @@ from abc import ABC, abstractmethod
 import torch
 from transformers import DynamicCache, PreTrainedModel, StoppingCriteria, StoppingCriteriaList
 
+from lib import baselines, roofline
 from photon_train import accounting
 from photon_train.errors import PhotonError
-from photon_train.inference import baselines, roofline
 from photon_train.inference.engine import Engine, EngineSettings
 from photon_train.inference.request import SamplingParams, Sequence
 from photon_train.models import PhotonForCausalLM

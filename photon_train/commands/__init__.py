@@ -1,0 +1,23 @@
+"""The commands: `photon-train NAME`, the recipes and `accelerate launch -m photon_train.commands.NAME` run these."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from photon_train.errors import PhotonError
+
+
+@contextmanager
+def requires(extra: str) -> Iterator[None]:
+    """Imports in this block need the packages of an extra of ours (`train`, `serve`, ...).
+
+    Raises:
+        PhotonError: naming the package that is missing, and the extra that installs it.
+    """
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        if (error.name or "photon_train").split(".")[0] in ("photon_train", "photon_kernels"):
+            raise
+        raise PhotonError(f"{error.name} is not installed: pip install 'photon-train[{extra}]'") from error

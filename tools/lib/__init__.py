@@ -1,0 +1,1 @@
+"""What the studies and benchmarks beside this folder share; the library imports none of it."""
