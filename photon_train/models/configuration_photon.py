@@ -46,7 +46,7 @@ class PhotonConfig(PretrainedConfig):
     model_type = "photon"
 
     def __new__(cls, base_model_type: str = "llama", **kwargs: Any) -> PhotonConfig:
-        return super().__new__(_for_family(base_model_type))
+        return super().__new__(photon_config_class(base_model_type))
 
     def __init__(
         self,
@@ -164,7 +164,8 @@ class PhotonConfig(PretrainedConfig):
 
 
 @functools.cache
-def _for_family(base_model_type: str) -> type[PhotonConfig]:
+def photon_config_class(base_model_type: str) -> type[PhotonConfig]:
+    """`PhotonConfig` for a family: a subclass of the family's configuration."""
     base = config_class(base_model_type)
     members = {"__init__": PhotonConfig.__init__, "__module__": __name__, "model_type": PhotonConfig.model_type}
     # The name is what a saved configuration refers to; the family's other code looks for its own class by this one.
@@ -172,4 +173,4 @@ def _for_family(base_model_type: str) -> type[PhotonConfig]:
 
 
 def _restore(base_model_type: str) -> PhotonConfig:
-    return object.__new__(_for_family(base_model_type))
+    return object.__new__(photon_config_class(base_model_type))
