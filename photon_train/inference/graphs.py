@@ -1,8 +1,8 @@
 """Decoding at fixed shapes, on a GPU replayed as CUDA graphs.
 
-A call is made for a number of rows rounded up to a bucket; the last row is repeated, which computes and stores the same
-thing twice. Its first run at a bucket is eager (it compiles kernels and finds algorithms), the second is captured, later
-ones are replayed: a launch per call in place of one per operation.
+A call is made for a number of rows rounded up to a bucket; the last row is repeated, which computes and stores the
+same thing twice. Its first run at a bucket is eager (it compiles kernels and finds algorithms), the second is captured,
+later ones are replayed: a launch per call in place of one per operation.
 """
 
 from __future__ import annotations

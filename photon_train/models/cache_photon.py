@@ -355,8 +355,8 @@ class PhotonCache(RowCache):
         """Take the latest tokens of every row back, given as a negative number (as in transformers' caches).
 
         Raises:
-            ValueError: for a positive number, more tokens than a row has, and where windowed layers have overwritten what
-                the shorter sequence sees. A cache made with `rollback` takes that many tokens back at any length.
+            ValueError: for a positive number, more tokens than a row has, and where windowed layers have overwritten
+                what the shorter sequence sees. A cache made with `rollback` takes that many back at any length.
         """
         if tokens_to_remove > 0:
             raise ValueError(f"crop({tokens_to_remove}): give the tokens to take back as a negative number")

@@ -1,4 +1,4 @@
-"""The model against a brute-force float64 reference that shares no code with it, and its operations against a softmax."""
+"""The model against a brute-force float64 reference that shares no code with it; its operations against a softmax."""
 
 from __future__ import annotations
 

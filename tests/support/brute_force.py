@@ -2,8 +2,8 @@
 
 Every attention layer has a sliding window of W tokens and a few sinks; a memory layer also reads, inside the same
 softmax, the tokens under the units of S tokens that lie wholly outside the window. A unit's S keys (their rotation
-undone) and values are packed into a latent by the chunker and unpacked by the converter, and far keys meet the query with
-its rotation undone. Window and units cover every earlier token once: the window reaches back to a multiple of S.
+undone) and values are packed into a latent by the chunker and unpacked by the converter, and far keys meet the query
+with its rotation undone. Window and units cover every earlier token once: the window reaches back to a multiple of S.
 """
 
 from __future__ import annotations
