@@ -2,15 +2,31 @@
 
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
+from .cache_hierarchical import HierarchicalCache
 from .cache_photon import PhotonCache
+from .configuration_hierarchical import HierarchicalConfig
 from .configuration_photon import PhotonConfig
+from .modeling_hierarchical import HierarchicalForCausalLM, HierarchicalModel
 from .modeling_photon import PhotonForCausalLM, PhotonModel
 
-AutoConfig.register("photon", PhotonConfig, exist_ok=True)
-AutoModel.register(PhotonConfig, PhotonModel, exist_ok=True)
-AutoModelForCausalLM.register(PhotonConfig, PhotonForCausalLM, exist_ok=True)
-PhotonConfig.register_for_auto_class()
-PhotonModel.register_for_auto_class("AutoModel")
-PhotonForCausalLM.register_for_auto_class("AutoModelForCausalLM")
+for _config, _model, _causal_lm in (
+    (PhotonConfig, PhotonModel, PhotonForCausalLM),
+    (HierarchicalConfig, HierarchicalModel, HierarchicalForCausalLM),
+):
+    AutoConfig.register(_config.model_type, _config, exist_ok=True)
+    AutoModel.register(_config, _model, exist_ok=True)
+    AutoModelForCausalLM.register(_config, _causal_lm, exist_ok=True)
+    _config.register_for_auto_class()
+    _model.register_for_auto_class("AutoModel")
+    _causal_lm.register_for_auto_class("AutoModelForCausalLM")
 
-__all__ = ["PhotonCache", "PhotonConfig", "PhotonForCausalLM", "PhotonModel"]
+__all__ = [
+    "HierarchicalCache",
+    "HierarchicalConfig",
+    "HierarchicalForCausalLM",
+    "HierarchicalModel",
+    "PhotonCache",
+    "PhotonConfig",
+    "PhotonForCausalLM",
+    "PhotonModel",
+]
