@@ -63,7 +63,7 @@ class HierarchicalCache(RowCache):
     def allocate(
         self, rows: int, heads: int, head_dim: int, like: torch.Tensor, states: torch.Tensor | None = None
     ) -> None:
-        """Make `rows` empty rows, keys and values with the type of `like`, buffers with that of `states` (or `like`)."""
+        """Make `rows` empty rows; keys and values have the type of `like`, buffers that of `states` (or `like`)."""
         super().allocate(rows, heads, head_dim, like)
         states, size = like if states is None else states, self.config.hidden_size
         self.open = [states.new_zeros(rows, level["chunk_size"], size) for level in self.config.levels]

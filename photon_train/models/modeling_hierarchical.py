@@ -299,7 +299,7 @@ class HierarchicalForCausalLM(HierarchicalPreTrainedModel, GenerationMixin):
     ) -> None:
         if generation_config.cache_implementation is not None:
             raise ValueError(
-                f"PHOTON has a cache of its own: leave cache_implementation={generation_config.cache_implementation!r} out"
+                f"cache_implementation={generation_config.cache_implementation!r}: PHOTON has its own, leave it out"
             )
         if model_kwargs.get("past_key_values") is None and generation_config.use_cache is not False:
             model_kwargs["past_key_values"] = self.new_cache()
