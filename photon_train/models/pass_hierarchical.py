@@ -42,9 +42,8 @@ class HierarchicalPass:
         self.model, self.config, self.levels, self.cache = model, model.config, model.levels, cache
         self.rows, self.batch = rows, len(past)
         self.has_past = any(past)
-        self.single = (
-            cache is not None and max(new) == 1 and all(had or not more for had, more in zip(past, new, strict=True))
-        )
+        begins = any(more and not had for had, more in zip(past, new, strict=True))
+        self.single = cache is not None and max(new) == 1 and not begins
         self.plans = self._plan(torch.tensor(past), torch.tensor(new))
         self.consistency: torch.Tensor | None = None
 
@@ -168,7 +167,7 @@ class HierarchicalPass:
         return self._take(torch.cat([start, states], dim=1), taken)
 
     def _convert(self, index: int, conditions: torch.Tensor) -> torch.Tensor | None:
-        """Slots of the new groups of a level, ``[m, G, R, d]``, from ``conditions [m, G, d]``; None if there are none."""
+        """Slots of the new groups of a level, ``[m, G, R, d]``, of ``conditions [m, G, d]``; None if there are none."""
         plan = self.plans[index]
         if not len(plan.closing):
             return None
@@ -190,9 +189,8 @@ class HierarchicalPass:
             new = self._elements(plan.elements, plan.rows, bool(plan.element.any()))
             return self._run_decoder(index, hidden, new)
         # At fixed shapes every element names its row.
-        rows = (
-            self._store_rows(plan.row_of_element) if self.cache.run is None else self._cache_rows(plan.row_of_element)
-        )
+        find_rows = self._store_rows if self.cache.run is None else self._cache_rows
+        rows = find_rows(plan.row_of_element)
         element = self._send(plan.elements.index[:, 0])
         return self._run(self._feed, index, rows, element, hidden[:, 0])[:, None]
 

@@ -1,7 +1,7 @@
 """What is new at one level of the hierarchical model in a pass: pure index arithmetic, on the host.
 
-All indices are made on the CPU from the rows' lengths, and say where each piece comes from in a table of states: so rows
-of any lengths and phases are computed together. Entry -1 of a table is a row of zeros, which fills what is not there.
+All indices are made on the CPU from the rows' lengths, and say where each piece comes from in a table of states: so
+rows of any lengths and phases are computed together. Index -1 stands for zeros, which fill what is not there.
 """
 
 from __future__ import annotations
@@ -33,7 +33,17 @@ class LevelPlan:
         num_units, num_groups: Most of a row, U and G.
     """
 
-    def __init__(self, stream: SlotStream, span: int, rows, past, stop, num_children: int, single: bool, least: int):
+    def __init__(
+        self,
+        stream: SlotStream,
+        span: int,
+        rows: torch.Tensor,
+        past: torch.Tensor,
+        stop: torch.Tensor,
+        num_children: int,
+        single: bool,
+        least: int,
+    ) -> None:
         self.stream, self.rows, self.single, self.num_children = stream, rows, single, num_children
         under = span * stream.chunk_size
         self.child, self.child_stop = past // span, stop // span
@@ -66,7 +76,7 @@ class LevelPlan:
         return Elements.between(self.unit[self.closing], self.unit_stop[self.closing], self.num_units)
 
     def chunks(self) -> torch.Tensor:
-        """Children of the new units, ``[m, U, C]``, in a table of open ones ``[m, C]`` (if any), then new ``[n, K]``."""
+        """Children of the new units, ``[m, U, C]``: of a table of open ones ``[m, C]`` (if any), then new ``[n, K]``."""
         size, closing = self.stream.chunk_size, self.closing[:, None, None]
         child = self.units.index[:, :, None] * size + torch.arange(size)
         child, first = child.expand(len(closing), -1, -1), self.child[closing]
@@ -78,7 +88,7 @@ class LevelPlan:
         return taken if self.units.valid is None else taken.masked_fill(~self.units.valid[:, :, None], -1)
 
     def kept(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """New children that may stay in the open chunk: which of the n rows, slot, and where in the table ``[n, K]``."""
+        """New children that may stay in the open chunk: which of the n rows, slot, index in the table ``[n, K]``."""
         child = self.child[:, None] + torch.arange(self.num_children)
         stop = self.child_stop[:, None]
         row, column = ((child < stop) & (child >= stop - self.stream.chunk_size)).nonzero(as_tuple=True)
@@ -123,7 +133,7 @@ class LevelPlan:
         return self.rows.repeat_interleave(self.element_stop - self.element)
 
     def sequence(self) -> torch.Tensor:
-        """The new elements, as `elements` lays them out, in a table of new slots ``[m, G, R]``, then children ``[n, K]``."""
+        """The new elements, as `elements` has them: of a table of new slots ``[m, G, R]``, then children ``[n, K]``."""
         stream, by_row, n, m = self.stream, self._elements_by_row, len(self.rows), len(self.closing)
         group, inside = by_row.index // stream.period, by_row.index % stream.period
         opens = torch.zeros(n, dtype=torch.long)
