@@ -76,7 +76,7 @@ class LevelPlan:
         return Elements.between(self.unit[self.closing], self.unit_stop[self.closing], self.num_units)
 
     def chunks(self) -> torch.Tensor:
-        """Children of the new units, ``[m, U, C]``: of a table of open ones ``[m, C]`` (if any), then new ``[n, K]``."""
+        """Children of the new units, ``[m, U, C]``: of a table of open ones ``[m, C]``, if any, then new ``[n, K]``."""
         size, closing = self.stream.chunk_size, self.closing[:, None, None]
         child = self.units.index[:, :, None] * size + torch.arange(size)
         child, first = child.expand(len(closing), -1, -1), self.child[closing]

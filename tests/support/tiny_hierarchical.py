@@ -62,7 +62,7 @@ HIERARCHIES: dict[str, dict[str, Any]] = {
 
 def hierarchical_config(name: str, model_type: str = "llama", **changes: Any) -> HierarchicalConfig:
     """The configuration `name` of `HIERARCHIES` on a tiny dense family."""
-    return HierarchicalConfig(base_config=base_config(model_type), **{**HIERARCHIES[name], **changes})
+    return HierarchicalConfig(**{"base_config": base_config(model_type), **HIERARCHIES[name], **changes})
 
 
 def shake(model: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
