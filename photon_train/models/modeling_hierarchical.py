@@ -63,6 +63,12 @@ class HierarchicalPreTrainedModel(PreTrainedModel):
             )
         return ATTENTION_NAME
 
+    def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
+        """As in transformers, which names in ``auto_map`` only the class that is saved: the base model is added."""
+        known = getattr(self.config, "auto_map", None) or {}
+        self.config.auto_map = {**known, "AutoModel": f"{__name__.split('.')[-1]}.HierarchicalModel"}
+        super().save_pretrained(*args, **kwargs)
+
     def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> nn.Embedding:
         """As in transformers; the dense family's configuration, which sets the size at loading, is changed too."""
         embeddings = super().resize_token_embeddings(*args, **kwargs)
@@ -243,6 +249,16 @@ class HierarchicalForCausalLM(HierarchicalPreTrainedModel, GenerationMixin):
         """Names of the modules that a conversion adds, for peft's `modules_to_save`."""
         new = (Chunker, Converter, StartState, InputScale)
         return [name for name, module in self.named_modules() if isinstance(module, new)]
+
+    @property
+    def backend(self) -> str:
+        """How one token per row is computed: ``torch`` or ``triton``."""
+        return self.model.backend
+
+    @property
+    def protocol(self) -> str:
+        """What new caches feed upward: ``hiergen`` or ``recgen``."""
+        return self.model.protocol
 
     def set_backend(self, backend: str) -> None:
         """Choose how one token per row is computed: ``torch`` or ``triton``.
