@@ -121,9 +121,7 @@ def align_rows(
 
 
 def _check_positions(position_ids, index, valid, order) -> None:
-    given = position_ids
-    if order is not None:
-        given = given.expand(order.shape[0], -1).gather(1, order)
+    given = position_ids if order is None else position_ids.expand(len(order), -1).gather(1, order)
     shift = given - index
     wrong = shift != shift[:, :1]
     if valid is not None:

@@ -23,10 +23,10 @@ class FullSegment:
 
     Args:
         store: Holds the past; None: there is none, and nothing is kept.
-        count: Elements of the longest row once this segment is stored, on the host.
+        count: Elements of the longest row once this segment is stored, on the host; None: the store knows.
     """
 
-    def __init__(self, new: NewElements, store: GrowingStore | None = None, count: int = 0) -> None:
+    def __init__(self, new: NewElements, store: GrowingStore | None = None, count: int | None = 0) -> None:
         self.new, self.index, self.length = new, new.index, new.length
         self.store, self.count = store, count
         if store is not None:
