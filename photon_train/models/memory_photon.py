@@ -23,6 +23,10 @@ from .cache_photon import KeyValue
 from .configuration_photon import PhotonConfig
 
 
+class UnitMap(nn.Linear):
+    """A linear map of the numbers under a unit to its latent, or to a part of it."""
+
+
 class LatentMap(nn.Linear):
     """A linear map of latents that decoding applies to queries and sums instead.
 
@@ -40,7 +44,7 @@ class Chunker(nn.Module):
     def __init__(self, chunk_size: int, width: int, num_parts: int) -> None:
         super().__init__()
         size = width // num_parts
-        self.parts = nn.ModuleList(nn.Linear(chunk_size * size, size, bias=False) for _ in range(num_parts))
+        self.parts = nn.ModuleList(UnitMap(chunk_size * size, size, bias=False) for _ in range(num_parts))
 
     def forward(self, states: torch.Tensor) -> torch.Tensor:
         """``[B, U, S, width] -> [B, U, width]``."""
@@ -165,15 +169,15 @@ class LayerMemory(nn.Module):
 
 
 def initialize(module: nn.Module) -> bool:
-    """Give the parameters of a memory module their starting values (a mean, copies); False if it is none."""
-    if isinstance(module, Chunker):
-        for part in module.parts:
-            size, count = part.out_features, part.in_features // part.out_features
-            init.copy_(part.weight, torch.eye(size, device=part.weight.device).repeat(1, count) / count)
-    elif isinstance(module, Converter):
-        for part in module.parts:
-            init.copy_(part.weight, torch.eye(part.in_features, device=part.weight.device).repeat(module.chunk_size, 1))
-            init.zeros_(part.bias)
+    """Give the parameters of a memory's map their starting values (a mean, copies); False if it is none."""
+    # Asked of the maps, not of what holds them: transformers skips modules without parameters of their own.
+    if isinstance(module, UnitMap):
+        size, count = module.out_features, module.in_features // module.out_features
+        init.copy_(module.weight, torch.eye(size, device=module.weight.device).repeat(1, count) / count)
+    elif isinstance(module, LatentMap):
+        size, count = module.in_features, module.out_features // module.in_features
+        init.copy_(module.weight, torch.eye(size, device=module.weight.device).repeat(count, 1))
+        init.zeros_(module.bias)
     else:
         return False
     return True
