@@ -75,7 +75,8 @@ def validate_export(
         raise PhotonError(f"{directory}: the weights do not fit config.json ({', '.join(problems)}): export again")
     model = model.to(device).eval()
     generator = torch.Generator().manual_seed(seed)
-    tokens = torch.randint(config.vocab_size, (2, (config.window or 0) + 3 * costs_of(config).unit + 3), generator=generator)
+    length = (config.window or 0) + 3 * costs_of(config).unit + 3
+    tokens = torch.randint(config.vocab_size, (2, length), generator=generator)
     logits = _logits(model, tokens)
     if not bool(logits.isfinite().all()):
         raise PhotonError(f"{directory}: the exported model's logits are not finite: set export.dtype to a wider type")

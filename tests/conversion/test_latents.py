@@ -61,8 +61,8 @@ def projections(model: PhotonForCausalLM, layer: int, batch: torch.Tensor) -> di
 class Problem:
     """The fit of one layer: units, and what an error in their keys and values costs.
 
-    A far key meets queries at all distances from the window to the text's end: its error is that of the scores, averaged
-    over queries and distances. A value's error is that of the layer's output. Each is taken relative to its variance.
+    A far key meets queries at all distances from the window to the text's end: its error is that of the scores, over
+    queries and distances. A value's error is that of the layer's output. Each is taken relative to its variance.
     """
 
     def __init__(self, model: PhotonForCausalLM, layer: int, batches: list[torch.Tensor]) -> None:

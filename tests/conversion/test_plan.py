@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 from rich.console import Console
-from tiny_dense import dense_config, save_dense
+from tiny_dense import dense_config
 
 from photon_train.config import PRESETS, RunConfig
 from photon_train.conversion.operators import OPERATORS
