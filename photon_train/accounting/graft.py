@@ -16,11 +16,10 @@ class Graft:
         num_layers: Decoder layers.
         layer_positions: Positions that go through a decoder layer per token.
         widest: Positions per token of the stack that has the most.
-        scales_states: Whether trained (fp32) scales multiply the residual stream.
         inputs: Copies of the embeddings that autograd keeps.
     """
 
-    scales_states, inputs = False, 1
+    inputs = 1
 
     def __init__(self, config: Any) -> None:
         self.config, self.dense, self.shape, self.unit = config, config, Shape.of(config), config.chunk_size

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping
 from typing import Any
 
 from photon_train.accounting.shape import Shape
@@ -12,93 +10,66 @@ from photon_train.accounting.shape import Shape
 class Hierarchical:
     """Closed formulas for a configuration with the attributes of `HierarchicalConfig`; attributes as in `Graft`."""
 
-    scales_states, inputs = True, 2  # the hierarchy reads the embeddings too, padded to whole top units
+    inputs = 2  # the hierarchy reads the embeddings too, padded to whole top units
     memory_states = (0, 0.0)
 
     def __init__(self, config: Any) -> None:
         self.config, self.dense, self.shape = config, config.base_config, Shape.of(config.base_config)
         self.unit = config.top_span
-        levels, first = config.levels, config.levels[0]
-        self.num_layers = sum(level["encoder_layers"] + level["decoder_layers"] for level in levels)
-        self._stream = config.layout == "stream"
-        # Levels (from 0) whose decoder reads isolated groups of R slots and C - 1 units.
-        self._isolated: list[tuple[int, Mapping[str, Any]]] = [
-            (index, level)
-            for index, level in enumerate(levels)
-            if level["decoder_layers"] and (index or not self._stream)
-        ]
-        positions = sum(level["encoder_layers"] / config.span(index + 1) for index, level in enumerate(levels))
-        self.widest = max(1 / config.span(index + 1) for index in range(len(levels)))
-        for index, level in self._isolated:
-            group = (level["num_slots"] + level["chunk_size"] - 1) / config.span(index + 1)
-            positions += level["decoder_layers"] * group
-            self.widest = max(self.widest, group)
-        # Slots are positions of the stream.
-        self._stream_positions = 1 + first["num_slots"] / first["chunk_size"]
-        if self._stream:
-            positions += first["decoder_layers"] * self._stream_positions
-            self.widest = max(self.widest, self._stream_positions)
-        self.layer_positions = positions
+        self.num_layers = sum(level["encoder_layers"] + level["decoder_layers"] for level in config.levels)
+        # Per level: positions per token of an encoder layer and of a decoder layer.
+        self._units = [1 / config.span(index + 1) for index in range(len(config.levels))]
+        self._decoders = [config.slot_stream(index) for index in range(len(config.levels))]
+        groups = [stream.period * rate for stream, rate in zip(self._decoders, self._units, strict=True)]
+        self.widest = max(*self._units, *groups)
+        self.layer_positions = sum(
+            level["encoder_layers"] * units + level["decoder_layers"] * group
+            for level, units, group in zip(config.levels, self._units, groups, strict=True)
+        )
 
     @property
     def new_parameters(self) -> int:
         """Parameters of chunkers, converters and their scales, input scales and the start state."""
-        hidden, total = self.shape.hidden, self.shape.hidden
-        for level in self.config.levels:
-            total += (level["chunk_size"] + level["num_slots"]) * hidden**2 + 2 + int(level["decoder_layers"] > 0)
-        return total
+        hidden = self.shape.hidden
+        sizes = [(level["chunk_size"] + level["num_slots"]) * hidden**2 + 3 for level in self.config.levels]
+        return hidden + sum(sizes)
 
     @property
     def growing_per_token(self) -> float:
         """Elements that a token adds to the cache, on average."""
-        unbounded = (
-            level["encoder_layers"] / self.config.span(index + 1)
-            for index, level in enumerate(self.config.levels)
+        return self.shape.kv * sum(
+            level["encoder_layers"] * units
+            for level, units in zip(self.config.levels, self._units, strict=True)
             if level["encoder_window"] is None
         )
-        return self.shape.kv * sum(unbounded)
-
-    def _ring(self) -> int:
-        """Elements of a layer of the token stream: sinks, window, and the slots of the window's chunks."""
-        first = self.config.levels[0]
-        slots = first["num_slots"] * math.ceil(self.config.window / first["chunk_size"])
-        return self.config.num_sinks + self.config.window + slots
 
     def cache(self, tokens: int) -> tuple[int, int]:
-        """Elements of the cache for one sequence of `tokens`: those that grow with the text, and the others.
+        """Elements of `HierarchicalCache` for one sequence of `tokens`: those that grow with the text, and the others.
 
         With S_l tokens under a level-l unit, an unbounded encoder layer of level l holds floor(tokens / S_l) keys and
-        values. Constant are encoders with a window, the token stream's layers, isolated decoders (R + C - 1), and the
-        states of open chunks and slots.
+        values. Constant are encoders with a window, decoders, and the states of open chunks.
         """
         growing = constant = buffers = 0
-        for index, level in enumerate(self.config.levels):
-            units, window = tokens // self.config.span(index + 1), level["encoder_window"]
+        for index, (level, stream) in enumerate(zip(self.config.levels, self._decoders, strict=True)):
+            window = level["encoder_window"]
             if window is None:
-                growing += level["encoder_layers"] * units
+                growing += level["encoder_layers"] * (tokens // self.config.span(index + 1))
             else:
                 constant += level["encoder_layers"] * window
-            buffers += level["chunk_size"] + level["num_slots"]
-        constant += sum(
-            level["decoder_layers"] * (level["num_slots"] + level["chunk_size"] - 1) for _, level in self._isolated
-        )
-        if self._stream:
-            constant += self.config.levels[0]["decoder_layers"] * self._ring()
+            constant += level["decoder_layers"] * (stream.num_sinks + stream.ring_size)
+            buffers += level["chunk_size"]
         return growing * self.shape.kv, constant * self.shape.kv + buffers * self.shape.hidden
 
     def flops(self, context: int) -> float:
         """Forward FLOPs of the token after `context` tokens, the work at unit rate spread over the tokens of a unit."""
-        config, shape, keys = self.config, self.shape, 0.0
+        shape, keys = self.shape, 0.0
         weights = self.layer_positions * shape.layer_matrices + shape.vocab * shape.hidden
-        for index, level in enumerate(config.levels):
-            span, window = config.span(index + 1), level["encoder_window"]
-            weights += (level["chunk_size"] + level["num_slots"]) * shape.hidden**2 / span
-            seen = context // span if window is None else min(context // span, window)
-            keys += level["encoder_layers"] * seen / span
-        for index, level in self._isolated:
-            group = level["num_slots"] + level["chunk_size"] - 1
-            keys += level["decoder_layers"] * group * (group + 1) / 2 / config.span(index + 1)
-        if self._stream:
-            near = config.levels[0]["decoder_layers"] * min(context, self._ring())
-            keys += self._stream_positions * near
+        for level, stream, units in zip(self.config.levels, self._decoders, self._units, strict=True):
+            weights += (level["chunk_size"] + level["num_slots"]) * shape.hidden**2 * units
+            seen, window = int(context * units), level["encoder_window"]
+            keys += level["encoder_layers"] * units * (seen if window is None else min(seen, window))
+            # Of isolated groups an element sees the half before it, of a stream its window.
+            elements = int(context * units * stream.period)
+            near = (stream.period + 1) / 2 if stream.isolated else min(elements, stream.num_sinks + stream.reach + 1)
+            keys += level["decoder_layers"] * units * stream.period * near
         return shape.flops(weights, keys)

@@ -94,6 +94,11 @@ class TrainingSetup:
         """Bytes of what a linear layer puts out."""
         return self.frozen_bytes if self.precision == "no" else 2
 
+    @property
+    def stream_bytes(self) -> int:
+        """Bytes of a residual stream's element: it has the embedding's type, which is fp32 where that is trained."""
+        return 4 if self.autocast and not self.rank else self.frozen_bytes
+
 
 @dataclass(frozen=True)
 class TrainingMemory:
@@ -126,13 +131,6 @@ class TrainingMemory:
         return self.weights + self.optimizer + self.buffers + max(backward, self.gradients + self.step)
 
 
-def _stream_bytes(costs: Any, setup: TrainingSetup) -> int:
-    """Bytes of a residual stream's element: under autocast that of the embedding, or fp32 where fp32 scales meet it."""
-    if setup.autocast and (costs.scales_states or not setup.rank):
-        return 4
-    return setup.frozen_bytes
-
-
 def _layer_bytes(costs: Any, setup: TrainingSetup) -> float:
     """Bytes that autograd keeps of a decoder layer per position.
 
@@ -140,7 +138,7 @@ def _layer_bytes(costs: Any, setup: TrainingSetup) -> float:
     attention's output and log-sum-exp; three inner states of the MLP and their product. Without autocast adapters share
     one input; under autocast each keeps a cast of its own.
     """
-    shape, targets, stream = costs.shape, set(setup.target_modules), _stream_bytes(costs, setup)
+    shape, targets, stream = costs.shape, set(setup.target_modules), setup.stream_bytes
     if not setup.rank:
         targets = set(shape.linears)
     inner, queries, keys = shape.linears["up_proj"][0], shape.linears["q_proj"][0], shape.kv // 2
@@ -178,7 +176,7 @@ def activation_bytes(photon: Any, setup: TrainingSetup) -> int:
     the larger of the vocabulary's loss over one chunk and of the topmost layer's backward pass (recomputed first).
     """
     costs, tokens = costs_of(photon), setup.tokens
-    shape, stream, compute = costs.shape, _stream_bytes(costs, setup), setup.compute_bytes
+    shape, stream, compute = costs.shape, setup.stream_bytes, setup.compute_bytes
     hidden, inner = shape.hidden, shape.linears["up_proj"][0]
     # What the first layers read, the final norm's fp32 input and its output.
     kept = tokens * hidden * (costs.inputs * stream + 4 + (compute if setup.autocast else 0))

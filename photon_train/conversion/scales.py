@@ -49,14 +49,10 @@ def calibrate(model: Any, batches: Iterable[torch.Tensor]) -> dict[str, float]:
         measure = partial(_watch_chunker, level.chunker, model.config.span(index + 1))
         scales[f"model.levels.{index}.chunker.scale"] = _rescale(model, batches, level.chunker.scale, measure, index)
     for index in reversed(range(len(levels))):
-        decoder, slots = levels[index].decoder, levels[index].converter
-        if decoder is None:
-            continue
-        measure = partial(
-            _watch_decoder, decoder.input_scale, model.config.span(index), slots, model.config.span(index + 1)
-        )
+        scale, slots = levels[index].decoder.input_scale, levels[index].converter
+        measure = partial(_watch_decoder, scale, model.config.span(index), slots, model.config.span(index + 1))
         name = f"model.levels.{index}.decoder.input_scale.weight"
-        scales[name] = _rescale(model, batches, decoder.input_scale.weight, measure, index)
+        scales[name] = _rescale(model, batches, scale.weight, measure, index)
     model.train(was_training)
     return scales
 
@@ -73,7 +69,7 @@ def _rescale(
     for batch in batches:
         handles = measure(norms, batch.shape[1])
         try:
-            model.model(model.model.embed_tokens(batch))
+            model.model(batch, use_cache=False)
         finally:
             for handle in handles:
                 handle.remove()
