@@ -8,10 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-PRESETS = ("graft", "hourglass", "split", "paper")
-CONDITIONINGS = ("slots", "residual", "memory")
-LAYOUTS = ("stream", "block")
-MEMORY_POOLINGS = ("mean", "linear", "latent")
+PRESETS = ("graft", "split", "paper")
 
 
 @dataclass
@@ -36,50 +33,34 @@ class LevelOverrides:
 
 @dataclass
 class PhotonSettings:
-    """The hierarchy. Unset fields take the preset's choice.
+    """The window, and what stands in for what lies outside it. Unset fields take the preset's choice.
 
     Attributes:
-        num_levels: Levels above the tokens.
-        levels: Settings per level, from the lowest up.
-        layout: Token decoder: `stream` (sliding window over the tokens) or `block` (isolated chunks).
-        conditioning: How the hierarchy reaches the tokens: `slots`, `residual` or `memory`.
-        window: Tokens that the stream decoder looks back on; at least the span of the top unit.
-        num_sinks: First tokens of each sequence that stay visible beside the window.
-        branch_layer: Token-decoder layers below the point where the hierarchy reads and writes.
-        memory_layers: Token-decoder layers that also attend to completed units (`memory`).
-        choose_layers: How `memory_layers` are chosen where they are unset: `preset` (by their number alone), or
-            `probe`: where far attention is missed most by the dense model on the run's own text. Unset probes where
-            the preset keeps every dense layer and the sequences are longer than the window.
-        num_memory_layers: Memory layers to choose; unset takes as many as the preset.
-        memory_level: Level (1 is the lowest) whose units the memory layers attend to.
-        memory_pooling: How a unit's key and value are made of its tokens': `mean`, `linear` (a matrix per place), or
-            `latent`: packed, and unpacked to a key and value per token where they are read.
-        memory_latents: With `latent`, how many latents a unit has: so many groups of consecutive memory layers share
-            one (made by the group's first layer); unset gives each memory layer its own.
-        memory_latent_parts: With `latent`, 1 packs keys and values together, 2 apart: half the arithmetic of reading
-            and half the parameters; unset takes 2 where a token's keys and values are more than 4,096 numbers.
-        full_attention_layers: Token-decoder layers kept at full attention (growing KV each).
-        unit_positions: Rotary positions of units: `index`, or `scaled` by the tokens under a unit.
-        calibrate: Set the scales of new paths from norms measured on text at conversion.
+        window: Tokens that a windowed layer looks back on (`graft`, and the token stream of `split`).
+        num_sinks: First tokens of each sequence that stay visible beside the window (`graft`, `split`).
+        chunk_size: `graft`: tokens under one memory unit.
+        memory_layers: `graft`: layers that also read the units outside the window.
+        choose_layers: `graft`: how `memory_layers` are chosen where they are unset: `preset` (by their number alone),
+            or `probe`: where far attention is missed most by the dense model on the run's own text. Unset probes where
+            the sequences are longer than the window.
+        num_memory_layers: `graft`: memory layers to choose; unset takes an eighth of all layers.
+        memory_parts: `graft`: 1 packs keys and values together, 2 apart: half the arithmetic of reading and half the
+            parameters; unset takes 2 where a token's keys and values are more than 4,096 numbers.
+        full_attention_layers: `graft`: layers kept at full attention (growing KV each).
+        num_levels: `split` and `paper`: levels above the tokens.
+        levels: `split` and `paper`: settings per level, from the lowest up.
     """
 
-    num_levels: int | None = None
-    levels: list[LevelOverrides] = field(default_factory=list)
-    layout: str | None = None
-    conditioning: str | None = None
     window: int | None = None
     num_sinks: int | None = None
-    branch_layer: int | None = None
+    chunk_size: int | None = None
     memory_layers: list[int] | None = None
     choose_layers: str | None = None
     num_memory_layers: int | None = None
-    memory_level: int | None = None
-    memory_pooling: str | None = None
-    memory_latents: int | None = None
-    memory_latent_parts: int | None = None
+    memory_parts: int | None = None
     full_attention_layers: list[int] = field(default_factory=list)
-    unit_positions: str = "index"
-    calibrate: bool = True
+    num_levels: int | None = None
+    levels: list[LevelOverrides] = field(default_factory=list)
 
 
 @dataclass
@@ -111,8 +92,8 @@ class DataSettings:
         hub_split: Split of a hub data set.
         held_out_fraction: Share of the documents (chosen by a hash of their name) kept for evaluation.
         max_documents: Read at most this many documents; unset reads all.
-        align_documents: Start every document on a boundary of the top unit, so that no chunk holds
-            the end of one document and the start of the next.
+        align_documents: Start every document where a unit begins, so that no unit holds the end of one document and
+            the start of the next.
         num_workers: Processes that tokenise with `stream`; 0 tokenises in the main one.
     """
 
@@ -139,14 +120,10 @@ class TrainSettings:
         batch_size: Sequences per process and micro-step.
         gradient_accumulation_steps: Micro-steps per optimiser step.
         learning_rate: Peak learning rate of the LoRA parameters.
-        new_modules_learning_rate: Peak learning rate of the modules trained in full. A latent memory starts from fitted
+        new_modules_learning_rate: Peak learning rate of the modules trained in full. A memory starts from fitted
             matrices, which a high rate destroys; the wider the model, the lower.
         weight_decay: AdamW weight decay (matrices only).
         warmup_steps: Linear warm-up steps; a cosine to 10% follows.
-        freeze_base_steps: Steps at the start in which the new modules learn alone; the rest of the model then begins
-            with a warm-up of its own.
-        window_anneal_steps: Steps over which the token window shrinks from nearly `seq_len` to its final size, halving
-            each time; evaluations use the final one throughout. Memory is that of the widest window. 0 does not anneal.
         max_grad_norm: Gradient clipping by global norm.
         spike_sigma: Skip a step whose loss or gradient norm lies this many standard deviations above the mean of the
             steps before it; 0 skips only what is not finite.
@@ -174,8 +151,6 @@ class TrainSettings:
     new_modules_learning_rate: float = 1e-4
     weight_decay: float = 0.0
     warmup_steps: int = 20
-    freeze_base_steps: int = 0
-    window_anneal_steps: int = 0
     max_grad_norm: float = 1.0
     spike_sigma: float = 6.0
     spike_window: int = 128
@@ -302,7 +277,7 @@ class RunConfig:
         model: Dense checkpoint: a directory or a hub id; unset pretrains the small demo model.
         data: Text: a file, a directory, JSONL, Parquet or a hub id; unset reads the Python standard library.
         output: Directory that the run writes; it must be empty or belong to the same run (`--resume`).
-        preset: Conversion preset: `graft`, `hourglass`, `split` or `paper`.
+        preset: Conversion preset: `graft`, `split` or `paper`.
         dry_run: Print the plan and the estimate, write nothing.
         resume: Go on from the newest complete checkpoint in `output`; starts anew where there is nothing yet, so a
             command that has it can be repeated as it is after a kill.

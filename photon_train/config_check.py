@@ -4,17 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
-from photon_train.config import CONDITIONINGS, LAYOUTS, MEMORY_POOLINGS, PRESETS, RunConfig
+from photon_train.config import PRESETS, RunConfig
 from photon_train.errors import PhotonError
 from photon_train.files import parse_size
 
 _CHOICES: dict[str, tuple[str, ...]] = {
     "preset": PRESETS,
-    "photon.layout": LAYOUTS,
-    "photon.conditioning": CONDITIONINGS,
     "photon.choose_layers": ("preset", "probe"),
-    "photon.memory_pooling": MEMORY_POOLINGS,
-    "photon.unit_positions": ("index", "scaled"),
     "train.mixed_precision": ("auto", "bf16", "fp16", "no"),
     "tracking.tracker": ("wandb", "tensorboard", "none"),
     "tracking.mode": ("auto", "online", "offline", "disabled"),
@@ -26,11 +22,9 @@ _AT_LEAST: dict[str, float] = {
     "photon.num_levels": 1,
     "photon.window": 1,
     "photon.num_sinks": 0,
-    "photon.branch_layer": 0,
-    "photon.memory_level": 1,
     "photon.num_memory_layers": 1,
-    "photon.memory_latents": 1,
-    "photon.memory_latent_parts": 1,
+    "photon.chunk_size": 1,
+    "photon.memory_parts": 1,
     "dataset.max_documents": 1,
     "dataset.num_workers": 0,
     "train.max_steps": 1,
@@ -43,8 +37,6 @@ _AT_LEAST: dict[str, float] = {
     "train.max_skipped_in_row": 1,
     "train.max_skipped_steps": 1,
     "train.warmup_steps": 0,
-    "train.freeze_base_steps": 0,
-    "train.window_anneal_steps": 0,
     "train.eval_every": 0,
     "train.eval_sequences": 1,
     "train.log_every": 1,

@@ -83,7 +83,7 @@ def test_the_chunk_of_logits_is_the_loss_function_s():
 
 
 def test_what_sharding_divides():
-    config = photon_config("memory-2-sinks")
+    config = photon_config("memory")
     setup = TrainingSetup(64, rank=4, num_processes=4)
     memory = {stage: training_memory(config, replace(setup, zero_stage=stage)) for stage in (0, 1, 2, 3)}
     trained = accounting.trainable_parameters(config, 4)
@@ -97,7 +97,7 @@ def test_what_sharding_divides():
 
 
 def test_offloading_moves_bytes_to_main_memory():
-    config = photon_config("memory-2-sinks")
+    config = photon_config("memory")
     for stage in (2, 3):
         kept = training_memory(config, TrainingSetup(64, zero_stage=stage, num_processes=2))
         away = training_memory(config, TrainingSetup(64, zero_stage=stage, num_processes=2, offload=True))
@@ -163,7 +163,7 @@ def test_more_gpus_are_recommended_where_one_is_too_small_and_nothing_where_none
 def test_the_gpu_is_a_setting(text, size):
     config = RunConfig()
     config.train.gpu_memory = text
-    photon = photon_config("memory-2-sinks")
+    photon = photon_config("memory")
     assert estimate_training(photon.base_config, photon, config, 1).fit.gpu_bytes == size
 
 
@@ -171,7 +171,7 @@ def test_the_gpu_is_a_setting(text, size):
 def test_a_size_that_is_none(text):
     config = RunConfig()
     config.train.gpu_memory = text
-    photon = photon_config("memory-2-sinks")
+    photon = photon_config("memory")
     with pytest.raises(PhotonError, match=r"train.gpu_memory=.*80GiB"):
         estimate_training(photon.base_config, photon, config, 1)
 

@@ -10,11 +10,7 @@ from rich.table import Table
 from photon_train.accounting.fit import Fit, find_fit, format_bytes
 from photon_train.accounting.memory import TrainingMemory, TrainingSetup, training_memory
 from photon_train.accounting.model import (
-    Shape,
     cache_bytes,
-    dense_cache_bytes,
-    dense_flops,
-    dense_parameters,
     growing_bytes_per_token,
     layer_positions,
     new_parameters,
@@ -22,6 +18,7 @@ from photon_train.accounting.model import (
     photon_parameters,
     trainable_parameters,
 )
+from photon_train.accounting.shape import Shape, dense_cache_bytes, dense_flops, dense_parameters
 
 
 @dataclass(frozen=True)
@@ -34,7 +31,7 @@ class Estimate:
         context: Tokens at which the caches and FLOPs below are taken.
         dense_kv_per_token: Bytes that each token adds to the dense model's cache.
         photon_kv_per_token: Bytes that each token adds to PHOTON's.
-        photon_kv_constant: Bytes of PHOTON's bounded caches and buffers.
+        photon_kv_constant: Bytes of PHOTON's bounded caches.
         dense_kv, photon_kv: Bytes at `context`.
         dense_layer_positions, photon_layer_positions: Positions through a layer per token.
         dense_flops, photon_flops: Forward FLOPs per token at `context`.
@@ -137,7 +134,7 @@ def estimate(dense: Any, photon: Any, setup: TrainingSetup, gpu_bytes: int | Non
         context=seq_len,
         dense_kv_per_token=sum(window is None for window in shape.windows) * shape.kv * dtype_bytes,
         photon_kv_per_token=growing_bytes_per_token(photon, dtype_bytes),
-        photon_kv_constant=at_context.constant + at_context.buffers,
+        photon_kv_constant=at_context.constant,
         dense_kv=dense_cache_bytes(dense, seq_len, dtype_bytes),
         photon_kv=at_context.total,
         dense_layer_positions=shape.layers,

@@ -13,16 +13,16 @@ import torch
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from transformers import GenerationConfig
+from transformers import GenerationConfig, PretrainedConfig
 
 from photon_train.conversion.operators import OPERATORS
 from photon_train.conversion.plan import ConversionPlan, TensorPlan
+from photon_train.conversion.presets import target_of
 from photon_train.conversion.safetensors_io import ShardWriter
 from photon_train.conversion.source import INDEX, TOKENIZER_FILES, DenseCheckpoint
 from photon_train.errors import PhotonError
 from photon_train.files import atomic_directory, check_can_write, parse_size
 from photon_train.manifest import write_manifest
-from photon_train.models.configuration_photon import PhotonConfig
 
 PLAN = "plan.json"
 
@@ -30,7 +30,7 @@ PLAN = "plan.json"
 def convert(
     checkpoint: DenseCheckpoint,
     plan: ConversionPlan,
-    config: PhotonConfig,
+    config: PretrainedConfig,
     output_dir: Path,
     max_shard_size: str | int = "5GB",
     progress: bool = True,
@@ -44,7 +44,7 @@ def convert(
 
     Args:
         checkpoint: The dense model.
-        plan: From `plan.make_plan`.
+        plan: From `presets.make_plan`.
         config: The PHOTON configuration that the plan was made for.
         output_dir: Directory to create; it appears when everything is written, and only then.
         max_shard_size: Bytes of a weight file, or a text such as ``5GB``.
@@ -96,7 +96,7 @@ def _shards(plan: ConversionPlan, max_bytes: int) -> list[list[TensorPlan]]:
     return [*shards, [entry for entry in plan.tensors if _is_new(entry)]]
 
 
-def _check_tied_head(checkpoint: DenseCheckpoint, config: PhotonConfig) -> None:
+def _check_tied_head(checkpoint: DenseCheckpoint, config: PretrainedConfig) -> None:
     """A stored head that config.json calls tied must be the embedding."""
     if not config.tie_word_embeddings or "lm_head.weight" not in checkpoint.tensors:
         return
@@ -133,9 +133,9 @@ def _write_weights(
 
 
 def _write_small_files(
-    checkpoint: DenseCheckpoint, plan: ConversionPlan, config: PhotonConfig, directory: Path
+    checkpoint: DenseCheckpoint, plan: ConversionPlan, config: PretrainedConfig, directory: Path
 ) -> None:
-    config.architectures = ["PhotonForCausalLM"]
+    config.architectures = [target_of(config).model().__name__]
     config.dtype = plan.torch_dtype
     config.save_pretrained(directory)
     (directory / PLAN).write_text(plan.to_json(), encoding="utf-8")

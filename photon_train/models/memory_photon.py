@@ -170,6 +170,7 @@ class LayerMemory(nn.Module):
 
 def initialize(module: nn.Module) -> bool:
     """Give a map of a memory its starting value (a mean, or copies); False if `module` is none."""
+    # Asked of the maps, not of what holds them: transformers skips modules without parameters of their own.
     if isinstance(module, PackMap):
         count = module.in_features // module.out_features
         eye = torch.eye(module.out_features, device=module.weight.device)

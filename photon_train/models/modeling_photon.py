@@ -78,6 +78,7 @@ class PhotonModel(PhotonPreTrainedModel):
         inputs_embeds: torch.FloatTensor | None = None,
         use_cache: bool | None = None,
         as_dense: bool = False,
+        photon_segments: list[Segment] | None = None,
         **kwargs: Any,
     ) -> BaseModelOutputWithPast:
         """States that predict each next token, after the final norm.
@@ -90,6 +91,7 @@ class PhotonModel(PhotonPreTrainedModel):
             past_key_values: Cache to go on from (filled in place).
             use_cache: Return a cache; default: ``config.use_cache``, or in training only if one is given.
             as_dense: Run the dense function, full attention without the memory: the teacher of distillation.
+            photon_segments: What each layer attends to, in place of what the configuration says.
             **kwargs: `output_hidden_states` and what the family takes.
 
         Raises:
@@ -110,7 +112,7 @@ class PhotonModel(PhotonPreTrainedModel):
             position_ids=rows.index,
             past_key_values=cache,
             use_cache=cache is not None,
-            photon_segments=self._segments(rows, cache, as_dense),
+            photon_segments=photon_segments or self._segments(rows, cache, as_dense),
             **kwargs,
         )
         if cache is not None:
@@ -172,7 +174,7 @@ class PhotonModel(PhotonPreTrainedModel):
                 units=None if cache is None else cache.units,
                 packed=self._units(rows.past, rows.lengths, rows.index.shape[0]),
                 host_packed=self._host_units(rows),
-                rotation=self._rotation,
+                rotation=self.rotation,
             )
 
         def segment(layer: int) -> Segment:
@@ -199,7 +201,7 @@ class PhotonModel(PhotonPreTrainedModel):
         after = [count(had + new) for had, new in zip(rows.host_past, rows.host_lengths, strict=True)]
         return [count(had) for had in rows.host_past], after
 
-    def _rotation(self, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def rotation(self, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Cosine and sine at ``positions [B or 1, E]``, ``[B or 1, E, D]`` each, without YaRN's factor on them.
 
         The layers' queries and keys have that factor (`attention_scaling`) already.

@@ -19,7 +19,7 @@ from photon_train.manifest import write_manifest
 @pytest.fixture
 def directory(tmp_path: Path, tokenizer) -> Path:
     settings = ExportSettings()
-    return export_model(photon_model("memory-2-sinks"), tokenizer, tmp_path / "export", settings=settings, card="")
+    return export_model(photon_model("memory"), tokenizer, tmp_path / "export", settings=settings, card="")
 
 
 def rewrite(directory: Path, change) -> None:
@@ -60,7 +60,7 @@ def test_weights_that_are_not_finite(directory: Path) -> None:
 )
 def test_another_function(directory: Path, name: str) -> None:
     """The probe must reach every path: here those that only far tokens take."""
-    reference = photon_model("memory-2-sinks")
+    reference = photon_model("memory")
     assert validate_export(directory, reference).max_logit_difference <= 1e-6
     with torch.no_grad():
         reference.get_parameter(name).mul_(1.5)
@@ -71,10 +71,10 @@ def test_another_function(directory: Path, name: str) -> None:
 def test_without_a_reference(directory: Path) -> None:
     check = validate_export(directory)
     assert check.max_logit_difference is None and check.kl is None
-    assert check.to_dict()["parameters"] == check.parameters == photon_model("memory-2-sinks").num_parameters()
+    assert check.to_dict()["parameters"] == check.parameters == photon_model("memory").num_parameters()
 
 
 def test_the_reference_stays_in_its_mode(directory: Path) -> None:
-    reference = photon_model("memory-2-sinks").train()
+    reference = photon_model("memory").train()
     validate_export(directory, reference)
     assert reference.training

@@ -23,7 +23,7 @@ from photon_train.training.lora import (
     parameter_groups,
 )
 
-MODELS = ("llama", *PHOTON_MODELS, "residual-2-decoder")
+MODELS = ("llama", *PHOTON_MODELS, "stream-2")
 SETTINGS = LoraSettings(rank=4, alpha=8)
 
 
@@ -107,7 +107,7 @@ def test_rank_zero_trains_every_weight():
 
 @pytest.mark.parametrize("rank", [0, 4])
 def test_groups_give_each_parameter_its_rate_and_decay(rank):
-    model = tiny_model("memory-2-sinks")
+    model = tiny_model("memory")
     new = tuple(f"{name}." for name in new_module_names(model))
     model = add_lora(model, LoraSettings(rank=rank))
     settings = TrainSettings(learning_rate=1.0, new_modules_learning_rate=2.0, weight_decay=0.5)
@@ -131,7 +131,7 @@ def test_groups_give_each_parameter_its_rate_and_decay(rank):
 )
 def test_settings_that_fit_no_layer_are_named(settings, named):
     with pytest.raises(PhotonError, match=named):
-        add_lora(tiny_model("memory-2-sinks"), settings)
+        add_lora(tiny_model("memory"), settings)
 
 
 def test_an_adapter_on_a_tied_head_is_refused():
