@@ -138,7 +138,7 @@ class HierarchicalPass:
         if window is None:
             # At fixed shapes what is computed must not depend on lengths.
             is_static = self.cache is not None and self.cache.run is not None
-            segment = FullSegment(new, store, None if is_static else int(plan.unit_stop.max()))
+            segment = FullSegment(new, store, None if is_static else int(plan.unit_stop[plan.closing].max()))
         else:
             start, fused = new.index - window + 1, self.model.fused_windows
             segment = WindowSegment(new, start, window - 1, ring=store, fused=fused)

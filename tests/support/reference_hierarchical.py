@@ -33,14 +33,19 @@ class Reference:
     def bottom_up(self, embeds):
         """States by level: tokens' embeddings, then the encoders' states of the complete units."""
         states = [embeds]
-        for index, level in enumerate(self.config.levels):
-            below, size, name = states[-1], level["chunk_size"], f"model.levels.{index}"
-            matrix, scale = self.weights[f"{name}.chunker.proj.weight"], self.weights[f"{name}.chunker.scale"]
-            units = [scale * (matrix @ torch.cat(below[u * size : u * size + size])) for u in range(len(below) // size)]
-            reach = level["encoder_window"] or len(units)
-            sees = [[k for k in range(len(units)) if u - reach < k <= u] for u in range(len(units))]
-            states.append(self.stack(f"{name}.encoder", units, list(range(len(units))), sees))
+        for index in range(len(self.config.levels)):
+            states.append(self.encode(index, states[-1]))
         return states
+
+    def encode(self, index, below):
+        """The encoder's states of the complete units of a level."""
+        level, name = self.config.levels[index], f"model.levels.{index}"
+        matrix, scale = self.weights[f"{name}.chunker.proj.weight"], self.weights[f"{name}.chunker.scale"]
+        size = level["chunk_size"]
+        units = [scale * (matrix @ torch.cat(below[u * size : u * size + size])) for u in range(len(below) // size)]
+        reach = level["encoder_window"] or len(units)
+        sees = [[k for k in range(len(units)) if u - reach < k <= u] for u in range(len(units))]
+        return self.stack(f"{name}.encoder", units, list(range(len(units))), sees)
 
     # --- top-down: what comes next is predicted level by level ---
 
