@@ -58,7 +58,7 @@ class CacheLayout:
         if block_size % span:
             raise PhotonError(f"block_size={block_size} is not a multiple of the {span} tokens under a unit")
         empty = accounting.cache_bytes(config, 0, dtype_bytes)
-        row_bytes = empty.constant + empty.buffers
+        row_bytes = empty.constant
         block_bytes = round(accounting.growing_bytes_per_token(config, dtype_bytes) * block_size)
         most = num_rows * math.ceil((max_length or config.max_position_embeddings) / block_size)
         left = memory_bytes - num_rows * row_bytes

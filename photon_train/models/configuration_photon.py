@@ -73,6 +73,8 @@ class PhotonConfig(PretrainedConfig):
         self.full_attention_layers = sorted(full_attention_layers or [])
         kwargs.pop("model_type", None)
         super().__init__(**kwargs)
+        # Qwen2 leaves it out.
+        self.head_dim = getattr(self, "head_dim", None) or self.hidden_size // self.num_attention_heads
         self._check()
 
     def __reduce__(self):
