@@ -147,8 +147,8 @@ class _Blockwise(torch.autograd.Function):
     @staticmethod
     def backward(ctx, upstream):
         plan, scale, pasts = ctx.plan, ctx.scale, ctx.past or (None, None)
-        query, key, value, far_query, far_key, far_value, out, total = ctx.saved_tensors
-        grads = [None if each is None else torch.zeros_like(each) for each in ctx.saved_tensors[:6]]
+        query, key, value, far_query, far_key, far_value, out, total = saved = ctx.saved_tensors
+        grads = [None if each is None else torch.zeros_like(each) for each in saved[:6]]
         for near in plan.near(query):
             rows = near.queries
             merged = upstream[:, :, rows], out[:, :, rows], total[:, :, rows]
