@@ -1,4 +1,4 @@
-"""Tile sizes and launch options of the attention kernels."""
+"""Tile sizes, launch options and numbers of parts of the attention kernels."""
 
 from __future__ import annotations
 
@@ -8,6 +8,11 @@ from photon_kernels._backend import next_power_of_2
 
 # Longer tiles of queries need more registers than there are; what is longer goes to several programs.
 MAX_BLOCK_M = 64
+# Enough programs for two on each of an H100's or H200's 132 multiprocessors.
+TARGET_PROGRAMS = 264
+# A part shorter than this costs more in the combining pass than it gains.
+MIN_PER_SPLIT = 256
+MAX_SPLITS = 64
 
 
 class AttentionConfig(NamedTuple):
@@ -43,3 +48,9 @@ def choose_attention_config(num_entries: int, num_queries: int, head_dim: int, e
         # No more tiles in flight than there are.
         num_stages=min(3, -(-num_entries // block_n)) or 1,
     )
+
+
+def choose_num_splits(num_elements: int, num_programs: int) -> int:
+    """Parts per row, for a store of up to ``num_elements`` and ``num_programs`` that serve it whole."""
+    wanted = -(-TARGET_PROGRAMS // max(num_programs, 1))
+    return max(1, min(wanted, num_elements // MIN_PER_SPLIT, MAX_SPLITS))

@@ -85,8 +85,8 @@ class PagedCache:
     """A pool of rows and blocks; sequences are `Allocation` handles.
 
     Attributes:
-        state: The model's own cache of `num_rows` rows, whose growing stores lie in blocks. `begin` chooses its rows for
-            the next pass.
+        state: The model's own cache of `num_rows` rows, whose growing stores lie in blocks. `begin` chooses its rows
+            for the next pass.
     """
 
     def __init__(self, model: PreTrainedModel, layout: CacheLayout) -> None:

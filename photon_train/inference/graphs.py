@@ -1,8 +1,8 @@
 """Decoding at fixed shapes, on a GPU replayed as CUDA graphs.
 
-A call is made for a number of rows rounded up to a bucket; the last row is repeated, which computes and stores the same
-thing twice. Its first run at a bucket is eager (it compiles kernels and finds algorithms), the second is captured, later
-ones are replayed: a launch per call in place of one per operation.
+A call is made for a number of rows rounded up to a bucket; the last row is repeated, which computes and stores the
+same thing twice. Its first run at a bucket is eager (it compiles kernels and finds algorithms), the second is captured,
+later ones are replayed: a launch per call in place of one per operation.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -55,10 +56,11 @@ class StaticCalls:
     def decode(self, model: PreTrainedModel, state: RowCache, ids: torch.Tensor) -> torch.Tensor:
         """Logits ``[n, V]`` after one token ``ids [n, 1]`` for each of the rows that `state` has chosen.
 
-        A model whose steps differ from row to row (`run_static`) has its pieces called here one by one.
+        A cache whose rows are not all treated alike (it has a `run`) has the pieces of a step called here one by one.
         """
-        if hasattr(model, "run_static"):
-            return model.run_static(self, ids, state)
+        if hasattr(state, "run"):
+            state.run = self._run_piece
+            return model(ids, past_key_values=state, use_cache=True, logits_to_keep=1).logits[:, -1]
 
         def step(rows: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
             # Nothing of the host may decide what is computed: graphs are replayed at other lengths.
@@ -70,6 +72,9 @@ class StaticCalls:
             return self("step", step, state.rows, ids)
         finally:
             state.is_static = False
+
+    def _run_piece(self, piece: Callable, level: int, rows: torch.Tensor, *tensors: torch.Tensor) -> Any:
+        return self(f"{piece.__name__} {level}", partial(piece, level), rows, *tensors)
 
     def __call__(self, name: str, function: Callable, rows: torch.Tensor, *tensors: torch.Tensor) -> Any:
         """``function(rows, *tensors)`` of n rows, run at a bucket.

@@ -1,8 +1,8 @@
 """Prefixes of prompts that are kept, so that equal beginnings are encoded once.
 
-A prefix is found by the hash of its tokens. Kept are the state at the end of each prefill segment and at the end of each
-prompt, the latter with the logits of what follows. A kept prefix is a sequence
-of the cache that nobody writes: whoever goes on from it shares its full blocks and copies what is bounded.
+A prefix is found by the hash of its tokens. Kept are the state at the end of each prefill segment and at the end of
+each prompt, the latter with the logits of what follows. A kept prefix is a sequence of the cache that nobody writes:
+whoever goes on from it shares its full blocks and copies what is bounded.
 """
 
 from __future__ import annotations

@@ -351,24 +351,26 @@ class PhotonCache(RowCache):
             "constant": sum(ring.nbytes() for ring in self.rings()),
         }
 
-    def crop(self, max_length: int) -> None:
-        """Take the latest tokens back, so that `max_length` columns are left (negative: that many fewer).
+    def crop(self, tokens_to_remove: int) -> None:
+        """Take the latest tokens of every row back, given as a negative number (as in transformers' caches).
 
         Raises:
-            ValueError: if windowed layers have overwritten what the shorter sequence sees. A cache made with `rollback`
-                takes that many tokens back at any length.
+            ValueError: for a positive number, more tokens than a row has, and where windowed layers have overwritten
+                what the shorter sequence sees. A cache made with `rollback` takes that many back at any length.
         """
-        removed = -max_length if max_length < 0 else self.columns - max_length
-        if removed <= 0 or self.lengths is None:
+        if tokens_to_remove > 0:
+            raise ValueError(f"crop({tokens_to_remove}): give the tokens to take back as a negative number")
+        removed = -tokens_to_remove
+        if not removed or self.lengths is None:
             return
         lengths, rows = self.lengths.tolist(), torch.arange(self.batch_size, device=self.lengths.device)
         for length in lengths:
             left = length - removed
             if left < 0:
-                raise ValueError(f"crop({max_length}) takes {removed} tokens back; a row has {length}")
+                raise ValueError(f"crop({tokens_to_remove}) takes {removed} tokens back; a row has {length}")
             needed = max(0, self.config.window_start(left - 1))
             for ring in self.rings():
-                if length > ring.ring_size and length - ring.ring_size > needed:
+                if ring.layers and length - ring.ring_size > needed:
                     raise ValueError(
                         f"the window of a row of {length} tokens cannot take {removed} of them back: use "
                         f"PhotonCache(config, rollback={removed}), or generate without an assistant"

@@ -46,7 +46,7 @@ class PhotonConfig(PretrainedConfig):
     model_type = "photon"
 
     def __new__(cls, base_model_type: str = "llama", **kwargs: Any) -> PhotonConfig:
-        return super().__new__(family_config_class(base_model_type))
+        return super().__new__(photon_config_class(base_model_type))
 
     def __init__(
         self,
@@ -73,8 +73,6 @@ class PhotonConfig(PretrainedConfig):
         self.full_attention_layers = sorted(full_attention_layers or [])
         kwargs.pop("model_type", None)
         super().__init__(**kwargs)
-        # Qwen 2 leaves it out.
-        self.head_dim = getattr(self, "head_dim", None) or self.hidden_size // self.num_attention_heads
         self._check()
 
     def __reduce__(self):
@@ -166,8 +164,8 @@ class PhotonConfig(PretrainedConfig):
 
 
 @functools.cache
-def family_config_class(base_model_type: str) -> type[PhotonConfig]:
-    """The class of the instances of a family; loads no model code."""
+def photon_config_class(base_model_type: str) -> type[PhotonConfig]:
+    """`PhotonConfig` for a family: a subclass of the family's configuration."""
     base = config_class(base_model_type)
     members = {"__init__": PhotonConfig.__init__, "__module__": __name__, "model_type": PhotonConfig.model_type}
     # The name is what a saved configuration refers to; the family's other code looks for its own class by this one.
@@ -175,4 +173,4 @@ def family_config_class(base_model_type: str) -> type[PhotonConfig]:
 
 
 def _restore(base_model_type: str) -> PhotonConfig:
-    return object.__new__(family_config_class(base_model_type))
+    return object.__new__(photon_config_class(base_model_type))

@@ -23,8 +23,8 @@ from .cache_photon import KeyValue
 from .configuration_photon import PhotonConfig
 
 
-class UnitMap(nn.Linear):
-    """A linear map of the numbers under a unit to its latent, or to a part of it."""
+class PackMap(nn.Linear):
+    """A linear map of the tokens under a unit to a latent."""
 
 
 class LatentMap(nn.Linear):
@@ -44,7 +44,7 @@ class Chunker(nn.Module):
     def __init__(self, chunk_size: int, width: int, num_parts: int) -> None:
         super().__init__()
         size = width // num_parts
-        self.parts = nn.ModuleList(UnitMap(chunk_size * size, size, bias=False) for _ in range(num_parts))
+        self.parts = nn.ModuleList(PackMap(chunk_size * size, size, bias=False) for _ in range(num_parts))
 
     def forward(self, states: torch.Tensor) -> torch.Tensor:
         """``[B, U, S, width] -> [B, U, width]``."""
@@ -169,14 +169,15 @@ class LayerMemory(nn.Module):
 
 
 def initialize(module: nn.Module) -> bool:
-    """Give the parameters of a memory's map their starting values (a mean, copies); False if it is none."""
+    """Give a map of a memory its starting value (a mean, or copies); False if `module` is none."""
     # Asked of the maps, not of what holds them: transformers skips modules without parameters of their own.
-    if isinstance(module, UnitMap):
-        size, count = module.out_features, module.in_features // module.out_features
-        init.copy_(module.weight, torch.eye(size, device=module.weight.device).repeat(1, count) / count)
+    if isinstance(module, PackMap):
+        count = module.in_features // module.out_features
+        eye = torch.eye(module.out_features, device=module.weight.device)
+        init.copy_(module.weight, eye.repeat(1, count) / count)
     elif isinstance(module, LatentMap):
-        size, count = module.in_features, module.out_features // module.in_features
-        init.copy_(module.weight, torch.eye(size, device=module.weight.device).repeat(count, 1))
+        count = module.out_features // module.in_features
+        init.copy_(module.weight, torch.eye(module.in_features, device=module.weight.device).repeat(count, 1))
         init.zeros_(module.bias)
     else:
         return False

@@ -171,7 +171,8 @@ class MemorySegment(WindowSegment):
     @cached_property
     def _seen(self) -> list[tuple[int, int]]:
         """Per block, the far tokens that each of its queries sees, and those that one of them sees."""
-        seen = self.start.clamp(min=0).cpu()
+        # What is no token stands after a row's last one, where nothing is packed yet.
+        seen = self.start.clamp(min=0, max=max(self.host_packed[1]) * self.chunk_size).cpu()
         ends = [min(self.length, begin + self.block) - 1 for begin in range(0, self.length, self.block)]
         return [
             (int(seen[:, begin].min()), int(seen[:, end].max()))

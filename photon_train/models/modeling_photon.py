@@ -10,6 +10,7 @@ from torch import nn
 from transformers import GenerationConfig, GenerationMixin, PreTrainedModel
 from transformers.generation.configuration_utils import GenerationMode
 from transformers.modeling_outputs import BaseModelOutputWithPast
+from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY
 
 from .attention_photon import ATTENTION_NAME, BACKENDS, NewElements, Segment, load_kernels
 from .cache_photon import PhotonCache
@@ -36,6 +37,10 @@ class PhotonPreTrainedModel(PreTrainedModel):
     def _init_weights(self, module: nn.Module) -> None:
         if not initialize(module):
             super()._init_weights(module)
+
+    def __reduce__(self):
+        # The class of a family's instance is made at run time and has no importable name.
+        return _restore, (self.config.base_model_type, type(self).__name__), self.__getstate__()
 
     def _check_and_adjust_attn_implementation(self, attn_implementation: str | None, *args: Any, **kwargs: Any) -> str:
         if attn_implementation not in (None, ATTENTION_NAME):
@@ -201,7 +206,7 @@ class PhotonModel(PhotonPreTrainedModel):
 
         The layers' queries and keys have that factor (`attention_scaling`) already.
         """
-        like = self.norm.weight
+        like = torch.empty((), device=positions.device)  # weights may be offloaded
         cosine, sine = self.rotary_emb(like, positions)
         scaling = getattr(self.rotary_emb, "attention_scaling", 1.0)
         return cosine / scaling, sine / scaling
@@ -227,6 +232,8 @@ class PhotonForCausalLM(PhotonPreTrainedModel, GenerationMixin):
         # The family's class has built its own decoder stack: it becomes ours, weights and names as they are.
         self.model.__class__ = _base_model(config.base_model_type)
         self.model._add_memory()
+        # What `output_hidden_states` records is listed by class, when one is built.
+        _CAN_RECORD_REGISTRY[_record_key(self.model)] = self.model._can_record_outputs
         self.post_init()
 
     def new_module_names(self) -> list[str]:
@@ -265,6 +272,15 @@ class PhotonForCausalLM(PhotonPreTrainedModel, GenerationMixin):
         """An empty cache; settings as for `PhotonCache`."""
         return PhotonCache(self.config, **settings)
 
+    def prepare_inputs_for_generation(
+        self, input_ids, past_key_values=None, inputs_embeds=None, as_dense: bool = False, **kwargs: Any
+    ) -> dict[str, Any]:
+        # generate() takes embeddings and `as_dense` only where this signature names them.
+        inputs = super().prepare_inputs_for_generation(
+            input_ids, past_key_values=past_key_values, inputs_embeds=inputs_embeds, **kwargs
+        )
+        return inputs | {"as_dense": True} if as_dense else inputs
+
     def _prepare_cache_for_generation(
         self, generation_config: GenerationConfig, model_kwargs: dict[str, Any], generation_mode, *args: Any, **_: Any
     ) -> None:
@@ -274,8 +290,11 @@ class PhotonForCausalLM(PhotonPreTrainedModel, GenerationMixin):
             )
         given = model_kwargs.get("past_key_values")
         if given is None and generation_config.use_cache is not False:
+            # The model and its assistant both take drafts back.
             assisted = generation_mode == GenerationMode.ASSISTED_GENERATION
-            rollback = max(_ROLLBACK, 2 * (generation_config.num_assistant_tokens or 0)) if assisted else 0
+            assisted = assisted or getattr(generation_config, "is_assistant", False)
+            drafts = (generation_config.num_assistant_tokens, generation_config.prompt_lookup_num_tokens, _ROLLBACK)
+            rollback = max(count or 0 for count in drafts) if assisted else 0
             model_kwargs["past_key_values"] = self.new_cache(rollback=rollback)
 
     def generate_batch(self, *args: Any, **kwargs: Any) -> None:
@@ -287,6 +306,16 @@ class PhotonForCausalLM(PhotonPreTrainedModel, GenerationMixin):
         raise NotImplementedError("continuous batching of transformers does not support PHOTON's cache: use generate()")
 
     init_continuous_batching = generate_batch
+
+
+def _record_key(model: PreTrainedModel) -> Any:
+    """How transformers lists a class there: as an instance, or in releases before 5.23 by name."""
+    return str(model.__class__) if type(_CAN_RECORD_REGISTRY) is dict else model
+
+
+def _restore(model_type: str, ours: str) -> PreTrainedModel:
+    made = {"PhotonModel": _base_model, "PhotonForCausalLM": _causal_lm}[ours](model_type)
+    return made.__new__(made)
 
 
 def _of_family(name: str, model_type: str, ours: type, theirs: type) -> type:

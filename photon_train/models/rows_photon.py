@@ -104,13 +104,9 @@ def align_rows(
     if real is not None:
         lengths = real.sum(1)
         host_lengths = lengths.tolist()
-        empty = [
-            row
-            for row, (new, had) in enumerate(zip(host_lengths, host_past or [0] * batch, strict=True))
-            if not new + had
-        ]
-        if empty:
-            raise ValueError(f"attention_mask has no token in row {empty[0]}")
+        for row, (new, had) in enumerate(zip(host_lengths, host_past or [1] * batch, strict=True)):
+            if not new + had:
+                raise ValueError(f"attention_mask has no token in row {row}")
         valid = column < lengths[:, None]
         if not bool((real == valid).all()):
             # Stable: tokens keep their order, and what is no token follows them.
@@ -125,9 +121,7 @@ def align_rows(
 
 
 def _check_positions(position_ids, index, valid, order) -> None:
-    given = position_ids.expand(index.shape[0] if order is None else order.shape[0], -1)
-    if order is not None:
-        given = given.gather(1, order)
+    given = position_ids if order is None else position_ids.expand(len(order), -1).gather(1, order)
     shift = given - index
     wrong = shift != shift[:, :1]
     if valid is not None:

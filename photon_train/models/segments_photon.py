@@ -23,10 +23,10 @@ class FullSegment:
 
     Args:
         store: Holds the past; None: there is none, and nothing is kept.
-        count: Elements of the longest row once this segment is stored, on the host.
+        count: Elements of the longest row once this segment is stored, on the host; None: the store knows.
     """
 
-    def __init__(self, new: NewElements, store: GrowingStore | None = None, count: int = 0) -> None:
+    def __init__(self, new: NewElements, store: GrowingStore | None = None, count: int | None = 0) -> None:
         self.new, self.index, self.length = new, new.index, new.length
         self.store, self.count = store, count
         if store is not None:
@@ -103,6 +103,8 @@ class WindowSegment:
             out = self._attend_fused(query, key, value, scale, None if far is None else far())
         else:
             past = self.ring.read(layer, self.new.rows) if self.new.has_past else None
+            if past is not None and torch.is_grad_enabled() and query.requires_grad:
+                past = tuple(states.clone() for states in past)  # what is stored now must not reach the backward pass
             out = blockwise_attention(self, scale, query, key, value, past, None if far is None else far())
         if self.ring is not None:
             self.ring.write(layer, self.placement, key, value)

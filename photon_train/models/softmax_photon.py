@@ -108,7 +108,8 @@ def blockwise_attention(
         plan: Which keys are seen. Every query sees one near key at least.
         scale: Factor on the dot products.
         query: ``[B, Hq, T, D]``; key, value: the segment's own, ``[B, Hkv, T, D]``.
-        past: Keys and values of the cache, ``[B, Hkv, N, D]``; no gradient reaches them.
+        past: Keys and values of the cache, ``[B, Hkv, N, D]``; no gradient reaches them, and they must not change
+            before the backward pass.
         far: The queries as far keys want them, ``[B, Hq, T, D]``, far keys and values ``[B, Hkv, U, D]``.
 
     Returns:
@@ -147,8 +148,9 @@ class _Blockwise(torch.autograd.Function):
     @staticmethod
     def backward(ctx, upstream):
         plan, scale, pasts = ctx.plan, ctx.scale, ctx.past or (None, None)
-        query, key, value, far_query, far_key, far_value, out, total = saved = ctx.saved_tensors
-        grads = [None if each is None else torch.zeros_like(each) for each in saved[:6]]
+        *inputs, out, total = ctx.saved_tensors  # once: checkpoints give them a single time
+        query, key, value, far_query, far_key, far_value = inputs
+        grads = [None if each is None else torch.zeros_like(each) for each in inputs]
         for near in plan.near(query):
             rows = near.queries
             merged = upstream[:, :, rows], out[:, :, rows], total[:, :, rows]

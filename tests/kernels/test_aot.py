@@ -45,7 +45,7 @@ def test_every_kernel_compiles_without_spills(target: str, compilers: dict) -> N
     reports = json.loads(path.read_text())["kernels"]
     assert reports == [json.loads(line) for line in output.splitlines()]
     kernels = {report["name"].split()[0] for report in reports}
-    operations = {"window_decode", "summary_split", "summary_combine", "latent_weights", "latent_mix"}
+    operations = {"window_decode", "paged_split", "paged_combine", "latent_weights", "latent_mix"}
     assert kernels == operations | {"chunker", "cache_append"}
     for report in reports:
         assert report["target"] == target

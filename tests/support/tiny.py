@@ -1,4 +1,4 @@
-"""Small configurations of the graft and shaken weights, shared by the tests."""
+"""Small configurations and shaken weights, shared by the tests."""
 
 from __future__ import annotations
 
@@ -30,15 +30,18 @@ def base_config(model_type: str = "llama", **changes: Any) -> dict[str, Any]:
     return {**settings, **changes}
 
 
-# One entry per path through the attention; every equivalence test runs on all of them.
+# One entry per kind of layer and edge of it; every equivalence test runs on all of them.
 GRAFTS: dict[str, dict[str, Any]] = {
-    "window": {"window": 6, "num_sinks": 2},
+    "window": {"window": 7, "num_sinks": 3, "memory_layers": []},
+    "window-one-token": {"window": 1, "num_sinks": 0, "memory_layers": []},
     "memory": {"window": 5, "num_sinks": 2, "chunk_size": 3, "memory_layers": [0, 2]},
-    "memory-no-sinks": {"window": 7, "num_sinks": 0, "chunk_size": 4, "memory_layers": [1]},
+    "memory-no-sinks": {"window": 4, "num_sinks": 0, "chunk_size": 4, "memory_layers": [1]},
+    "memory-many-sinks": {"window": 6, "num_sinks": 9, "chunk_size": 2, "memory_layers": [0, 1, 2]},
     "memory-apart": {"window": 5, "num_sinks": 2, "chunk_size": 2, "memory_layers": [0, 2], "memory_parts": 2},
+    "memory-unpacked": {"window": 6, "num_sinks": 1, "chunk_size": 1, "memory_layers": [1]},
     "memory-full": {
         "window": 9,
-        "num_sinks": 1,
+        "num_sinks": 4,
         "chunk_size": 4,
         "memory_layers": [2],
         "full_attention_layers": [1],
@@ -47,7 +50,7 @@ GRAFTS: dict[str, dict[str, Any]] = {
 
 
 def photon_config(name: str, model_type: str = "llama", **changes: Any) -> PhotonConfig:
-    """The configuration `name` of `GRAFTS` on a tiny dense family; `changes` of its own fields or the family's."""
+    """The configuration `name` of `GRAFTS` on a tiny dense family."""
     settings = base_config(model_type)
     return PhotonConfig(base_model_type=settings.pop("model_type"), **{**settings, **GRAFTS[name], **changes})
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from photon_kernels._reference import read_rows
+
 
 def latent_decode_naive(
     folded: Tensor,
@@ -18,11 +20,7 @@ def latent_decode_naive(
     pages: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The fields of a ``LatentMix``; arguments as in ``latent_decode``."""
-    if pages is not None:
-        pages = pages if rows is None else pages[rows]
-        keys, values = (half[pages].transpose(1, 2).flatten(2, 3) for half in (keys, values))
-    elif rows is not None:
-        keys, values = keys[rows], values[rows]
+    keys, values = (read_rows(half, rows, pages, visible) for half in (keys, values))
     # [B, U, C]
     latents = torch.stack([keys, values], dim=1).flatten(1, 2).transpose(1, 2).flatten(2)
     units = latents.shape[1]

@@ -17,13 +17,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from photon_kernels._attention_config import AttentionConfig
+from photon_kernels._attention_config import AttentionConfig, choose_num_splits
 from photon_kernels._backend import current_device_of, next_power_of_2, with_dense_rows
 from photon_kernels._compile_case import CompileCase
-from photon_kernels._decode_tiles import locate_units
+from photon_kernels._decode_tiles import locate
 from photon_kernels._tiles import tuned
 from photon_kernels._triton_math import LN_2, LOG2_E, dot
-from photon_kernels.summary_decode.triton import choose_num_splits
 
 
 def choose_latent_config(num_queries: int, head_dim: int, element_size: int) -> AttentionConfig:
@@ -93,7 +92,7 @@ def latent_weights_kernel(
     alive = units < stop
     summary = (row * num_queries + queries) * num_blocks + block
     if unit < stop:
-        page, inside = locate_units(unit, units, alive, pages + cache_row * pitch_pages, cache_row, PER_PAGE, BLOCK_N)
+        page, inside = locate(unit, units, alive, pages + cache_row * pitch_pages, cache_row, PER_PAGE, BLOCK_N)
         mask = alive[:, None] & in_head[None, :]
         query_mask = is_query[:, None] & in_head[None, :]
         products = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
@@ -185,7 +184,7 @@ def latent_mix_kernel(
     for unit in range(begin, end, BLOCK_N):
         units = unit + tl.arange(0, BLOCK_N)
         alive = units < stop
-        page, inside = locate_units(unit, units, alive, pages + cache_row * pitch_pages, cache_row, PER_PAGE, BLOCK_N)
+        page, inside = locate(unit, units, alive, pages + cache_row * pitch_pages, cache_row, PER_PAGE, BLOCK_N)
         mask = alive[:, None] & in_head[None, :]
         weight = tl.load(
             weights + query_rows[:, None] * capacity + units[None, :],

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from photon_kernels._masked_attention import masked_attention
+from photon_kernels._reference import masked_attention
 
 
 def visible_in_window(order: Tensor, first_visible: Tensor, last_visible: Tensor, num_sinks: int) -> Tensor:

@@ -17,9 +17,9 @@ from torch import Tensor
 from photon_kernels._attention_config import choose_attention_config
 from photon_kernels._backend import current_device_of, with_dense_rows
 from photon_kernels._compile_case import CompileCase
-from photon_kernels._decode_tiles import attend_ring, query_tile
+from photon_kernels._decode_tiles import query_tile
 from photon_kernels._tiles import tuned
-from photon_kernels._triton_math import LOG2_E, finish_softmax
+from photon_kernels._triton_math import LOG2_E, attend_tile, finish_softmax
 
 
 @triton.jit
@@ -72,28 +72,22 @@ def window_decode_kernel(
     first = tl.load(first_visible + row)
     last = tl.load(last_visible + row * num_positions + positions, mask=is_query, other=-1)
 
-    peak, total, acc = attend_ring(
-        0,
-        num_entries,
-        queries,
-        k + cache_row * stride_kb + kv_head * stride_kh,
-        v + cache_row * stride_vb + kv_head * stride_vh,
-        order + cache_row * pitch_order,
-        first,
-        last,
-        tl.max(last, 0),
-        num_entries,
-        num_sinks,
-        stride_kn,
-        stride_vn,
-        in_head,
-        scale_log2,
-        tl.full([BLOCK_M], float("-inf"), tl.float32),
-        tl.zeros([BLOCK_M], tl.float32),
-        tl.zeros([BLOCK_M, BLOCK_D], tl.float32),
-        BLOCK_N,
-        BLOCK_D,
-    )
+    newest = tl.max(last, 0)
+    keys_start = k + cache_row * stride_kb + kv_head * stride_kh
+    values_start = v + cache_row * stride_vb + kv_head * stride_vh
+    peak = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    total = tl.zeros([BLOCK_M], tl.float32)
+    acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    for start in range(0, num_entries, BLOCK_N):
+        entries = start + tl.arange(0, BLOCK_N)
+        place = tl.load(order + cache_row * pitch_order + entries, mask=entries < num_entries, other=-1)
+        alive = (place >= 0) & (place <= newest) & ((place >= first) | (entries < num_sinks))
+        mask = alive[:, None] & in_head[None, :]
+        keys = tl.load(keys_start + entries[:, None] * stride_kn + dims[None, :], mask=mask, other=0.0)
+        values = tl.load(values_start + entries[:, None] * stride_vn + dims[None, :], mask=mask, other=0.0)
+        visible = alive[None, :] & (place[None, :] <= last[:, None])
+        offset = tl.where(visible, 0.0, float("-inf"))
+        peak, total, acc = attend_tile(queries, keys, values, offset, scale_log2, peak, total, acc)
 
     result, log_sum = finish_softmax(peak, total, acc)
     target = (row * tl.num_programs(1) * GROUP + heads) * num_positions + positions

@@ -1,4 +1,4 @@
-"""The definition that the decode attentions share: softmax over the visible entries of a cache."""
+"""What the torch references of the decode attentions share: reading a store, and softmax over what is visible of it."""
 
 from __future__ import annotations
 
@@ -6,9 +6,23 @@ import torch
 from torch import Tensor
 
 
-def masked_attention(
-    q: Tensor, k: Tensor, v: Tensor, visible: Tensor, scale: float, bias: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
+def read_rows(states: Tensor, rows: Tensor | None, pages: Tensor | None, counts: Tensor) -> Tensor:
+    """Rows of a store, ``[B, H, N, D]``.
+
+    Args:
+        states: ``[Bc, H, N, D]``; with `pages`, ``[number of pages, H, elements per page, D]``.
+        rows: Integer ``[B]``, the rows to read; None: all, in order.
+        pages: Integer ``[Br, W]``, the pages of each row.
+        counts: Integer ``[B]``, elements that are wanted of each row; beyond them the table may hold anything.
+    """
+    if pages is None:
+        return states if rows is None else states[rows]
+    pages = pages if rows is None else pages[rows]
+    used = torch.arange(pages.shape[1], device=states.device) * states.shape[2] < counts[:, None]
+    return states[torch.where(used, pages, 0)].transpose(1, 2).flatten(2, 3)
+
+
+def masked_attention(q: Tensor, k: Tensor, v: Tensor, visible: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     """Attention of the queries of each row over the entries they may see.
 
     What an entry holds that no query of its row sees (NaN included) has no influence. Arithmetic is in float32, or
@@ -20,7 +34,6 @@ def masked_attention(
         v: Values ``[B, Hkv, N, D]``.
         visible: bool ``[B, Q, N]``.
         scale: Factor on the dot products.
-        bias: Optional ``[N]``, added to the scaled dot products.
 
     Returns:
         The output ``[B, Hq, Q, D]`` in q's dtype, and the natural logarithm of the softmax denominator ``[B, Hq, Q]``
@@ -34,8 +47,6 @@ def masked_attention(
     values = v.to(accumulate).masked_fill(unseen, 0.0)
 
     logits = torch.einsum("bhgqd,bhnd->bhgqn", grouped, keys) * scale
-    if bias is not None:
-        logits = logits + torch.where(visible, bias.to(accumulate), 0.0)[:, None, None]
     logits = logits.masked_fill(~visible[:, None, None], float("-inf"))
     lse = torch.logsumexp(logits, dim=-1)
     weights = torch.exp(logits - lse.masked_fill(lse == float("-inf"), 0.0)[..., None])
