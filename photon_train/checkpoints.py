@@ -8,6 +8,7 @@ from transformers import AutoConfig, PretrainedConfig
 
 from photon_train.errors import PhotonError
 
+# Kinds of PHOTON models.
 MODEL_TYPES = ("photon", "photon_hierarchical")
 
 
@@ -27,8 +28,10 @@ def read_config(directory: str | Path) -> PretrainedConfig:
         if model_type in MODEL_TYPES:
             return AutoConfig.from_pretrained(directory)
     except (ValueError, OSError) as error:
-        reason = str(error).strip().split("\n")[0]
-        raise PhotonError(f"{directory / 'config.json'}: {reason}") from error
-    raise PhotonError(
-        f"{directory} is no PHOTON model (model_type {model_type!r}): convert it with `photon-train convert`"
-    )
+        raise PhotonError(f"{directory / 'config.json'}: {first_line(error)}") from error
+    raise PhotonError(f"{directory} is no PHOTON model: convert it with `photon-train convert`")
+
+
+def first_line(error: Exception) -> str:
+    """What transformers says first; more lines are advice about its hub."""
+    return str(error).strip().split("\n")[0]

@@ -56,10 +56,14 @@ def test_weights_that_are_not_finite(directory: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["model.levels.0.decoder.memory.1.key_gate", "model.levels.1.encoder.layers.0.mlp.up_proj.weight"]
+    "name",
+    [
+        "model.layers.2.self_attn.memory.converter.parts.0.bias",
+        "model.layers.0.self_attn.memory.chunker.parts.0.weight",
+    ],
 )
 def test_another_function(directory: Path, name: str) -> None:
-    """The probe must reach every path: here those that only far tokens take."""
+    """The sequences must reach every path: here those that only far tokens take."""
     reference = photon_model("memory")
     assert validate_export(directory, reference).max_logit_difference <= 1e-6
     with torch.no_grad():

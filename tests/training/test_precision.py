@@ -42,7 +42,7 @@ def test_both_ways_of_checkpointing_change_no_gradient(name, reentrant, adapted)
             model.enable_input_require_grads()
         runs = []
         base = model.get_base_model() if adapted else model
-        base.model.layers[0].mlp.register_forward_hook(lambda *_, runs=runs: runs.append(1))
+        base.model.layers[0].mlp.register_forward_pre_hook(lambda *_, runs=runs: runs.append(1))
         model.train()(ids, labels=ids).loss.backward()
         assert len(runs) == (2 if checkpointing else 1)
         found.append({key: p.grad for key, p in model.named_parameters() if p.requires_grad})
