@@ -79,6 +79,15 @@ def test_gradients_are_those_of_the_function(name):
 
 
 @pytest.mark.parametrize("name", ["block-2", "stream-2-slots"])
+@torch.no_grad()
+def test_windows_as_one_fused_kernel_are_the_same_windows(name):
+    model, ids = hierarchical_model(name), tokens(2, 40)
+    expected = model(ids, use_cache=False).logits
+    model.set_fused_windows("yes")
+    torch.testing.assert_close(model(ids, use_cache=False).logits, expected, atol=2e-4, rtol=0)
+
+
+@pytest.mark.parametrize("name", ["block-2", "stream-2-slots"])
 def test_lora_trains_adapters_and_new_modules_and_merges_exactly(name):
     model, ids = hierarchical_model(name), tokens(2, 21)
     new = model.new_module_names()
