@@ -76,8 +76,8 @@ class BlockPool:
 class BlockTable:
     """The blocks of every row on the device, ``[rows, width]``; the width grows with the longest sequence.
 
-    Beyond a sequence's blocks its last one is repeated. Passes read as many of every row as the longest has and mask the
-    rest: were that another sequence's block, what is not finite there would come through (0 x NaN is NaN).
+    Beyond a sequence's blocks its last one is repeated. Passes read as many of every row as the longest has and mask
+    the rest: were that another sequence's block, what is not finite there would come through (0 x NaN is NaN).
 
     Attributes:
         bound: Blocks per row that the next pass reads.
