@@ -53,7 +53,7 @@ class CacheLayout:
             PhotonError: if the memory does not hold the rows and one block, or `block_size` cuts a unit.
         """
         config, dtype_bytes = model.config, model.get_input_embeddings().weight.element_size()
-        span = math.lcm(*(store.span for store in model.new_cache().growing()))
+        span = math.lcm(*(store.span for store in model.new_cache().growing() if store.layers))
         block_size = block_size or math.ceil(BLOCK_SIZE / span) * span
         if block_size % span:
             raise PhotonError(f"block_size={block_size} is not a multiple of the {span} tokens under a unit")
