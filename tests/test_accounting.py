@@ -15,6 +15,7 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 from photon_train import accounting
 from photon_train.config import PRESETS, PhotonSettings, RunConfig
 from photon_train.conversion import presets
+from photon_train.linears import LINEARS
 from photon_train.models import PhotonForCausalLM
 from photon_train.training.lora import add_lora
 
@@ -66,7 +67,7 @@ def test_parameters_of_every_hierarchy(name):
     assert accounting.new_parameters(config) == new
 
 
-@pytest.mark.parametrize("target_modules", [["q_proj", "down_proj"], list(accounting.TARGETS), ["v_proj", "lm_head"]])
+@pytest.mark.parametrize("target_modules", [["q_proj", "down_proj"], list(LINEARS), ["v_proj", "lm_head"]])
 def test_what_lora_trains(target_modules):
     settings = RunConfig().lora
     settings.rank, settings.target_modules = 3, target_modules

@@ -4,7 +4,6 @@ from photon_train.accounting.estimate import Estimate, estimate
 from photon_train.accounting.fit import Fit, Option, find_fit, format_bytes
 from photon_train.accounting.memory import TrainingMemory, TrainingSetup, activation_bytes, training_memory
 from photon_train.accounting.model import (
-    TARGETS,
     CacheBytes,
     Shape,
     cache_bytes,
@@ -22,7 +21,6 @@ from photon_train.accounting.model import (
 )
 
 __all__ = [
-    "TARGETS",
     "CacheBytes",
     "Estimate",
     "Fit",

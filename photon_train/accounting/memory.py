@@ -10,13 +10,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from photon_train.accounting.model import (
-    TARGETS,
     Shape,
     layer_positions,
     photon_parameters,
     trainable_parameters,
     widest_positions,
 )
+from photon_train.linears import FUSED, LINEARS
 
 ZERO_STAGES = (0, 1, 2, 3)
 # Elements of the logits that a loss takes at a time (`photon_train.training.heads`).
@@ -54,7 +54,7 @@ class TrainingSetup:
     seq_len: int
     batch_size: int = 1
     rank: int = 16
-    target_modules: tuple[str, ...] = TARGETS
+    target_modules: tuple[str, ...] = LINEARS
     weight_bytes: int = 2
     precision: str = "bf16"
     zero_stage: int = 0
@@ -156,7 +156,7 @@ def _layer_bytes(photon: Any, setup: TrainingSetup) -> float:
             return count * shape.hidden * compute
         return min(count, 1) * shape.hidden * setup.stream_bytes
 
-    kept = 2 * 4 * shape.hidden + inputs({"q_proj", "k_proj", "v_proj"}) + inputs({"gate_proj", "up_proj"})
+    kept = 2 * 4 * shape.hidden + inputs(set(FUSED["qkv_proj"])) + inputs(set(FUSED["gate_up_proj"]))
     if shape.head_norms:
         kept += 4 * (queries + keys)
     if not setup.rank:  # trained norms keep what they scale

@@ -11,11 +11,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
-MLP = ("gate_proj", "up_proj", "down_proj")
-TARGETS = (*ATTENTION, *MLP)
-# Linear maps that some families store as one, in order of their rows.
-FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
+from photon_train.linears import ATTENTION, FUSED, LINEARS, MLP
 
 
 def _get(config: Any, key: str, default: Any = None) -> Any:
@@ -70,7 +66,7 @@ class Shape:
             "down_proj": (hidden, inner),
         }
         biased = set(ATTENTION if _get(config, "attention_bias", False) else ())
-        biased |= {"q_proj", "k_proj", "v_proj"} if model_type == "qwen2" else set()
+        biased |= set(FUSED["qkv_proj"]) if model_type == "qwen2" else set()
         biased |= set(MLP) if _get(config, "mlp_bias", False) else set()
         norms = 2 * hidden + (2 * head_dim if model_type == "qwen3" else 0)
         layers = _get(config, "num_hidden_layers")
@@ -151,7 +147,7 @@ def photon_parameters(photon: Any) -> int:
     return shape.shared + photon.num_layers * shape.layer + new_parameters(photon)
 
 
-def lora_parameters(photon: Any, rank: int, target_modules: Iterable[str] = TARGETS) -> int:
+def lora_parameters(photon: Any, rank: int, target_modules: Iterable[str] = LINEARS) -> int:
     """Parameters of rank-`rank` adapters on the named linear layers of all stacks (``lm_head`` counts if named)."""
     shape = Shape.of(photon.base_config)
     targets = set(target_modules)
@@ -160,7 +156,7 @@ def lora_parameters(photon: Any, rank: int, target_modules: Iterable[str] = TARG
     return rank * (photon.num_layers * per_layer + head)
 
 
-def trainable_parameters(photon: Any, rank: int, target_modules: Iterable[str] = TARGETS) -> int:
+def trainable_parameters(photon: Any, rank: int, target_modules: Iterable[str] = LINEARS) -> int:
     """Parameters that fine-tuning changes: adapters and new modules, or everything at rank 0."""
     if rank == 0:
         return photon_parameters(photon)

@@ -13,8 +13,9 @@ from typing import Any
 
 from transformers import AutoConfig, PretrainedConfig
 
-from photon_train.accounting.model import ATTENTION, FUSED, MLP, Shape
+from photon_train.accounting.model import Shape
 from photon_train.errors import PhotonError
+from photon_train.linears import ATTENTION, FUSED, MLP
 
 # Of config.json: what describes the dense checkpoint as an object, not its architecture.
 _BOOKKEEPING = ("architectures", "transformers_version", "_name_or_path", "dtype", "torch_dtype", "auto_map")
@@ -52,7 +53,7 @@ FAMILIES: dict[str, Family] = {
     for family in (
         Family("llama", biases_by_key={"attention_bias": ATTENTION, "mlp_bias": MLP}),
         Family("mistral", sliding_window="all"),
-        Family("qwen2", biases=("q_proj", "k_proj", "v_proj"), sliding_window="layer_types"),
+        Family("qwen2", biases=FUSED["qkv_proj"], sliding_window="layer_types"),
         Family("qwen3", biases_by_key={"attention_bias": ATTENTION}, head_norms=True, sliding_window="layer_types"),
         # Mistral's function from stacked matrices.
         Family("phi3", sliding_window="all", layers="mistral", is_fused=True),

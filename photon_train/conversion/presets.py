@@ -35,7 +35,7 @@ from typing import Any
 from transformers import PretrainedConfig
 
 from photon_train.accounting.model import Shape
-from photon_train.config import CONDITIONINGS, PRESETS, LevelOverrides, PhotonSettings, RunConfig
+from photon_train.config import LevelOverrides, PhotonSettings, RunConfig
 from photon_train.conversion.families import attention_span, family_of, layer_config
 from photon_train.errors import PhotonError
 from photon_train.models.configuration_photon import PhotonConfig
@@ -110,8 +110,6 @@ def layer_map(dense: PretrainedConfig, settings: RunConfig) -> LayerMap:
 
 def _build(dense: PretrainedConfig, settings: RunConfig) -> tuple[PhotonConfig, LayerMap]:
     family_of(dense)
-    if settings.preset not in PRESETS:
-        raise PhotonError(f"preset={settings.preset!r} is not one of {', '.join(PRESETS)}")
     photon, preset = settings.photon, _CHOICES[settings.preset]
     layout = _choose("photon.layout", photon.layout, preset.layouts, settings.preset)
     allowed = ("slots",) if layout == "block" else preset.conditionings
@@ -119,7 +117,7 @@ def _build(dense: PretrainedConfig, settings: RunConfig) -> tuple[PhotonConfig, 
     latent = settings.preset == "graft" and conditioning == "memory" and _pooling(photon) == "latent"
     overrides = _levels(photon, 1 if latent else preset.levels, settings.preset)
     chunk_size = 2 * CHUNK_SIZE if latent and dense.num_hidden_layers < LATENT_SHARE else CHUNK_SIZE
-    chunks = [_positive(f"photon.levels.{i}.chunk_size", o.chunk_size, chunk_size) for i, o in enumerate(overrides)]
+    chunks = [override.chunk_size or chunk_size for override in overrides]
     span = _product(chunks)
     if span < 2:
         raise PhotonError(
@@ -170,16 +168,7 @@ def _choose(key: str, value: str | None, allowed: Sequence[str], preset: str) ->
     if value is None:
         return allowed[0]
     if value not in allowed:
-        known = "" if value in (*CONDITIONINGS, "stream", "block") else " (unknown name)"
-        raise PhotonError(f"{key}={value!r}{known}: preset {preset} can serve {' or '.join(allowed)}")
-    return value
-
-
-def _positive(key: str, value: int | None, default: int) -> int:
-    if value is None:
-        return default
-    if value < 1:
-        raise PhotonError(f"{key}={value} must be at least 1")
+        raise PhotonError(f"{key}={value!r}: preset {preset} can serve {' or '.join(allowed)}")
     return value
 
 
@@ -196,31 +185,22 @@ def _pooling(photon: PhotonSettings) -> str:
 
 def _levels(photon: PhotonSettings, default: int, name: str) -> list[LevelOverrides]:
     """The overrides of every level, those that the user left out included."""
-    count = _positive("photon.num_levels", photon.num_levels, max(default, len(photon.levels)))
+    count = photon.num_levels or max(default, len(photon.levels))
     if name == "hourglass" and count != 1:
         raise PhotonError(f"photon.num_levels={count}: preset hourglass has 1 level; use preset split for more")
-    if len(photon.levels) > count:
-        raise PhotonError(
-            f"photon.levels.{count} lies above the {count} level(s) of the model: "
-            f"set photon.num_levels to {len(photon.levels)}, or drop it"
-        )
     return [*photon.levels, *(LevelOverrides() for _ in range(count - len(photon.levels)))]
 
 
 def _num_slots(index: int, override: LevelOverrides, chunk: int, preset: str, layout: str, conditioning: str) -> int:
-    key = f"photon.levels.{index}.num_slots"
-    slots = _positive(key, override.num_slots, chunk if preset == "paper" else 1)
     if conditioning == "memory" and override.num_slots is not None:
-        raise PhotonError(f"{key} has no effect with conditioning memory: drop it")
-    return slots
+        raise PhotonError(f"photon.levels.{index}.num_slots has no effect with conditioning memory: drop it")
+    return override.num_slots or (chunk if preset == "paper" else 1)
 
 
 def _encoder_window(index: int, value: int | None, count: int) -> int | None:
     if value is None:
         return None if index == count - 1 else ENCODER_WINDOW
-    if value < 0:
-        raise PhotonError(f"photon.levels.{index}.encoder_window={value} must be positive, or 0 for unbounded")
-    return value or None
+    return value or None  # 0 is unbounded
 
 
 def _partition(
@@ -229,15 +209,11 @@ def _partition(
     """The branch layer and the copied layers of every stack."""
     photon = settings.photon
     for index, override in enumerate(overrides):
-        for kind in ("encoder_layers", "decoder_layers"):
-            value = getattr(override, kind)
-            if value is not None and value < 0:
-                raise PhotonError(f"photon.levels.{index}.{kind}={value} must not be negative")
-            if kind == "decoder_layers" and index and value and conditioning == "memory":
-                raise PhotonError(
-                    f"photon.levels.{index}.decoder_layers={value}: conditioning memory has no decoders above the "
-                    "tokens; set it to 0"
-                )
+        if index and override.decoder_layers and conditioning == "memory":
+            raise PhotonError(
+                f"photon.levels.{index}.decoder_layers={override.decoder_layers}: conditioning memory has no decoders "
+                "above the tokens; set it to 0"
+            )
     if settings.preset == "graft":
         return _partition_graft(total, photon, overrides, conditioning == "memory" and _pooling(photon) == "latent")
     if settings.preset == "hourglass":
@@ -367,8 +343,6 @@ def _stream_settings(
     if dense_span is not None and window > dense_span:
         raise PhotonError(f"photon.window={window} exceeds the dense model's sliding_window={dense_span}: lower it")
     sinks = NUM_SINKS if photon.num_sinks is None else photon.num_sinks
-    if sinks < 0:
-        raise PhotonError(f"photon.num_sinks={sinks} must not be negative")
     full = list(photon.full_attention_layers)
     _check_layers("photon.full_attention_layers", full, depth)
     result: dict[str, Any] = {"window": window, "num_sinks": sinks, "full_attention_layers": full}
@@ -453,7 +427,5 @@ def _memory_sources(photon: PhotonSettings, memory: Sequence[int], pooling: str)
 
 def _check_layers(key: str, layers: Sequence[int], depth: int) -> None:
     for layer in layers:
-        if not 0 <= layer < depth:
+        if layer >= depth:
             raise PhotonError(f"{key} names layer {layer}; the token decoder has layers 0...{depth - 1}")
-    if len(set(layers)) != len(layers):
-        raise PhotonError(f"{key} names a layer twice: {list(layers)}")

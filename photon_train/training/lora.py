@@ -10,9 +10,10 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 from transformers import PreTrainedModel
 
-from photon_train.accounting.model import FUSED, Shape
+from photon_train.accounting.model import Shape
 from photon_train.config import LoraSettings, TrainSettings
 from photon_train.errors import PhotonError
+from photon_train.linears import FUSED
 
 
 def base_model(model: nn.Module) -> nn.Module:
@@ -97,8 +98,6 @@ def add_lora(model: PreTrainedModel, settings: LoraSettings, seed: int = 0) -> P
     Raises:
         PhotonError: for settings that fit no layer of the model.
     """
-    if settings.rank < 0:
-        raise PhotonError(f"lora.rank={settings.rank} is negative: give a rank, or 0 to train every weight")
     if settings.rank == 0:
         return model.requires_grad_(True)
     config = LoraConfig(

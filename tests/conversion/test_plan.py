@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 from rich.console import Console
-from tiny_dense import dense_config, save_dense
+from tiny_dense import dense_config
 
 from photon_train.config import PRESETS, RunConfig
 from photon_train.conversion.operators import OPERATORS
@@ -158,11 +158,3 @@ def test_normal_values_depend_on_the_seed_alone(monkeypatch):
     assert torch.equal(first, run_operator("normal", (50, 80), std=0.02, seed=1))
     assert not torch.equal(first, run_operator("normal", (50, 80), std=0.02, seed=2))
     assert abs(first.std().item() - 0.02) < 0.002
-
-
-def test_an_unknown_dtype(tmp_path):
-    checkpoint = DenseCheckpoint.open(str(save_dense(tmp_path / "dense")))
-    run = RunConfig()
-    config = photon_config(checkpoint.config, run)
-    with pytest.raises(PhotonError, match="export.dtype='int4'"):
-        make_plan(checkpoint, config, layer_map(checkpoint.config, run), dtype="int4")
