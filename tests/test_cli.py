@@ -106,6 +106,7 @@ def test_numbers_in_yaml_are_read_as_people_write_them(yaml_file) -> None:
         (["--photon.levels.x.chunk_size", "3"], ["photon.levels.x.chunk_size", "photon.levels.0.chunk_size"]),
         (["--photon.memory_layers.0", "3"], ["photon.memory_layers.0", "did you mean 'photon.memory_layers'"]),
         (["--xyzzy", "3"], ["xyzzy", "--help"]),
+        (["--=3"], ["group", "--help"]),
         (["--train", "3"], ["--train", "group"]),
         (["--train.max_steps"], ["--train.max_steps", "value"]),
         (["--train.max_steps", "--resume"], ["--train.max_steps", "value"]),

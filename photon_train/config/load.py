@@ -114,7 +114,7 @@ def _split_arguments(arguments: list[str]) -> tuple[list[Path], list[tuple[str, 
         name, has_value, text = argument[2:].partition("=")
         key = name.replace("-", "_")
         field = {"type": "string"} if key == "config" else find(key)
-        if field is None or (name[-1].isdecimal() and "properties" not in field):  # no items of plain lists
+        if field is None or (name[-1:].isdecimal() and "properties" not in field):  # no items of plain lists
             raise unknown_key(key, _COMMAND_LINE)
         if not has_value:
             if rest and not rest[0].startswith("--"):
