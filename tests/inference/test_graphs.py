@@ -54,7 +54,8 @@ def test_pieces_run_for_the_rows_that_need_them_alone():
             return call(name, function, rows, *tensors)
 
     one.runner.static.__class__ = Counted
-    one.generate([tokens(1, 4 + index)[0].tolist() for index in range(8)], SamplingParams(max_new_tokens=33, ignore_eos=True))
+    prompts = [tokens(1, 4 + index)[0].tolist() for index in range(8)]
+    one.generate(prompts, SamplingParams(max_new_tokens=33, ignore_eos=True))
     steps = 8 * 32
     assert counts["_close 0"] == steps // 2 and counts["_close 1"] == steps // 4
     # The token decoder takes every token, and the slots of the chunk that follows a completed one.
