@@ -42,7 +42,7 @@ $(OLDEST)/.installed: $(VENV)/.installed constraints-oldest.txt
 
 test-oldest: $(OLDEST)/.installed
 	PYTHONPATH=$(OLDEST) $(BIN)/python -m pytest -n $(JOBS) --dist loadfile tests/models tests/kernels tests/conversion/test_apply.py \
-		tests/export tests/inference/test_engine.py tests/inference/test_triton_backend.py tests/training/test_loop.py
+		tests/test_cli.py tests/export tests/inference/test_engine.py tests/inference/test_triton_backend.py tests/training/test_loop.py
 
 lint: venv
 	$(BIN)/ruff check .

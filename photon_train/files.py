@@ -18,22 +18,18 @@ _LEFTOVER = re.compile(r"\..+\.[0-9a-f]{12}")  # see `hidden_sibling`
 _SPARE_BYTES = 64 * 2**20  # tokenizer, configuration, code, and what else wants to be written meanwhile
 
 
-def parse_size(size: str | int, key: str = "export.max_shard_size") -> int:
-    """Bytes of ``5GB``, ``200MiB``, ...
+def parse_size(size: str | int, key: str = "size") -> int:
+    """Bytes of ``5GB``, ``200 MiB``, ...; a whole number that is no text counts bytes.
 
     Raises:
-        PhotonError: naming `key`, if the text is no size.
+        PhotonError: naming `key`, if the text is no size greater than 0, or has no unit.
     """
     if isinstance(size, int):
         return size
-    text = size.strip().upper()
-    unit = next((unit for unit in sorted(_UNITS, key=len, reverse=True) if text.endswith(unit)), "")
-    try:
-        result = int(float(text.removesuffix(unit)) * _UNITS.get(unit, 1))
-    except (ValueError, OverflowError):
-        raise PhotonError(f"{key} is {size!r}, which is no size: write for example 5GB or 200MiB") from None
+    found = re.fullmatch(r"(\d+(?:\.\d+)?) *([KMGT]?I?B)", size.strip().upper())
+    result = int(float(found[1]) * _UNITS.get(found[2], 0)) if found else 0
     if result < 1:
-        raise PhotonError(f"{key} is {size!r}; it must be positive")
+        raise PhotonError(f"{key} is {size!r}, which is no size: write for example 5GB or 200MiB")
     return result
 
 

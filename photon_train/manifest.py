@@ -29,7 +29,7 @@ def write_manifest(directory: Path, stage: str, config: Mapping[str, Any], input
     Args:
         directory: Directory of the stage; every file in it, at any depth, is hashed.
         stage: Name of the stage, for example ``converted``.
-        config: Resolved configuration (`photon_train.cli.to_dict`).
+        config: Resolved configuration (`photon_train.config.to_dict`).
         inputs: What the stage read, by role. A file is hashed; a directory counts by its own manifest if it has one,
             else every file in it is hashed.
 

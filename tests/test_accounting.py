@@ -201,7 +201,7 @@ def test_flops_of_the_dense_model_by_hand():
 @pytest.mark.parametrize("parts", [1, 2])
 def test_flops_of_a_memory_count_the_tokens_under_units(parts):
     dense = dense_config(num_hidden_layers=8)
-    config = converted(dense, memory_layers=[1, 4, 7], memory_parts=parts)
+    config = converted(dense, memory_layers=[1, 4, 7], latents_per_unit=parts)
     near, far = (accounting.photon_flops(config, n) for n in (1600, 3200))
     # Per token: 3 layers meet 1600 tokens more, each of 4 heads through a latent of 2 * 2 * 8 numbers, or half.
     assert far - near == pytest.approx(4 * (3 * 4 * 32 / parts * 1600))

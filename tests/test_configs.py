@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from photon_train.cli import load_config
+from photon_train.config import load_config
 
 ROOT = Path(__file__).resolve().parents[1]
 ACCELERATE = {path.stem: path for path in sorted((ROOT / "accelerate_configs").glob("*.yaml"))}

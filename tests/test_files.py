@@ -78,12 +78,14 @@ def test_modes_follow_the_umask(tmp_path: Path) -> None:
     assert (tmp_path / "stage").stat().st_mode == (tmp_path / "plain").stat().st_mode
 
 
-@pytest.mark.parametrize(("text", "size"), [("5GB", 5 * 10**9), ("200 MiB", 200 * 2**20), ("1000", 1000), (17, 17)])
+@pytest.mark.parametrize(
+    ("text", "size"), [("5GB", 5 * 10**9), ("200 MiB", 200 * 2**20), ("1000 B", 1000), ("1.5kb", 1500), (17, 17)]
+)
 def test_sizes(text: str | int, size: int) -> None:
     assert parse_size(text) == size
 
 
-@pytest.mark.parametrize("text", ["many", "GB", "0MB", "-1GB", "nanGB", "infGB"])
+@pytest.mark.parametrize("text", ["many", "80", "GB", "0MB", "-1GB", "nanGB", "infGB"])
 def test_sizes_that_are_none(text: str) -> None:
-    with pytest.raises(PhotonError, match="export.max_shard_size"):
-        parse_size(text)
+    with pytest.raises(PhotonError, match="memory is .*5GB"):
+        parse_size(text, "memory")

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from photon_train.cli import load_config
+from photon_train.config import load_config
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", ROOT / "kernels" / "README.md", *sorted((ROOT / "docs").glob("*.md"))]

@@ -33,9 +33,8 @@ from lib.repeats import Repeats
 from lib.study import add_recovered, fit_budgets, markdown_table
 from lib.study_text import study_documents
 from photon_train.accounting import TrainingSetup, dense_flops, dense_parameters, estimate
-from photon_train.cli import load_config, main_wrapper
-from photon_train.config import RunConfig
-from photon_train.config_yaml import read_yaml
+from photon_train.cli import main_wrapper
+from photon_train.config import RunConfig, load_config, read_yaml
 from photon_train.conversion.apply import convert
 from photon_train.conversion.calibrate import calibrate_directory, calibration_batches
 from photon_train.conversion.plan import make_plan

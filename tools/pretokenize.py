@@ -11,7 +11,8 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from photon_train.cli import load_config, main_wrapper
+from photon_train.cli import main_wrapper
+from photon_train.config import load_config
 from photon_train.errors import PhotonError
 
 

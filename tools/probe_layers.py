@@ -17,7 +17,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from lib.quality import periodic
-from photon_train.cli import load_config, main_wrapper
+from photon_train.cli import main_wrapper
+from photon_train.config import load_config
 from photon_train.conversion.probe import probe_layers
 from photon_train.conversion.source import DenseCheckpoint
 from photon_train.data.progress import progress_bar

@@ -31,7 +31,7 @@ class Graft:
         kept = [config.family_window(layer) for layer in layers if not config.has_window(layer)]
         self._local, self._full = [own for own in kept if own is not None], kept.count(None)
         self._memories = len(config.memory_layers)
-        self._latent = self.shape.kv // config.memory_parts  # numbers of a latent's part
+        self._latent = self.shape.kv // config.latents_per_unit  # numbers of a latent's part
 
     @property
     def new_parameters(self) -> int:

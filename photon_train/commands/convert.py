@@ -10,9 +10,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from photon_train.cli import load_config, main_wrapper
+from photon_train.cli import main_wrapper
 from photon_train.commands import requires
-from photon_train.config import RunConfig
+from photon_train.config import RunConfig, load_config
 
 DEMO = Path(__file__).with_name("demo.yaml")
 DESCRIPTION = (

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from photon_train.cli import load_config, main_wrapper
+from photon_train.cli import main_wrapper
 from photon_train.commands import requires
+from photon_train.config import load_config
 from photon_train.errors import PhotonError
 
 DEFAULTS = Path(__file__).with_name("qwen.yaml")

@@ -6,8 +6,9 @@ accelerate launch -m photon_train.commands.finetune --model runs/llama-1b/export
 
 from __future__ import annotations
 
-from photon_train.cli import load_config, main_wrapper
+from photon_train.cli import main_wrapper
 from photon_train.commands import requires
+from photon_train.config import load_config
 
 DESCRIPTION = (
     "Fine-tune a converted or exported PHOTON model with LoRA and export it. The hierarchy is the "

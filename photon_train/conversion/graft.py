@@ -31,7 +31,7 @@ LAYERS_PER_MEMORY = 8
 WIDE_LATENT = 4096
 
 _ROLES = {"model.embed_tokens.weight": "embedding", "model.norm.weight": "final norm", "lm_head.weight": "head"}
-_MEMORY = re.compile(r"model\.layers\.\d+\.self_attn\.memory\.(chunker|converter)\.parts\.\d+\.(weight|bias)")
+_MEMORY = re.compile(r"model\.layers\.\d+\.self_attn\.memory\.(chunker|converter)\.maps\.\d+\.(weight|bias)")
 _VALUES = {
     ("chunker", "weight"): ("mean_chunk", {}),
     ("converter", "weight"): ("identity_slots", {}),
@@ -65,7 +65,7 @@ def configure(dense: PretrainedConfig, settings: RunConfig) -> PhotonConfig:
         chunk_size = CHUNK_SIZE if dense.num_hidden_layers >= LAYERS_PER_MEMORY else 2 * CHUNK_SIZE
     if window is None:
         window = max(chunk_size, SMALL_WINDOW if dense.hidden_size <= SMALL_HIDDEN else WINDOW)
-    parts = photon.memory_parts
+    parts = photon.latents_per_unit
     if parts is None:
         parts = 2 if Shape.of(dense).kv > WIDE_LATENT else 1
     memory = _default_layers(dense, photon) if photon.memory_layers is None else photon.memory_layers
@@ -78,7 +78,7 @@ def configure(dense: PretrainedConfig, settings: RunConfig) -> PhotonConfig:
             num_sinks=NUM_SINKS if photon.num_sinks is None else photon.num_sinks,
             chunk_size=chunk_size,
             memory_layers=memory,
-            memory_parts=parts,
+            latents_per_unit=parts,
             full_attention_layers=photon.full_attention_layers,
             **layers,
         )

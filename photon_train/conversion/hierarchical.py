@@ -35,7 +35,7 @@ LEVELS, CHUNK_SIZE, ENCODER_WINDOW, NUM_SINKS = 2, 4, 64, 4
 WINDOW, SMALL_WINDOW, SMALL_HIDDEN = 256, 64, 512
 MODEL_TYPE = "photon_hierarchical"
 LAYOUTS = {"split": "stream", "paper": "block"}
-_OF_GRAFT = ("chunk_size", "memory_layers", "choose_layers", "num_memory_layers", "memory_parts")
+_OF_GRAFT = ("chunk_size", "memory_layers", "choose_layers", "num_memory_layers", "latents_per_unit")
 _OF_STREAMS = ("window", "num_sinks")
 
 _COPIED = {"model.embed_tokens.weight": "embedding", "model.norm.weight": "final norm", "lm_head.weight": "head"}

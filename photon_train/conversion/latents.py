@@ -86,7 +86,7 @@ def fit_latents(model: PhotonForCausalLM, batches: Sequence[torch.Tensor]) -> li
     names = []
     for layers in _groups(model):
         measured = {
-            layer: _Measured(_Moments(), [_Moments() for _ in range(model.config.memory_parts)]) for layer in layers
+            layer: _Measured(_Moments(), [_Moments() for _ in range(model.config.latents_per_unit)]) for layer in layers
         }
         for batch in batches:
             _measure(model, batch.to(model.device), measured)
@@ -99,8 +99,8 @@ def fit_latents(model: PhotonForCausalLM, batches: Sequence[torch.Tensor]) -> li
 def _groups(model: PhotonForCausalLM) -> Iterator[list[int]]:
     """The memory layers, as many at a time as `_MOMENT_BYTES` hold the moments of."""
     config = model.config
-    numbers = config.chunk_size * 2 * config.num_key_value_heads * config.head_dim // config.memory_parts
-    size = max(1, _MOMENT_BYTES // (config.memory_parts * 2 * 8 * numbers**2))
+    numbers = config.chunk_size * 2 * config.num_key_value_heads * config.head_dim // config.latents_per_unit
+    size = max(1, _MOMENT_BYTES // (config.latents_per_unit * 2 * 8 * numbers**2))
     for begin in range(0, len(config.memory_layers), size):
         yield config.memory_layers[begin : begin + size]
 
@@ -122,8 +122,8 @@ def _measure(model: PhotonForCausalLM, batch: torch.Tensor, measured: dict[int, 
         far = unrotate(query, rotary)[:, :, begin:].unflatten(1, (key.shape[1], -1)).float()
         found.queries.count += far.shape[0] * far.shape[2] * far.shape[3]
         found.queries.add(qq=torch.einsum("bhgtd,bhgte->hde", far, far))
-        have = _units(key, value, config.chunk_size, config.memory_parts)
-        need = _units(_turn(key, away), value, config.chunk_size, config.memory_parts)
+        have = _units(key, value, config.chunk_size, config.latents_per_unit)
+        need = _units(_turn(key, away), value, config.chunk_size, config.latents_per_unit)
         for moments, x, y in zip(found.parts, have, need, strict=True):
             moments.count += len(x)
             moments.add(x=x.sum(0), y=y.sum(0), xx=x.T @ x, xy=x.T @ y)
@@ -168,12 +168,12 @@ def _fit(model: PhotonForCausalLM, layer: int, found: _Measured) -> list[str]:
     weights, names = _weights(model, layer, found.queries), []
     for number, moments in enumerate(found.parts):
         errors = weights if len(found.parts) == 1 else weights[number : number + 1]
-        chunker, converter = memory.chunker.parts[number], memory.converter.parts[number]
+        chunker, converter = memory.chunker.maps[number], memory.converter.maps[number]
         pack, unpack, bias = _regress(moments, errors, chunker.out_features)
         for name, parameter, value in (
-            ("chunker.parts.{}.weight", chunker.weight, pack),
-            ("converter.parts.{}.weight", converter.weight, unpack),
-            ("converter.parts.{}.bias", converter.bias, bias),
+            ("chunker.maps.{}.weight", chunker.weight, pack),
+            ("converter.maps.{}.weight", converter.weight, unpack),
+            ("converter.maps.{}.bias", converter.bias, bias),
         ):
             parameter.copy_(value)
             names.append(f"{prefix}.{name.format(number)}")

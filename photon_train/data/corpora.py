@@ -87,10 +87,8 @@ def split_documents(documents: Iterable[Document], held_out_fraction: float) -> 
         `(train, held_out)`, each in the order of `documents`.
 
     Raises:
-        PhotonError: if the fraction is not in (0, 1), or one document without a line break is all there is.
+        PhotonError: if one document without a line break is all there is.
     """
-    if not 0 < held_out_fraction < 1:
-        raise PhotonError(f"dataset.held_out_fraction must be between 0 and 1 (exclusive), not {held_out_fraction}")
     documents = list(documents)
     if len(documents) == 1:
         if documents[0].messages is not None:

@@ -27,7 +27,6 @@ from photon_train.files import atomic_directory, check_can_write, parse_size
 from photon_train.manifest import write_manifest
 
 STAGE = "export"
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 def export_model(
@@ -98,10 +97,8 @@ def _skeleton(config: PretrainedConfig, dtype: str) -> PreTrainedModel:
     """The model without weights, in the type that is written."""
     if dtype == "auto":
         dtype = str(config.dtype or "float32").removeprefix("torch.")
-    if dtype not in DTYPES:
-        raise PhotonError(f"export.dtype={dtype!r} is not one of auto, {', '.join(DTYPES)}")
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(copy.deepcopy(config)).to(DTYPES[dtype])
+        model = AutoModelForCausalLM.from_config(copy.deepcopy(config)).to(getattr(torch, dtype))
     # Saving adds the class itself, and the configuration's.
     model.config.auto_map = {"AutoModel": _code_reference(type(model.model))}
     return model

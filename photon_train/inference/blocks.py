@@ -76,6 +76,9 @@ class BlockPool:
 class BlockTable:
     """The blocks of every row on the device, ``[rows, width]``; the width grows with the longest sequence.
 
+    Beyond a sequence's blocks its last one is repeated. Passes read as many of every row as the longest has and mask
+    the rest: were that another sequence's block, what is not finite there would come through (0 x NaN is NaN).
+
     Attributes:
         bound: Blocks per row that the next pass reads.
         rounded: Whether `bound` takes few values only.
@@ -92,10 +95,13 @@ class BlockTable:
             self.widen(self.blocks.shape[1] + max(missing, self.blocks.shape[1]))
         new = torch.tensor(allocation.blocks[first:], dtype=torch.long, device=self.blocks.device)
         self.blocks[allocation.row, first : len(allocation.blocks)] = new
+        if allocation.blocks:
+            self.blocks[allocation.row, len(allocation.blocks) :] = allocation.blocks[-1]
 
     def widen(self, width: int) -> None:
         """Make room for `width` blocks per row."""
-        self.blocks = torch.nn.functional.pad(self.blocks, (0, max(0, width - self.blocks.shape[1])))
+        last = self.blocks[:, -1:].expand(-1, max(0, width - self.blocks.shape[1]))
+        self.blocks = torch.cat([self.blocks, last], dim=1)
 
     def begin(self, allocations: Iterable[Allocation]) -> None:
         """Announce the sequences of the next pass: reads return as many blocks as the longest of them has."""

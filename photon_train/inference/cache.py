@@ -53,12 +53,12 @@ class CacheLayout:
             PhotonError: if the memory does not hold the rows and one block, or `block_size` cuts a unit.
         """
         config, dtype_bytes = model.config, model.get_input_embeddings().weight.element_size()
-        span = math.lcm(*(store.span for store in model.new_cache().growing()))
+        span = math.lcm(*(store.span for store in model.new_cache().growing() if store.layers))
         block_size = block_size or math.ceil(BLOCK_SIZE / span) * span
         if block_size % span:
             raise PhotonError(f"block_size={block_size} is not a multiple of the {span} tokens under a unit")
         empty = accounting.cache_bytes(config, 0, dtype_bytes)
-        row_bytes = empty.constant + empty.buffers
+        row_bytes = empty.constant
         block_bytes = round(accounting.growing_bytes_per_token(config, dtype_bytes) * block_size)
         most = num_rows * math.ceil((max_length or config.max_position_embeddings) / block_size)
         left = memory_bytes - num_rows * row_bytes

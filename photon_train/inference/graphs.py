@@ -106,8 +106,12 @@ class StaticCalls:
         return _first(call.outputs, number)
 
     def bucket(self, number: int) -> int:
-        """The power of two that holds `number` rows, at most `max_rows`."""
-        return min(1 << (number - 1).bit_length(), self.max_rows)
+        """The power of two that holds `number` rows, at most `max_rows` where that does.
+
+        There are more where a sequence feeds several elements in a step.
+        """
+        size = 1 << (number - 1).bit_length()
+        return min(size, self.max_rows) if number <= self.max_rows else size
 
     def _capture(self, call: StaticCall, name: str, function: Callable) -> None:
         graph = torch.cuda.CUDAGraph()

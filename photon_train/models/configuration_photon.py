@@ -16,7 +16,7 @@ PHOTON_KEYS = (
     "num_sinks",
     "chunk_size",
     "memory_layers",
-    "memory_parts",
+    "latents_per_unit",
     "full_attention_layers",
 )
 
@@ -34,7 +34,7 @@ class PhotonConfig(PretrainedConfig):
         num_sinks: First tokens that stay visible in every windowed layer.
         chunk_size: S, the tokens under one memory unit.
         memory_layers: Windowed layers that also read the units outside the window.
-        memory_parts: Latents of a unit: 1 packs keys and values together, 2 apart, each into its half.
+        latents_per_unit: Latents of a unit: 1 packs keys and values together, 2 apart, each into its half.
         full_attention_layers: Layers that keep full causal attention.
         **kwargs: The family's fields.
 
@@ -55,7 +55,7 @@ class PhotonConfig(PretrainedConfig):
         num_sinks: int = 4,
         chunk_size: int = 4,
         memory_layers: list[int] | None = None,
-        memory_parts: int = 1,
+        latents_per_unit: int = 1,
         full_attention_layers: list[int] | None = None,
         **kwargs: Any,
     ) -> None:
@@ -69,10 +69,12 @@ class PhotonConfig(PretrainedConfig):
         self.num_sinks = num_sinks
         self.chunk_size = chunk_size
         self.memory_layers = sorted(memory_layers or [])
-        self.memory_parts = memory_parts
+        self.latents_per_unit = latents_per_unit
         self.full_attention_layers = sorted(full_attention_layers or [])
         kwargs.pop("model_type", None)
         super().__init__(**kwargs)
+        # Qwen2 leaves it out.
+        self.head_dim = getattr(self, "head_dim", None) or self.hidden_size // self.num_attention_heads
         self._check()
 
     def __reduce__(self):
@@ -135,7 +137,7 @@ class PhotonConfig(PretrainedConfig):
         for key, least in (("window", 1), ("num_sinks", 0), ("chunk_size", 1)):
             value = getattr(self, key)
             need(isinstance(value, int) and value >= least, f"{key}={value!r} must be a whole number >= {least}")
-        need(self.memory_parts in (1, 2), f"memory_parts={self.memory_parts} must be 1 or 2")
+        need(self.latents_per_unit in (1, 2), f"latents_per_unit={self.latents_per_unit} must be 1 or 2")
         layers = range(self.num_hidden_layers)
         for key in ("memory_layers", "full_attention_layers"):
             named = getattr(self, key)

@@ -41,30 +41,30 @@ class LatentMap(nn.Linear):
 class Chunker(nn.Module):
     """Keys and values of S tokens -> one latent."""
 
-    def __init__(self, chunk_size: int, width: int, num_parts: int) -> None:
+    def __init__(self, chunk_size: int, width: int, num_latents: int) -> None:
         super().__init__()
-        size = width // num_parts
-        self.parts = nn.ModuleList(PackMap(chunk_size * size, size, bias=False) for _ in range(num_parts))
+        size = width // num_latents
+        self.maps = nn.ModuleList(PackMap(chunk_size * size, size, bias=False) for _ in range(num_latents))
 
     def forward(self, states: torch.Tensor) -> torch.Tensor:
         """``[B, U, S, width] -> [B, U, width]``."""
-        given = states.chunk(len(self.parts), dim=-1)
-        return torch.cat([part(one.flatten(-2)) for part, one in zip(self.parts, given, strict=True)], dim=-1)
+        given = states.chunk(len(self.maps), dim=-1)
+        return torch.cat([part(one.flatten(-2)) for part, one in zip(self.maps, given, strict=True)], dim=-1)
 
 
 class Converter(nn.Module):
     """One latent -> keys and values of the S tokens under the unit."""
 
-    def __init__(self, chunk_size: int, width: int, num_parts: int) -> None:
+    def __init__(self, chunk_size: int, width: int, num_latents: int) -> None:
         super().__init__()
         self.chunk_size = chunk_size
-        size = width // num_parts
-        self.parts = nn.ModuleList(LatentMap(size, chunk_size * size) for _ in range(num_parts))
+        size = width // num_latents
+        self.maps = nn.ModuleList(LatentMap(size, chunk_size * size) for _ in range(num_latents))
 
     def forward(self, latents: torch.Tensor) -> torch.Tensor:
         """``[B, U, width] -> [B, U, S, width]``."""
-        given = latents.chunk(len(self.parts), dim=-1)
-        slots = [part(one).unflatten(-1, (self.chunk_size, -1)) for part, one in zip(self.parts, given, strict=True)]
+        given = latents.chunk(len(self.maps), dim=-1)
+        slots = [part(one).unflatten(-1, (self.chunk_size, -1)) for part, one in zip(self.maps, given, strict=True)]
         return torch.cat(slots, dim=-1)
 
 
@@ -78,10 +78,10 @@ class LayerMemory(nn.Module):
     def __init__(self, config: PhotonConfig) -> None:
         super().__init__()
         self.chunk_size, self.heads, self.head_dim = config.chunk_size, config.num_key_value_heads, config.head_dim
-        self.num_parts = config.memory_parts
+        self.num_latents = config.latents_per_unit
         width = 2 * self.heads * self.head_dim
-        self.chunker = Chunker(self.chunk_size, width, self.num_parts)
-        self.converter = Converter(self.chunk_size, width, self.num_parts)
+        self.chunker = Chunker(self.chunk_size, width, self.num_latents)
+        self.converter = Converter(self.chunk_size, width, self.num_latents)
 
     def pack(self, keys: torch.Tensor, values: torch.Tensor) -> KeyValue:
         """Pack the tokens of U units.
@@ -106,8 +106,8 @@ class LayerMemory(nn.Module):
         The matrix is ``[S, Hkv, D, C]``, the bias ``[S, Hkv, D]``; C is the width of what is read: the latent, or of
         two parts its own half.
         """
-        shape = (self.chunk_size, 2 // self.num_parts, self.heads, self.head_dim)
-        return self.converter.parts[half](
+        shape = (self.chunk_size, 2 // self.num_latents, self.heads, self.head_dim)
+        return self.converter.maps[half](
             None, lambda weight, bias: use(weight.unflatten(0, shape)[:, half], bias.unflatten(0, shape)[:, half])
         )
 
@@ -158,7 +158,7 @@ class LayerMemory(nn.Module):
         Returns:
             Output ``[n, Hq, 1, D]`` and log-sum-exp ``[n, Hq, 1]``, -inf where nothing is seen.
         """
-        parts = join_heads(*latents).chunk(self.num_parts, dim=-1)
+        parts = join_heads(*latents).chunk(self.num_latents, dim=-1)
         folded, bias = self.fold_queries(content)
         scores = (torch.einsum("nhsc,nuc->nhus", folded, parts[0]) + bias[:, :, None]).flatten(2).float() * scale
         scores = scores.masked_fill(~visible[:, None], -torch.inf)

@@ -14,8 +14,7 @@ from accelerate import Accelerator
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from photon_train.accounting import Estimate
-from photon_train.cli import to_dict
-from photon_train.config import RunConfig
+from photon_train.config import RunConfig, to_dict
 from photon_train.evaluation.plots import plot_losses
 from photon_train.evaluation.report import Report, machine, print_report, write_report
 from photon_train.export.card import model_card

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -27,6 +26,7 @@ from photon_train.data.packing import PackedDataset, check_alignment, check_toke
 from photon_train.data.pretrain import PretrainSettings
 from photon_train.data.tokenised import Corpus, CorpusDataset, is_corpus, tokenizer_for, write_corpus
 from photon_train.errors import PhotonError
+from photon_train.files import parse_size
 from photon_train.pipeline.console import make_console
 from photon_train.training.accelerator import resolve_precision
 from photon_train.training.lora import check_targets
@@ -75,11 +75,11 @@ def estimate_training(
     """The estimate of a run; `dtype_bytes` defaults to the type that the PHOTON configuration states.
 
     Raises:
-        PhotonError: if `train.gpu_memory` is no size, or `lora.target_modules` fit no layer.
+        PhotonError: if `lora.target_modules` fit no layer.
     """
     check_targets(config.lora, dense)
     gpu = config.train.gpu_memory
-    gpu_bytes = _parse_size("train.gpu_memory", gpu) if gpu else _detected_gpu()
+    gpu_bytes = parse_size(gpu) if gpu else _detected_gpu()
     precision = config.train.mixed_precision
     if precision == "auto" and gpu_bytes:
         precision = "bf16"
@@ -124,14 +124,6 @@ def _detected_gpu() -> int | None:
     return min(sizes, default=None)
 
 
-def _parse_size(key: str, text: str) -> int:
-    """``80GiB``, ``80 GB`` or ``24576MiB`` in bytes."""
-    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([MGT])(i?)B", text.strip(), re.IGNORECASE)
-    if found is None or not float(found[1]):
-        raise PhotonError(f"{key}={text!r} is no size: write it as 80GiB, 80GB or 24576MiB")
-    return int(float(found[1]) * (1024 if found[3] else 1000) ** (1 + "MGT".index(found[2].upper()) + 1))
-
-
 def data_name(config: RunConfig) -> str:
     """Where the text of a run comes from, for the report."""
     if config.dataset.sources:
@@ -150,7 +142,7 @@ def show_conversion(conversion: Conversion) -> None:
         console.print(
             f"Warning: the conversion adds {numbers.new_parameters / 1e6:,.0f}M parameters, "
             f"{numbers.new_parameters / numbers.dense_parameters:.0%} of the dense model's, which are trained in full. "
-            "Those of a memory fall with photon.num_memory_layers, photon.chunk_size and photon.memory_parts=2."
+            "Those of a memory fall with photon.num_memory_layers, photon.chunk_size and photon.latents_per_unit=2."
         )
     seq_len, known = numbers.context, conversion.checkpoint.config.max_position_embeddings
     if seq_len > known:

@@ -11,8 +11,7 @@ from typing import Any
 from accelerate.utils import broadcast_object_list
 from transformers import AutoModelForCausalLM
 
-from photon_train.cli import to_dict
-from photon_train.config import RunConfig
+from photon_train.config import RunConfig, to_dict
 from photon_train.conversion.apply import convert
 from photon_train.conversion.calibrate import calibrate_directory, calibration_batches
 from photon_train.conversion.source import DenseCheckpoint

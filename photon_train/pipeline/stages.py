@@ -8,8 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from photon_train.cli import to_yaml
-from photon_train.config import RunConfig
+from photon_train.config import RunConfig, to_yaml
 from photon_train.errors import PhotonError
 from photon_train.files import atomic_write_text, is_leftover, remove_leftovers
 from photon_train.training.settings import binding_settings

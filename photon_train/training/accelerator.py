@@ -26,13 +26,7 @@ PATIENCE = timedelta(hours=6)
 
 
 def resolve_precision(name: str) -> str:
-    """``no``, ``bf16`` or ``fp16`` for a `train.mixed_precision`, whose ``auto`` depends on this machine.
-
-    Raises:
-        PhotonError: for another name.
-    """
-    if name not in ("auto", "no", "bf16", "fp16"):
-        raise PhotonError(f"train.mixed_precision={name!r} is not one of auto, bf16, fp16, no")
+    """``no``, ``bf16`` or ``fp16`` for a `train.mixed_precision`, whose ``auto`` depends on this machine."""
     if name != "auto":
         return name
     device = torch.accelerator.current_accelerator().type if torch.accelerator.is_available() else "cpu"

@@ -257,9 +257,6 @@ def train(
         PhotonError: for settings that do not fit, a checkpoint of another run, and too many skipped steps.
     """
     settings, output_dir = config.train, Path(output_dir)
-    for key in ("max_steps", "batch_size", "gradient_accumulation_steps", "log_every", "eval_sequences"):
-        if getattr(settings, key) < 1:
-            raise PhotonError(f"train.{key}={getattr(settings, key)} must be at least 1")
     accelerator = accelerator or make_accelerator(config, output_dir)
     accelerator.free_memory()
     set_seed(config.seed, device_specific=True)

@@ -98,8 +98,6 @@ def add_lora(model: PreTrainedModel, settings: LoraSettings, seed: int = 0) -> P
     Raises:
         PhotonError: for settings that fit no layer of the model.
     """
-    if settings.rank < 0:
-        raise PhotonError(f"lora.rank={settings.rank} is negative: give a rank, or 0 to train every weight")
     if settings.rank == 0:
         return model.requires_grad_(True)
     config = LoraConfig(

@@ -2,34 +2,13 @@
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import json
 from typing import Any
 
-from photon_train.config import RunConfig
+from photon_train.config import RunConfig, to_dict
+from photon_train.config.keys import all_keys
 
-# What may differ between a run and its continuation: where things lie and what is shown, never what is computed.
-FREE_ON_RESUME = (
-    "output",
-    "dry_run",
-    "resume",
-    "tracking.",
-    "export.",
-    "dataset.num_workers",
-    "train.eval_every",
-    "train.eval_sequences",
-    "train.log_every",
-    "train.save_every",
-    "train.keep_checkpoints",
-    "train.max_skipped_in_row",
-    "train.max_skipped_steps",
-    "train.dense_baseline",
-    "train.gpu_memory",
-)
-
-# Free too, as long as their product with the number of processes is the same.
-_PARTS_OF_A_STEP = ("train.batch_size", "train.gradient_accumulation_steps")
 SEQUENCES_PER_STEP = "sequences per step (processes x train.batch_size x train.gradient_accumulation_steps)"
 
 
@@ -48,20 +27,13 @@ def flat_config(config: RunConfig) -> dict[str, Any]:
             rows.update(walk(f"{prefix}.{key}" if prefix else key, inner))
         return rows
 
-    rows = walk("", dataclasses.asdict(config))
-    rows.pop("hub.token", None)
-    return rows
+    return walk("", to_dict(config))
 
 
 def binding_settings(config: RunConfig, num_processes: int) -> dict[str, Any]:
-    """What a run on `num_processes` must share with the run that it continues: most of `flat_config`."""
-    rows = {
-        key: value
-        for key, value in flat_config(config).items()
-        if key not in _PARTS_OF_A_STEP
-        and not any(key == free or (free.endswith(".") and key.startswith(free)) for free in FREE_ON_RESUME)
-    }
-    train = config.train
+    """What a run on `num_processes` must share with the run that it continues: all that is not declared free."""
+    marks, train = dict(all_keys()), config.train
+    rows = {key: value for key, value in flat_config(config).items() if not marks[key]}
     rows[SEQUENCES_PER_STEP] = num_processes * train.batch_size * train.gradient_accumulation_steps
     return rows
 

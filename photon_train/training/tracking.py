@@ -16,7 +16,7 @@ from urllib.parse import urlsplit
 
 from accelerate import Accelerator
 
-from photon_train.config import RunConfig, TrackingSettings
+from photon_train.config import WANDB_MODES, RunConfig, TrackingSettings
 from photon_train.errors import PhotonError
 from photon_train.files import atomic_write_text
 from photon_train.training.settings import flat_config
@@ -25,17 +25,14 @@ logger = logging.getLogger(__name__)
 
 TRACKERS = {"wandb": ("wandb",), "tensorboard": ("tensorboard", "tensorboardX"), "none": ()}
 RUN_IDS_FILE = "tracking.json"
-WANDB_MODES = ("online", "offline", "disabled")
 
 
 def require_tracker(settings: TrackingSettings) -> str | None:
     """The name that accelerate knows the chosen tracker by, or None for `none`.
 
     Raises:
-        PhotonError: for an unknown tracker, one that is not installed, or W&B settings that cannot work.
+        PhotonError: for a tracker that is not installed, or W&B settings that cannot work.
     """
-    if settings.tracker not in TRACKERS:
-        raise PhotonError(f"tracking.tracker={settings.tracker!r} is not one of {', '.join(TRACKERS)}")
     packages = TRACKERS[settings.tracker]
     if packages and not any(importlib.util.find_spec(package) for package in packages):
         raise PhotonError(
@@ -70,7 +67,7 @@ def wandb_mode(settings: TrackingSettings) -> str:
     """The W&B mode of a run: the setting, else WANDB_MODE, else online with a key and offline without.
 
     Raises:
-        PhotonError: for an unknown mode, or `online` without a key (W&B would ask for one).
+        PhotonError: for an unknown mode in WANDB_MODE, or `online` without a key (W&B would ask for one).
     """
     source, mode = "tracking.mode", settings.mode
     if mode == "auto":
@@ -78,7 +75,7 @@ def wandb_mode(settings: TrackingSettings) -> str:
     if mode == "auto":
         return "online" if has_wandb_key() else "offline"
     if mode not in WANDB_MODES:
-        raise PhotonError(f"{source}={mode!r} is not one of auto, {', '.join(WANDB_MODES)}")
+        raise PhotonError(f"{source}={mode!r} is not one of {', '.join(WANDB_MODES)}")
     if mode == "online" and not has_wandb_key():
         raise PhotonError(f"{source}=online needs a key: set WANDB_API_KEY or run `wandb login`, or choose offline")
     return mode

@@ -67,7 +67,7 @@ def dense(tmp_path_factory):
     ("preset", "photon"),
     [
         ("graft", {}),
-        ("graft", {"num_sinks": 0, "window": 12, "memory_layers": [0, 2], "memory_parts": 2}),
+        ("graft", {"num_sinks": 0, "window": 12, "memory_layers": [0, 2], "latents_per_unit": 2}),
         ("graft", {"chunk_size": 3, "full_attention_layers": [3]}),
         ("split", {}),
         ("split", {"num_levels": 1, "levels": [LevelOverrides(num_slots=3)]}),

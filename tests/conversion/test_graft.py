@@ -34,7 +34,7 @@ def test_every_preset_of_the_settings_has_a_kind_of_model():
 def test_defaults():
     config = photon_config(eight_layers(), run())
     assert (config.window, config.num_sinks, config.chunk_size) == (64, 4, 4)
-    assert (config.memory_layers, config.memory_parts, config.full_attention_layers) == ([7], 1, [])
+    assert (config.memory_layers, config.latents_per_unit, config.full_attention_layers) == ([7], 1, [])
 
 
 @pytest.mark.parametrize(
@@ -50,7 +50,7 @@ def test_the_default_memory_takes_at_most_a_thirtieth_of_the_dense_cache(total, 
 @pytest.mark.parametrize(("kv_heads", "chosen", "parts"), [(16, None, 1), (32, None, 2), (32, 1, 1), (16, 2, 2)])
 def test_wide_latents_are_packed_in_two_parts(kv_heads, chosen, parts):
     dense = dense_config(num_attention_heads=32, num_key_value_heads=kv_heads, head_dim=128, num_hidden_layers=8)
-    assert photon_config(dense, run(memory_parts=chosen)).memory_parts == parts
+    assert photon_config(dense, run(latents_per_unit=chosen)).latents_per_unit == parts
 
 
 def test_the_window_is_wider_for_real_models():
@@ -108,7 +108,7 @@ BAD = {
         r"layers \[1\] are in photon.memory_layers and in photon.full_attention_layers: keep one",
     ),
     "a full layer outside": (run(full_attention_layers=[9]), "photon.full_attention_layers names layer 9"),
-    "latents in three parts": (run(memory_parts=3), "photon.memory_parts=3 must be 1 or 2"),
+    "latents in three parts": (run(latents_per_unit=3), "photon.latents_per_unit=3 must be 1 or 2"),
     "more layers than can have memory": (
         run(full_attention_layers=[0, 1], num_memory_layers=7),
         "photon.num_memory_layers=7: 6 layers can have memory",

@@ -107,8 +107,8 @@ class Problem:
         What is wanted is linear in a unit's keys and values, so that without a bound on the rank no error is left.
         """
         wanted = self._wanted()
-        groups = [torch.cat(wanted, dim=1)] if self.memory.num_parts == 1 else wanted
-        rank = 2 * HEADS * SIZE // self.memory.num_parts
+        groups = [torch.cat(wanted, dim=1)] if self.memory.num_latents == 1 else wanted
+        rank = 2 * HEADS * SIZE // self.memory.num_latents
         return sum(float(torch.linalg.svdvals(group)[rank:].square().sum()) for group in groups)
 
     @torch.no_grad()

@@ -234,8 +234,6 @@ def test_single_document_is_cut_at_a_break(separator: str) -> None:
 
 
 def test_split_errors() -> None:
-    with pytest.raises(PhotonError, match="held_out_fraction"):
-        split_documents(DOCUMENTS, 0.0)
     with pytest.raises(PhotonError, match="a.txt is a single document without a line break"):
         split_documents([Document("a.txt", "one line\n")], 0.1)
     with pytest.raises(PhotonError, match="different names"):

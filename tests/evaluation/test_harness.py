@@ -14,7 +14,7 @@ import torch
 from tiny_checkpoint import tiny_checkpoint
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from photon_train.cli import load_config
+from photon_train.config import load_config
 from photon_train.conversion.apply import convert
 from photon_train.conversion.plan import make_plan
 from photon_train.conversion.presets import layer_map, photon_config

@@ -58,8 +58,8 @@ def test_weights_that_are_not_finite(directory: Path) -> None:
 @pytest.mark.parametrize(
     "name",
     [
-        "model.layers.2.self_attn.memory.converter.parts.0.bias",
-        "model.layers.0.self_attn.memory.chunker.parts.0.weight",
+        "model.layers.2.self_attn.memory.converter.maps.0.bias",
+        "model.layers.0.self_attn.memory.chunker.maps.0.weight",
     ],
 )
 def test_another_function(directory: Path, name: str) -> None:

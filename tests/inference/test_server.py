@@ -33,12 +33,12 @@ JSON = {"content-type": "application/json"}
 
 
 def make_engine(template: str | None = TEMPLATE) -> Engine:
-    model = photon_model("memory-two-levels")
+    model = photon_model("memory")
     model.generation_config.eos_token_id = None
     tokenizer = word_tokenizer()
     tokenizer.chat_template = template
-    # Four pages of 32 tokens.
-    settings = EngineSettings(max_length=32, page_tokens=32, max_sequences=4, max_prefixes=0)
+    # Four blocks of 33 tokens.
+    settings = EngineSettings(max_length=32, block_size=33, max_sequences=4, max_prefixes=0)
     return Engine(model, tokenizer, settings)
 
 

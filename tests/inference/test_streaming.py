@@ -63,7 +63,7 @@ def test_an_unfinished_character_at_the_end_is_given_out():
 
 @pytest.fixture
 def engine() -> Engine:
-    model = photon_model("memory-two-levels")
+    model = photon_model("memory")
     model.generation_config.eos_token_id = None
     return Engine(model, word_tokenizer(), EngineSettings(max_length=64, max_sequences=4))
 

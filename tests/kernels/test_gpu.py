@@ -74,14 +74,14 @@ def test_paged_decode(
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("heads", HEADS[:2], ids=str)
-@pytest.mark.parametrize("per_page, num_parts", [(None, 1), (64, 1), (64, 2)])
+@pytest.mark.parametrize("per_page, num_latents", [(None, 1), (64, 1), (64, 2)])
 @pytest.mark.parametrize("batch, num_units", [(1, 8192), (32, 300)])
 def test_latent_decode(
-    batch: int, num_units: int, per_page: int | None, num_parts: int, heads: tuple[int, int, int], dtype: torch.dtype
+    batch: int, num_units: int, per_page: int | None, num_latents: int, heads: tuple[int, int, int], dtype: torch.dtype
 ) -> None:
     torch.manual_seed(0)
     num_heads, num_kv_heads, head_dim = heads
-    width = 2 * num_kv_heads * head_dim // num_parts
+    width = 2 * num_kv_heads * head_dim // num_latents
     folded = random(batch, num_heads, 4, width, dtype=dtype) * width**-0.5
     pages, blocks, per_block = None, batch, num_units
     if per_page:

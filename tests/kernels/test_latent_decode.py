@@ -20,13 +20,13 @@ def make_inputs(
     num_units: int = 12,
     per_page: int = 0,
     first_token: int = 3,
-    num_parts: int = 1,
+    num_latents: int = 1,
     dtype: torch.dtype = torch.float32,
     seed: int = 0,
 ) -> dict[str, Tensor | float | int]:
     """Streams that hold NaN where no row looks; rows of the cache are read in reverse."""
     generator = torch.Generator().manual_seed(seed)
-    batch, width = len(visible), 2 * kv_heads * head_dim // num_parts
+    batch, width = len(visible), 2 * kv_heads * head_dim // num_latents
     folded = torch.randn(batch, heads, places, width, generator=generator) * width**-0.5
     bias = torch.randn(batch, heads, places, generator=generator)
     cache_rows = batch + 1
@@ -104,8 +104,8 @@ SHAPES = {
     "pages": dict(per_page=4, visible=(11, 2)),
     "odd pages": dict(per_page=5, visible=(12, 6), num_units=14),
     "pages of whole tiles": dict(per_page=64, num_units=130, visible=(129, 65), heads=2, kv_heads=1),
-    "keys and values apart": dict(num_parts=2, per_page=5, visible=(12, 6), num_units=14),
-    "apart, several tiles": dict(num_parts=2, num_units=90, visible=(90, 33), heads=20, kv_heads=2),
+    "keys and values apart": dict(num_latents=2, per_page=5, visible=(12, 6), num_units=14),
+    "apart, several tiles": dict(num_latents=2, num_units=90, visible=(90, 33), heads=20, kv_heads=2),
     "several tiles of units and queries": dict(num_units=90, visible=(90, 33), heads=20, kv_heads=2),
 }
 

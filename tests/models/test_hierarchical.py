@@ -79,7 +79,7 @@ def test_causality_changing_a_token_changes_no_earlier_logit(name):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_no_blind_spot_every_earlier_token_reaches_every_logit(name):
-    """One layer per stack and encoders without a window: nothing is reached by hopping, nothing has been left behind."""
+    """One layer per stack and encoders without a window: nothing is reached by hopping."""
     levels = [{**level, "decoder_layers": 1, "encoder_window": None} for level in HIERARCHIES[name]["levels"]]
     model = hierarchical_model(name, levels=levels)
     embeds = model.model.embed_tokens(tokens(1, 26)).detach().requires_grad_()

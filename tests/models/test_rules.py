@@ -172,7 +172,7 @@ def test_rules_hold_over_configurations(data):
         chunk_size=chunk,
         memory_layers=[layer for layer, kind in enumerate(kinds) if kind == "memory"],
         full_attention_layers=[layer for layer, kind in enumerate(kinds) if kind == "full"],
-        memory_parts=draw(st.integers(1, 2)),
+        latents_per_unit=draw(st.integers(1, 2)),
     )
     model = shake(PhotonForCausalLM(config)).eval()
     ids = tokens(1, draw(st.integers(2, 45)), seed=draw(st.integers(0, 99)))
@@ -223,7 +223,7 @@ def test_layers_that_the_family_keeps_local_stay_as_they_are():
         ({"window": 0}, "window=0 must be a whole number >= 1"),
         ({"window": 2}, "window=2 is shorter than chunk_size=3"),
         ({"num_sinks": -1}, "num_sinks=-1"),
-        ({"memory_parts": 3}, "memory_parts=3 must be 1 or 2"),
+        ({"latents_per_unit": 3}, "latents_per_unit=3 must be 1 or 2"),
         ({"memory_layers": [3]}, "memory_layers names layer 3; the model has layers 0...2"),
         ({"memory_layers": [0, 0]}, "names a layer twice"),
         ({"memory_layers": [1], "full_attention_layers": [1]}, r"layers \[1\] are in memory_layers and in"),

@@ -12,8 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from tiny_checkpoint import tiny_checkpoint
 
-from photon_train.cli import load_config
-from photon_train.config import RunConfig
+from photon_train.config import RunConfig, load_config
 from photon_train.errors import PhotonError
 from photon_train.pipeline.stages import Stages
 

@@ -94,4 +94,4 @@ def test_a_dry_run_warns_of_a_memory_that_is_large_beside_its_model(dense, chunk
     config.model, config.dry_run = str(dense), True
     run_conversion(config)
     printed = " ".join(capsys.readouterr().out.split())
-    assert ("photon.num_memory_layers, photon.chunk_size and photon.memory_parts=2" in printed) == warned
+    assert ("photon.num_memory_layers, photon.chunk_size and photon.latents_per_unit=2" in printed) == warned

@@ -14,7 +14,7 @@ from accelerate import Accelerator
 from tiny_chat import TEMPLATE, chat_file
 from tiny_checkpoint import byte_tokenizer, tiny_checkpoint
 
-from photon_train.cli import load_config
+from photon_train.config import load_config
 from photon_train.data.tokenised import Corpus
 from photon_train.errors import PhotonError
 from photon_train.pipeline import run_conversion

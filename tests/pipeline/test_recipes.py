@@ -17,7 +17,7 @@ import yaml
 from safetensors.torch import load_file
 from tiny_checkpoint import tiny_checkpoint
 
-from photon_train.cli import load_config
+from photon_train.config import load_config
 from photon_train.errors import PhotonError
 from photon_train.manifest import read_manifest, verify_manifest
 from photon_train.pipeline import run_finetuning

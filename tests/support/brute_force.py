@@ -90,7 +90,7 @@ def attention(own: dict[str, torch.Tensor], config: dict[str, Any], layer: int, 
 def unpacked(own, config, projected) -> dict[int, tuple[torch.Tensor, torch.Tensor]]:
     """By token of every complete unit, its far key and value, ``[Hkv, D]`` each."""
     chunk, kv_heads, size = config["chunk_size"], config["num_key_value_heads"], config["head_dim"]
-    count = config["memory_parts"]
+    count = config["latents_per_unit"]
     half = kv_heads * size
     result = {}
     for begin in range(0, len(projected["k"]) - chunk + 1, chunk):
@@ -103,7 +103,7 @@ def unpacked(own, config, projected) -> dict[int, tuple[torch.Tensor, torch.Tens
             inputs = [torch.cat(keys), torch.cat(values)]
         slots = []
         for number, states in enumerate(inputs):
-            name = f"self_attn.memory.{{}}.parts.{number}."
+            name = f"self_attn.memory.{{}}.maps.{number}."
             latent = own[name.format("chunker") + "weight"] @ states
             back = own[name.format("converter") + "weight"] @ latent + own[name.format("converter") + "bias"]
             slots.append(back.view(chunk, -1))

@@ -37,7 +37,7 @@ GRAFTS: dict[str, dict[str, Any]] = {
     "memory": {"window": 5, "num_sinks": 2, "chunk_size": 3, "memory_layers": [0, 2]},
     "memory-no-sinks": {"window": 4, "num_sinks": 0, "chunk_size": 4, "memory_layers": [1]},
     "memory-many-sinks": {"window": 6, "num_sinks": 9, "chunk_size": 2, "memory_layers": [0, 1, 2]},
-    "memory-apart": {"window": 5, "num_sinks": 2, "chunk_size": 2, "memory_layers": [0, 2], "memory_parts": 2},
+    "memory-apart": {"window": 5, "num_sinks": 2, "chunk_size": 2, "memory_layers": [0, 2], "latents_per_unit": 2},
     "memory-unpacked": {"window": 6, "num_sinks": 1, "chunk_size": 1, "memory_layers": [1]},
     "memory-full": {
         "window": 9,

@@ -126,7 +126,6 @@ def test_groups_give_each_parameter_its_rate_and_decay(rank):
         (LoraSettings(target_modules=["q_proj", "qkv_proj"]), "qkv_proj names no linear layer"),
         (LoraSettings(target_modules=[]), "lora.target_modules"),
         (LoraSettings(target_modules=["key_proj"]), "key_proj"),
-        (LoraSettings(rank=-1), "lora.rank=-1"),
     ],
 )
 def test_settings_that_fit_no_layer_are_named(settings, named):

@@ -225,8 +225,7 @@ def test_mode_is_online_with_a_key_in_netrc(no_key):
     [
         (TrackingSettings(mode="online"), None, "tracking.mode=online needs a key: set WANDB_API_KEY"),
         (TrackingSettings(), "online", "WANDB_MODE=online needs a key"),
-        (TrackingSettings(mode="sometimes"), None, "tracking.mode='sometimes' is not one of auto, online"),
-        (TrackingSettings(tracker="notebook"), None, "tracking.tracker='notebook' is not one of wandb, tensorboard"),
+        (TrackingSettings(), "sometimes", "WANDB_MODE='sometimes' is not one of auto, online"),
     ],
 )
 def test_settings_that_cannot_work_are_named(settings, environment, message, no_key, monkeypatch):

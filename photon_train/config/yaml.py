@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import re
 from collections.abc import Hashable
 from pathlib import Path
@@ -10,7 +9,8 @@ from typing import Any
 
 import yaml
 
-from photon_train.config import RunConfig
+from photon_train.config.keys import CONFIG
+from photon_train.config.schema import RunConfig
 from photon_train.errors import PhotonError
 
 
@@ -72,10 +72,8 @@ def parse_yaml(text: str, source: str) -> Any:
 
 
 def to_dict(config: RunConfig) -> dict[str, Any]:
-    """`config` as plain dictionaries and lists, without the access token: secrets are never written."""
-    values = dataclasses.asdict(config)
-    values["hub"]["token"] = None
-    return values
+    """`config` as plain dictionaries and lists; fields declared with ``exclude`` (the access token) are left out."""
+    return CONFIG.dump_python(config)
 
 
 def to_yaml(config: RunConfig) -> str:
