@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from photon_train.evaluation.study import excess_by_tokens
+from photon_train.files import atomic_file
 
 
 def plot_losses(metrics: Path, output: Path) -> None:
@@ -166,6 +167,5 @@ def _figure(width: float, height: float) -> Any:
 
 
 def _save(figure: Any, output: Path) -> None:
-    temporary = output.with_name(f".{output.name}")
-    figure.savefig(temporary, format="png", dpi=120)
-    temporary.replace(output)
+    with atomic_file(output) as temporary:
+        figure.savefig(temporary, format="png", dpi=120)
