@@ -81,8 +81,6 @@ class Scheduler:
         for sequence in [s for s in self.running if not s.in_prefill]:
             if self._make_room(sequence):
                 plan.decode.append(sequence)
-        # Preempted after it was chosen: a younger one had to make room for an older one's page.
-        plan.decode = [sequence for sequence in plan.decode if sequence.held is not None]
         self._admit(plan)
         if self.align_phases:
             plan.decode = self._in_phase(plan.decode)

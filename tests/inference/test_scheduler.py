@@ -75,6 +75,7 @@ def test_nobody_is_overtaken_for_want_of_memory(limit):
     bench.add(8, 12, 4)
     bench.step()
     assert bench.running == [0] and bench.waiting == [1, 2]
+    assert len(bench.cache.free_rows) == (8 if limit == "pages" else 0), "an attempt takes nothing"
     bench.scheduler.remove(bench.sequences[0])
     bench.step()
     assert bench.running[0] == 1
@@ -168,6 +169,34 @@ def test_a_prompt_waits_for_its_beginning_and_lets_others_pass():
     assert bench.running == [0, 3, 1, 2]
     assert [bench.sequences[name].held.length for name in (1, 2)] == [4, 4] and bench.prefixes.hit_tokens == 8
     assert bench.names(sequence for sequence, _ in plan.prefill) == [0, 3]
+
+
+def test_a_prompt_does_not_wait_for_less_than_is_kept():
+    bench = Bench(max_prefixes=4, step_tokens=4)
+    (first,) = bench.add([1, 2, 3, 4, 5, 6, 7, 8, 9])
+    bench.scheduler.plan()  # the first runs, and has not fed a token
+    slot = bench.cache.open_sequence()
+    slot.length = 8
+    bench.prefixes.keep(first.keys[1][1], slot)
+    bench.add([1, 2, 3, 4, 5, 6, 7, 8, 10])
+    bench.step()
+    assert bench.running == [0, 1] and bench.sequences[1].held.length == 8
+
+
+def test_one_that_gave_way_waits_for_no_beginning():
+    common = [1, 2, 3, 4]
+    bench = Bench(num_pages=3, max_prefixes=1, step_tokens=4)
+    bench.add([9] * 4, common)
+    bench.step()
+    bench.step()
+    bench.step()
+    assert bench.waiting == [1] and bench.scheduler.num_preemptions == 1
+    bench.scheduler.remove(bench.sequences[0])
+    bench.cache.free_pages = 9
+    (other,) = bench.add([*common, 5])
+    bench.scheduler.waiting.rotate()  # the newcomer is admitted first, and is feeding the common beginning
+    bench.step()
+    assert bench.running == [2, 1]
 
 
 def test_a_prompt_that_is_known_to_its_end_needs_no_prefill():
