@@ -185,15 +185,14 @@ def test_a_prompt_does_not_wait_for_less_than_is_kept():
 
 def test_one_that_gave_way_waits_for_no_beginning():
     common = [1, 2, 3, 4]
-    bench = Bench(num_pages=3, max_prefixes=1, step_tokens=4)
-    bench.add([9] * 4, common)
-    bench.step()
-    bench.step()
-    bench.step()
+    bench = Bench(num_pages=4, max_prefixes=1)
+    bench.add(3, [*common, 5, 6, 7, 8])
+    for _ in range(3):
+        bench.step()
     assert bench.waiting == [1] and bench.scheduler.num_preemptions == 1
     bench.scheduler.remove(bench.sequences[0])
     bench.cache.free_pages = 9
-    (other,) = bench.add([*common, 5])
+    bench.add([*common, 9])
     bench.scheduler.waiting.rotate()  # the newcomer is admitted first, and is feeding the common beginning
     bench.step()
     assert bench.running == [2, 1]
