@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 
 import pytest
@@ -25,6 +26,13 @@ def plan_of(sizes: dict[str, int]) -> ConversionPlan:
 def test_shards_are_filled_to_the_last_byte_and_new_tensors_come_last():
     shards = _shards(plan_of({"a": 10, "N": 3, "b": 10, "c": 21, "d": 5, "e": 14, "f": 2, "M": 1}), max_bytes=80)
     assert [[entry.target for entry in shard] for shard in shards] == [["a", "b"], ["c"], ["d", "e"], ["f"], ["N", "M"]]
+
+
+@pytest.mark.parametrize(("dtype", "itemsize"), [("float32", 4), ("bfloat16", 2)])
+def test_bytes_are_those_of_the_type(dtype, itemsize):
+    plan = dataclasses.replace(plan_of({"a": 10, "N": 3}), dtype=dtype)
+    assert plan.num_bytes == 13 * itemsize
+    assert [len(shard) for shard in _shards(plan, max_bytes=10 * itemsize)] == [1, 1]
 
 
 def test_rewritten_tensors_keep_their_type_and_the_others_their_values(tmp_path):
