@@ -19,13 +19,14 @@ ALLOWED = {
     "files": {"errors"},
     "linears": set(),
     "models": {"photon_kernels"},
+    "checkpoints": {"models", "errors"},
     "accounting": {"errors", "linears"},
     "conversion": {"models", "accounting", "manifest", *HELPERS},
     "data": {"models", "manifest", *HELPERS},
     "training": {"models", "data", "accounting", "manifest", *HELPERS},
-    "export": {"models", "accounting", "manifest", *HELPERS},
-    "inference": {"models", "accounting", "manifest", "photon_kernels", *HELPERS},
-    "evaluation": {"models", "data", "accounting", "manifest", *HELPERS},
+    "export": {"checkpoints", "models", "accounting", "manifest", *HELPERS},
+    "inference": {"checkpoints", "models", "accounting", "manifest", "photon_kernels", *HELPERS},
+    "evaluation": {"checkpoints", "models", "data", "accounting", "manifest", *HELPERS},
 }
 # The stages put together, as the commands call them.
 ALLOWED["pipeline"] = {"manifest", *ALLOWED}

@@ -181,8 +181,8 @@ class TrainSettings:
     learning_rate: Positive = 2e-4
     """Peak learning rate of the LoRA parameters."""
     new_modules_learning_rate: Positive = 1e-4
-    """Peak learning rate of the modules trained in full. A memory starts from fitted matrices, which a high rate destroys;
-    the wider the model, the lower."""
+    """Peak learning rate of the modules trained in full. A memory starts from fitted matrices, which a high rate
+    destroys; the wider the model, the lower."""
     weight_decay: NotNegative = 0.0
     """AdamW weight decay (matrices only)."""
     warmup_steps: Natural = 20

@@ -7,25 +7,21 @@ decoding one: then the levels in which no row completes a chunk do nothing, and 
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 from .attention_photon import NewElements, load_kernels
 from .cache_hierarchical import HierarchicalCache
 from .plan_hierarchical import Elements, LevelPlan
 from .segments_photon import FullSegment, WindowSegment
 
-if TYPE_CHECKING:
-    from .modeling_hierarchical import HierarchicalModel
-
 
 class HierarchicalPass:
     """A pass of some new tokens of every row.
 
     Args:
-        model: The hierarchy.
+        model: The hierarchy, a `HierarchicalModel`.
         cache: Holds what came before, and is filled; None: nothing did, and nothing is kept.
         past, new: Tokens that each row has and gets, on the host.
         rows: Rows of the cache, ``[B]``; None: all, in order.
@@ -33,7 +29,7 @@ class HierarchicalPass:
 
     def __init__(
         self,
-        model: HierarchicalModel,
+        model: nn.Module,
         cache: HierarchicalCache | None,
         past: list[int],
         new: list[int],

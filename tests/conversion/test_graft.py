@@ -101,7 +101,6 @@ def test_the_dense_architecture_is_kept_in_full():
 BAD = {
     "a window below the unit": (run(window=3), "photon.window=3 is shorter than photon.chunk_size=4"),
     "a memory layer outside": (run(memory_layers=[1, 8]), "photon.memory_layers names layer 8.*0...7"),
-    "a memory layer twice": (run(memory_layers=[1, 1]), "photon.memory_layers names a layer twice"),
     "no memory layer": (run(memory_layers=[]), "photon.memory_layers is empty"),
     "memory and full attention": (
         run(memory_layers=[1], full_attention_layers=[1]),
