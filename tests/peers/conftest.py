@@ -1,0 +1,29 @@
+"""Other projects' suites and trainers on our models; `make test-peers` fetches them and puts them on the path."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import re
+from pathlib import Path
+
+import pytest
+
+for name in ("transformers_tests", "trl"):
+    if importlib.util.find_spec(name) is None:
+        pytest.exit(f"tests/peers needs {name}: run `make test-peers`", returncode=2)
+
+import transformers_tests  # noqa: E402
+
+# What the source distribution lacks is taken from a checkout, where there is one.
+if checkout := os.environ.get("TRANSFORMERS"):
+    transformers_tests.__path__.append(str(Path(checkout, "tests")))
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Declare the markers of transformers' tests: ours are strict."""
+    helpers = Path(importlib.util.find_spec("transformers").origin).with_name("testing_utils.py")
+    suites = [path for root in transformers_tests.__path__ for path in Path(root).glob("**/test_*.py")]
+    text = "".join(path.read_text(encoding="utf-8") for path in (helpers, *suites))
+    for marker in sorted(set(re.findall(r"\bmark\.(\w+)", text)) - {"parametrize", "skip", "skipif", "xfail"}):
+        config.addinivalue_line("markers", f"{marker}: of transformers")
