@@ -5,9 +5,14 @@ from __future__ import annotations
 import importlib.util
 import os
 import re
+import tempfile
 from pathlib import Path
 
 import pytest
+
+# Where transformers copies the code of exports; it is read when transformers is imported.
+MODULES = tempfile.TemporaryDirectory(prefix="photon-peers-")
+os.environ["HF_MODULES_CACHE"] = MODULES.name
 
 for name in ("transformers_tests", "trl"):
     if importlib.util.find_spec(name) is None:
@@ -27,3 +32,8 @@ def pytest_configure(config: pytest.Config) -> None:
     text = "".join(path.read_text(encoding="utf-8") for path in (helpers, *suites))
     for marker in sorted(set(re.findall(r"\bmark\.(\w+)", text)) - {"parametrize", "skip", "skipif", "xfail"}):
         config.addinivalue_line("markers", f"{marker}: of transformers")
+
+
+@pytest.fixture(scope="session")
+def export():
+    return Path("/tmp/peers/exp")
