@@ -35,5 +35,29 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 @pytest.fixture(scope="session")
-def export():
-    return Path("/tmp/peers/exp")
+def export(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An export of a tiny Llama's conversion, with a window and a unit that short texts exceed."""
+    from tiny_checkpoint import tiny_checkpoint
+    from transformers import AutoTokenizer
+
+    from photon_train.cli import load_config
+    from photon_train.config import ExportSettings
+    from photon_train.conversion.apply import convert
+    from photon_train.conversion.plan import make_plan
+    from photon_train.conversion.presets import layer_map, photon_config
+    from photon_train.conversion.source import DenseCheckpoint
+    from photon_train.export.save import export_model
+    from photon_train.models import PhotonForCausalLM
+
+    directory = tmp_path_factory.mktemp("export")
+    dense = tiny_checkpoint(
+        directory / "dense", bos_token_id=None, eos_token_id=256
+    )  # the end of a text to its tokenizer
+    settings = load_config(["--photon.window", "16"], prog="", description="")
+    checkpoint = DenseCheckpoint.open(str(dense))
+    target = photon_config(checkpoint.config, settings)
+    plan = make_plan(checkpoint, target, layer_map(checkpoint.config, settings), seed=0)
+    convert(checkpoint, plan, target, directory / "converted", progress=False)
+    model = PhotonForCausalLM.from_pretrained(directory / "converted")
+    tokenizer = AutoTokenizer.from_pretrained(dense)
+    return export_model(model, tokenizer, directory / "exported", settings=ExportSettings(), card="")

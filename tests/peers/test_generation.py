@@ -3,7 +3,6 @@ with a short one and a memory, what the model writes without a cache."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import pytest
