@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib.util
 import os
 import re
+import subprocess
+import sys
 import tempfile
 from pathlib import Path
 
@@ -34,30 +36,35 @@ def pytest_configure(config: pytest.Config) -> None:
         config.addinivalue_line("markers", f"{marker}: of transformers")
 
 
+# A window that short texts exceed, and little training.
+CONVERSION = {
+    "--photon.window": 16,
+    "--train.seq_len": 64,
+    "--train.batch_size": 4,
+    "--train.max_steps": 2,
+    "--train.eval_sequences": 4,
+    "--train.mixed_precision": "no",
+    "--lora.rank": 4,
+    "--tracking.tracker": "none",
+}
+
+
 @pytest.fixture(scope="session")
 def export(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An export of a tiny Llama's conversion, with a window and a unit that short texts exceed."""
+    """What the main command exports of a tiny Llama."""
     from tiny_checkpoint import tiny_checkpoint
-    from transformers import AutoTokenizer
 
-    from photon_train.cli import load_config
-    from photon_train.config import ExportSettings
-    from photon_train.conversion.apply import convert
-    from photon_train.conversion.plan import make_plan
-    from photon_train.conversion.presets import layer_map, photon_config
-    from photon_train.conversion.source import DenseCheckpoint
-    from photon_train.export.save import export_model
-    from photon_train.models import PhotonForCausalLM
-
-    directory = tmp_path_factory.mktemp("export")
-    dense = tiny_checkpoint(
-        directory / "dense", bos_token_id=None, eos_token_id=256
-    )  # the end of a text to its tokenizer
-    settings = load_config(["--photon.window", "16"], prog="", description="")
-    checkpoint = DenseCheckpoint.open(str(dense))
-    target = photon_config(checkpoint.config, settings)
-    plan = make_plan(checkpoint, target, layer_map(checkpoint.config, settings), seed=0)
-    convert(checkpoint, plan, target, directory / "converted", progress=False)
-    model = PhotonForCausalLM.from_pretrained(directory / "converted")
-    tokenizer = AutoTokenizer.from_pretrained(dense)
-    return export_model(model, tokenizer, directory / "exported", settings=ExportSettings(), card="")
+    directory = tmp_path_factory.mktemp("conversion")
+    dense = tiny_checkpoint(directory / "dense", bos_token_id=None, eos_token_id=256)  # the end of a text
+    text = directory / "text.txt"
+    text.write_text("\n\n".join(f"Line {line} of a text says {line * line % 7}." for line in range(600)))
+    given = {"--model": dense, "--data": text, "--output": directory / "output", **CONVERSION}
+    command = [
+        sys.executable,
+        "-m",
+        "photon_train.commands.convert",
+        *(str(part) for pair in given.items() for part in pair),
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=280)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return directory / "output" / "export"
