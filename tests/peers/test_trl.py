@@ -49,4 +49,4 @@ def test_training(results: dict[str, Any], training: str) -> None:
 
 def test_packed_texts_are_refused(results: dict[str, Any]) -> None:
     """A batch of texts in one row, told apart by position_ids alone, would be read as one text."""
-    assert re.search(r"ValueError: position_ids must count .* packed", results["sft-packed"]["error"])
+    assert re.search(r"ValueError: position_ids must count .*packed sequences", results["sft-packed"]["error"])
