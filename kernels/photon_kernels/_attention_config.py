@@ -16,7 +16,7 @@ MAX_SPLITS = 64
 
 
 class AttentionConfig(NamedTuple):
-    """Tile sizes (entries, queries that share a key head, head dimension) and launch options."""
+    """Tile sizes (keys, queries that share a key head, head dimension) and launch options."""
 
     block_n: int
     block_m: int
@@ -25,8 +25,8 @@ class AttentionConfig(NamedTuple):
     num_stages: int
 
 
-def choose_attention_config(num_entries: int, num_queries: int, head_dim: int, element_size: int) -> AttentionConfig:
-    """Configuration for ``num_entries`` keys and ``num_queries`` (heads times positions) per key head.
+def choose_attention_config(num_keys: int, num_queries: int, head_dim: int, element_size: int) -> AttentionConfig:
+    """Configuration for ``num_keys`` keys and ``num_queries`` (heads times positions) per key head.
 
     ``tl.dot`` wants at least 16 rows and 16 columns, hence the lower limits. Exact float32 products run on the ordinary
     arithmetic units and need many registers: with longer tiles or fewer warps ``photon_kernels.aot`` reports spills.
@@ -35,7 +35,7 @@ def choose_attention_config(num_entries: int, num_queries: int, head_dim: int, e
     block_d = max(16, next_power_of_2(head_dim))
     block_m = min(MAX_BLOCK_M if half_precision else 32, max(16, next_power_of_2(num_queries)))
     longest = 64 if half_precision and block_d <= 128 else 16
-    block_n = min(longest, max(16, next_power_of_2(num_entries)))
+    block_n = min(longest, max(16, next_power_of_2(num_keys)))
     if half_precision:
         num_warps = 4 if block_m * block_d <= 4096 else 8
     else:
@@ -46,7 +46,7 @@ def choose_attention_config(num_entries: int, num_queries: int, head_dim: int, e
         block_d=block_d,
         num_warps=num_warps,
         # No more tiles in flight than there are.
-        num_stages=min(3, -(-num_entries // block_n)) or 1,
+        num_stages=min(3, -(-num_keys // block_n)) or 1,
     )
 
 

@@ -19,19 +19,19 @@ def query_tile(tile, kv_head, num_positions, GROUP: tl.constexpr, BLOCK_M: tl.co
 
 
 @triton.jit
-def locate(first, elements, alive, page_start, cache_row, PER_PAGE: tl.constexpr, BLOCK_N: tl.constexpr):
-    """The block of memory (a page, or the row) of the tile of ``elements [N]`` from ``first`` on, and where there.
+def locate(first, elements, alive, table_start, cache_row, PER_BLOCK: tl.constexpr, BLOCK_N: tl.constexpr):
+    """The block (of a store in one piece: the row) of the tile of ``elements [N]`` from ``first`` on, and where there.
 
-    PER_PAGE is the number of elements per page, 0 for a store in one piece. Pages of elements that are not ``alive``
-    are not read, unless the whole tile is in one page.
+    PER_BLOCK is the number of elements per block, 0 for a store in one piece. The block table is not read where
+    elements are not ``alive``, unless the whole tile is in one block.
     """
-    if PER_PAGE == 0:
+    if PER_BLOCK == 0:
         block = cache_row
         inside = elements.to(tl.int64)
-    elif PER_PAGE % BLOCK_N == 0:
-        block = tl.load(page_start + first // PER_PAGE).to(tl.int64)
-        inside = (first % PER_PAGE + tl.arange(0, BLOCK_N)).to(tl.int64)
+    elif PER_BLOCK % BLOCK_N == 0:
+        block = tl.load(table_start + first // PER_BLOCK).to(tl.int64)
+        inside = (first % PER_BLOCK + tl.arange(0, BLOCK_N)).to(tl.int64)
     else:
-        block = tl.load(page_start + elements // PER_PAGE, mask=alive, other=0).to(tl.int64)
-        inside = (elements % PER_PAGE).to(tl.int64)
+        block = tl.load(table_start + elements // PER_BLOCK, mask=alive, other=0).to(tl.int64)
+        inside = (elements % PER_BLOCK).to(tl.int64)
     return block, inside

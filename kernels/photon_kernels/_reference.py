@@ -6,26 +6,26 @@ import torch
 from torch import Tensor
 
 
-def read_rows(states: Tensor, rows: Tensor | None, pages: Tensor | None, counts: Tensor) -> Tensor:
+def read_rows(states: Tensor, rows: Tensor | None, block_table: Tensor | None, counts: Tensor) -> Tensor:
     """Rows of a store, ``[B, H, N, D]``.
 
     Args:
-        states: ``[Bc, H, N, D]``; with `pages`, ``[number of pages, H, elements per page, D]``.
+        states: ``[Bc, H, N, D]``; with `block_table`, ``[blocks, H, elements per block, D]``.
         rows: Integer ``[B]``, the rows to read; None: all, in order.
-        pages: Integer ``[Br, W]``, the pages of each row.
+        block_table: Integer ``[Br, W]``, the blocks of each row.
         counts: Integer ``[B]``, elements that are wanted of each row; beyond them the table may hold anything.
     """
-    if pages is None:
+    if block_table is None:
         return states if rows is None else states[rows]
-    pages = pages if rows is None else pages[rows]
-    used = torch.arange(pages.shape[1], device=states.device) * states.shape[2] < counts[:, None]
-    return states[torch.where(used, pages, 0)].transpose(1, 2).flatten(2, 3)
+    block_table = block_table if rows is None else block_table[rows]
+    used = torch.arange(block_table.shape[1], device=states.device) * states.shape[2] < counts[:, None]
+    return states[torch.where(used, block_table, 0)].transpose(1, 2).flatten(2, 3)
 
 
 def masked_attention(q: Tensor, k: Tensor, v: Tensor, visible: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    """Attention of the queries of each row over the entries they may see.
+    """Attention of the queries of each row over the elements they may see.
 
-    What an entry holds that no query of its row sees (NaN included) has no influence. Arithmetic is in float32, or
+    What an element holds that no query of its row sees (NaN included) has no influence. Arithmetic is in float32, or
     float64 for float64 inputs.
 
     Args:

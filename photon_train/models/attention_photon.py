@@ -175,10 +175,12 @@ class NewElements:
             store.write(layer, placement, key, value)
             return
         kernels = load_kernels()
-        *stored, pages = store.operands(layer)
-        entries = placement.slots[:, None]
+        *stored, block_table = store.operands(layer)
+        slots = placement.slots[:, None]
         appends = [
-            kernels.Append(new[placement.batch, :, placement.columns, None], to, placement.cache_rows, entries, pages)
+            kernels.Append(
+                new[placement.batch, :, placement.columns, None], to, placement.cache_rows, slots, block_table
+            )
             for new, to in zip((key, value), stored, strict=True)
         ]
         kernels.cache_append(appends, backend="triton")

@@ -119,7 +119,7 @@ class MemorySegment(WindowSegment):
             return torch.zeros_like(content), content.new_full(content.shape[:3], -torch.inf, dtype=torch.float32)
         if self.new.backend == "triton":
             kernels = load_kernels()
-            keys, values, pages = self.units.operands(layer)
+            keys, values, block_table = self.units.operands(layer)
             mixed, mass, lse = kernels.latent_decode(
                 *memory.fold_queries(content[:, :, 0]),
                 keys,
@@ -128,7 +128,7 @@ class MemorySegment(WindowSegment):
                 scale,
                 first_token=self.num_sinks,
                 rows=self.new.kernel_rows,
-                pages=pages,
+                block_table=block_table,
                 backend="triton",
             )
             return memory.unfold_values(mixed, mass)[:, :, None].to(content.dtype), lse[..., None]

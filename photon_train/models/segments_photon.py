@@ -39,10 +39,10 @@ class FullSegment:
         if not self.new.has_past:
             return sdpa(query, key, value, scale, causal=True)
         if self.new.backend == "triton" and self.length == 1:
-            keys, values, pages = self.store.operands(module.layer_idx)
+            keys, values, block_table = self.store.operands(module.layer_idx)
             seen = (self.index + 1).expand(self.new.batch, -1)
             return load_kernels().paged_decode_attention(
-                query, keys, values, seen, scale, rows=self.new.kernel_rows, pages=pages, backend="triton"
+                query, keys, values, seen, scale, rows=self.new.kernel_rows, block_table=block_table, backend="triton"
             )
         keys, values = self.store.read(module.layer_idx, self.new.rows, self.count)
         if self.index.shape[0] == 1 and self.length == 1 and keys.shape[2] == self.count:

@@ -36,6 +36,7 @@ def run_finetuning(config: RunConfig) -> None:
             "the dense model anew with `photon-train convert`"
         )
     photon = read_config(config.model)
+    document_alignment(photon, config)
     numbers = estimate_training(costs_of(photon).dense, photon, config, num_processes)
     if config.dry_run:
         if rank == 0:

@@ -63,6 +63,7 @@ def plan_conversion(checkpoint: DenseCheckpoint, config: RunConfig, num_processe
         PhotonError: for settings that the preset or the model cannot serve.
     """
     photon = photon_config(checkpoint.config, config)
+    document_alignment(photon, config)
     plan = make_plan(checkpoint, photon, config.export.dtype)
     numbers = estimate_training(checkpoint.config, photon, config, num_processes, plan.torch_dtype.itemsize)
     return Conversion(checkpoint, photon, plan, numbers)
@@ -74,10 +75,9 @@ def estimate_training(
     """The estimate of a run; `dtype_bytes` defaults to the type that the PHOTON configuration states.
 
     Raises:
-        PhotonError: if `lora.target_modules` fit no layer, or documents cannot be aligned.
+        PhotonError: if `lora.target_modules` fit no layer.
     """
     check_targets(config.lora, dense)
-    document_alignment(photon, config)
     gpu = config.train.gpu_memory
     gpu_bytes = parse_size(gpu) if gpu else _detected_gpu()
     precision = config.train.mixed_precision

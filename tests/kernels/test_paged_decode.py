@@ -22,7 +22,7 @@ class Inputs:
     seen: Tensor
     scale: float
     rows: Tensor | None = None
-    pages: Tensor | None = None
+    block_table: Tensor | None = None
     num_splits: int | None = None
 
     def run(self, backend: str) -> Tensor:
@@ -42,11 +42,11 @@ def make_inputs(
     num_positions: int = 1,
     num_splits: int | None = None,
     cache_rows: int | None = None,
-    per_page: int | None = None,
+    per_block: int | None = None,
     dtype: torch.dtype = torch.float32,
     seed: int = 0,
 ) -> Inputs:
-    """Stores with NaN wherever no query looks; with `per_page` in shuffled pages.
+    """Stores with NaN wherever no query looks; with `per_block` in shuffled blocks.
 
     The row's last query sees `seen` elements, each before it one less.
     """
@@ -68,28 +68,30 @@ def make_inputs(
         hidden[inputs.cache_row(query), :count] = False
     for states in (inputs.k, inputs.v):
         states.masked_fill_(hidden[:, None, :, None], torch.nan)
-    if per_page:
-        _to_pages(inputs, per_page, generator)
+    if per_block:
+        _to_blocks(inputs, per_block, generator)
     for name, value in vars(inputs).items():
         if isinstance(value, Tensor):
             setattr(inputs, name, value.to(device, dtype if value.is_floating_point() else value.dtype))
     return inputs
 
 
-def _to_pages(inputs: Inputs, per_page: int, generator: torch.Generator) -> None:
-    """Move the stores into pages that lie in random order among pages of NaN; unused table entries are wild."""
+def _to_blocks(inputs: Inputs, per_block: int, generator: torch.Generator) -> None:
+    """Move the stores into blocks that lie in random order among blocks of NaN; unused table entries are wild."""
     cache_rows, heads, capacity, dim = inputs.k.shape
-    width = -(-capacity // per_page)
+    width = -(-capacity // per_block)
     order = torch.randperm(2 * cache_rows * width, generator=generator)[: cache_rows * width].view(cache_rows, width)
     for name in ("k", "v"):
-        padded = torch.nn.functional.pad(getattr(inputs, name), (0, 0, 0, width * per_page - capacity), value=torch.nan)
-        pages = torch.full((2 * cache_rows * width, heads, per_page, dim), torch.nan)
-        pages[order] = padded.unflatten(2, (width, per_page)).transpose(1, 2)
-        setattr(inputs, name, pages)
-    inputs.pages = torch.full_like(order, 10**12)
+        padded = torch.nn.functional.pad(
+            getattr(inputs, name), (0, 0, 0, width * per_block - capacity), value=torch.nan
+        )
+        blocks = torch.full((2 * cache_rows * width, heads, per_block, dim), torch.nan)
+        blocks[order] = padded.unflatten(2, (width, per_block)).transpose(1, 2)
+        setattr(inputs, name, blocks)
+    inputs.block_table = torch.full_like(order, 10**12)
     for query in range(inputs.q.shape[0]):
-        row, used = inputs.cache_row(query), -(-int(inputs.seen[query].max()) // per_page)
-        inputs.pages[row, :used] = order[row, :used]
+        row, used = inputs.cache_row(query), -(-int(inputs.seen[query].max()) // per_block)
+        inputs.block_table[row, :used] = order[row, :used]
 
 
 def reference(inputs: Inputs) -> Tensor:
@@ -100,10 +102,10 @@ def reference(inputs: Inputs) -> Tensor:
         row, stored = inputs.cache_row(query), []
         for states in (inputs.k, inputs.v):
             where = [(row, element) for element in range(int(inputs.seen[query, position]))]
-            if inputs.pages is not None:
-                per_page = states.shape[2]
-                where = [(int(inputs.pages[row, n // per_page]), n % per_page) for _, n in where]
-            stored.append([states[block, head // group, place].double().cpu() for block, place in where])
+            if inputs.block_table is not None:
+                per_block = states.shape[2]
+                where = [(int(inputs.block_table[row, n // per_block]), n % per_block) for _, n in where]
+            stored.append([states[block, head // group, slot].double().cpu() for block, slot in where])
         if not stored[0]:
             continue
         keys, values = map(torch.stack, stored)
@@ -126,11 +128,11 @@ SHAPES = {
     "no group, head dimension 80": dict(num_heads=2, num_kv_heads=2, head_dim=80, num_splits=2, capacity=131),
     "head dimension 128": dict(head_dim=128, num_splits=2, seen=(33,), capacity=33),
     "group of 20": dict(num_heads=20, num_splits=2),
-    "pages shorter than a tile": dict(per_page=3, seen=(37, 12, 1), num_splits=2, num_heads=8, num_kv_heads=2),
-    "pages of whole tiles": dict(per_page=32, seen=(70, 33), capacity=70, num_splits=2),
-    "pages, three splits": dict(per_page=5, num_splits=3, capacity=60, seen=(60, 33, 0)),
+    "blocks shorter than a tile": dict(per_block=3, seen=(37, 12, 1), num_splits=2, num_heads=8, num_kv_heads=2),
+    "blocks of whole tiles": dict(per_block=32, seen=(70, 33), capacity=70, num_splits=2),
+    "blocks, three splits": dict(per_block=5, num_splits=3, capacity=60, seen=(60, 33, 0)),
     "positions": dict(num_positions=3, num_splits=2, num_heads=8, num_kv_heads=2),
-    "positions of several tiles, in pages": dict(num_positions=9, num_heads=8, seen=(40, 12), per_page=8),
+    "positions of several tiles, in blocks": dict(num_positions=9, num_heads=8, seen=(40, 12), per_block=8),
 }
 
 
@@ -144,7 +146,7 @@ def test_equals_a_softmax_over_what_is_seen(shape: dict[str, int], backend: str,
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("num_splits", [1, 2])
 def test_half_precision(num_splits: int, dtype: torch.dtype, backend: str, device: torch.device) -> None:
-    inputs = make_inputs(device, dtype=dtype, num_splits=num_splits, seen=(70, 50), capacity=70, per_page=16)
+    inputs = make_inputs(device, dtype=dtype, num_splits=num_splits, seen=(70, 50), capacity=70, per_block=16)
     assert_matches_reference(inputs, backend, tolerance=1e-2)
 
 
@@ -158,7 +160,7 @@ def test_a_query_that_sees_nothing_gets_zero(num_splits: int, backend: str, devi
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_reads_the_given_cache_rows(backend: str, device: torch.device) -> None:
-    inputs = make_inputs(device, cache_rows=6, num_splits=2, per_page=8)
+    inputs = make_inputs(device, cache_rows=6, num_splits=2, per_block=8)
     assert_matches_reference(inputs, backend)
     # A row may be read twice: a batch is filled up with its last row.
     twice = torch.tensor([0, 1, 2, 0], device=device)
@@ -168,12 +170,12 @@ def test_reads_the_given_cache_rows(backend: str, device: torch.device) -> None:
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_inputs_need_not_be_contiguous(backend: str, device: torch.device) -> None:
-    inputs = make_inputs(device, num_heads=4, num_kv_heads=2, num_splits=2, per_page=16)
+    inputs = make_inputs(device, num_heads=4, num_kv_heads=2, num_splits=2, per_block=16)
     expected = inputs.run("torch")
     inputs.k, inputs.v = (x.transpose(1, 2).contiguous().transpose(1, 2) for x in (inputs.k, inputs.v))
     inputs.q = torch.cat([inputs.q, inputs.q], dim=1)[:, :4]
     inputs.seen = inputs.seen.int().repeat_interleave(2, dim=0)[::2]
-    inputs.pages = torch.cat([inputs.pages, inputs.pages], dim=1)[:, : inputs.pages.shape[1]]
+    inputs.block_table = torch.cat([inputs.block_table, inputs.block_table], dim=1)[:, : inputs.block_table.shape[1]]
     assert not (inputs.k.is_contiguous() or inputs.q.is_contiguous() or inputs.seen.is_contiguous())
     torch.testing.assert_close(inputs.run(backend), expected, atol=2e-5, rtol=2e-5)
     inputs.v = inputs.v.mT.contiguous().mT
@@ -196,7 +198,7 @@ def test_empty_inputs(shape: dict, backend: str, device: torch.device) -> None:
     seen=st.lists(st.integers(0, 100), min_size=1, max_size=3).map(tuple),
     spare=st.integers(0, 20),
     num_splits=st.integers(1, 5),
-    per_page=st.sampled_from([None, 4, 16]),
+    per_block=st.sampled_from([None, 4, 16]),
     num_positions=st.integers(1, 2),
     seed=st.integers(0, 1000),
 )
@@ -208,7 +210,7 @@ def test_any_shape(
     seen: tuple[int, ...],
     spare: int,
     num_splits: int,
-    per_page: int | None,
+    per_block: int | None,
     num_positions: int,
     seed: int,
 ) -> None:
@@ -220,7 +222,7 @@ def test_any_shape(
         num_kv_heads=num_kv_heads,
         head_dim=head_dim,
         num_splits=num_splits,
-        per_page=per_page,
+        per_block=per_block,
         num_positions=num_positions,
         seed=seed,
     )
@@ -251,8 +253,8 @@ def test_wrong_shapes_are_named(device: torch.device) -> None:
     for change, message in [
         (dict(seen=inputs.seen[:2]), r"seen must be int32 or int64 \[3, 1\]"),
         (dict(seen=inputs.seen[:, 0]), r"seen must be int32 or int64 \[3, 1\]"),
-        (dict(pages=inputs.seen[:2]), "3 rows of queries, but 2 cache rows"),
-        (dict(pages=inputs.seen.float()), "pages must be int32 or int64"),
+        (dict(block_table=inputs.seen[:2]), "3 rows of queries, but 2 cache rows"),
+        (dict(block_table=inputs.seen.float()), "block_table must be int32 or int64"),
         (dict(rows=inputs.seen[:2, 0]), r"rows must be int32 or int64 \[3\]"),
         (dict(v=inputs.v[..., :8]), r"expected q \[B, Hq, Q, D\]"),
         (dict(num_splits=0), "num_splits must be at least 1"),

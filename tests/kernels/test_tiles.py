@@ -38,7 +38,7 @@ def random(*shape: int) -> torch.Tensor:
 def runs(device: torch.device) -> dict:
     """Each kernel with a choice at a small shape, by backend."""
     states = {name: random(2, 2, 70, 16).to(device) for name in ("k", "v")}
-    order = torch.arange(70, device=device).expand(2, -1).contiguous()
+    positions = torch.arange(70, device=device).expand(2, -1).contiguous()
     first, last = torch.tensor([3, 40], device=device), torch.tensor([[60], [66]], device=device)
     q, seen = random(2, 4, 1, 16).to(device), torch.tensor([[70], [33]], device=device)
     folded, bias = random(2, 4, 3, 64).to(device), random(2, 4, 3).to(device)
@@ -47,7 +47,7 @@ def runs(device: torch.device) -> dict:
     scale = torch.tensor(0.5, device=device)
     return {
         "window_decode": lambda backend: window_decode_attention(
-            q, *states.values(), order, first, last, 0.3, backend=backend
+            q, *states.values(), positions, first, last, 0.3, backend=backend
         ),
         "paged_decode": lambda backend: paged_decode_attention(
             q, *states.values(), seen, 0.3, num_splits=2, backend=backend
@@ -80,7 +80,7 @@ def test_a_launch_uses_the_table_of_its_device(table, monkeypatch, device):
     asked = []
     run, plain = runs(device)["window_decode"], module.tuned
     monkeypatch.setattr(module, "tuned", lambda *args, **shape: asked.append(plain(*args, **shape)) or asked[-1])
-    case = "window_decode entries=70 queries=2 dim=16 bytes=4"
+    case = "window_decode slots=70 queries=2 dim=16 bytes=4"
     name = tables.device_name(device)
     for content in ({name: {case: {"block_n": 32, "num_warps": 2}}}, {"another": {case: {"block_n": 32}}}, {name: {}}):
         table({"devices": content})
@@ -103,9 +103,9 @@ def test_a_launch_uses_the_table_of_its_device(table, monkeypatch, device):
     ids=str,
 )
 def test_impossible_tiles_are_refused(entry, table, device):
-    case = "window_decode entries=70 queries=2 dim=16 bytes=4"
+    case = "window_decode slots=70 queries=2 dim=16 bytes=4"
     table({"devices": {tables.device_name(device): {case: entry}}})
-    with pytest.raises(ValueError, match="tile table, 'window_decode entries=70.*is not possible"):
+    with pytest.raises(ValueError, match="tile table, 'window_decode slots=70.*is not possible"):
         runs(device)["window_decode"]("triton")
 
 

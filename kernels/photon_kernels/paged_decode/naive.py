@@ -15,9 +15,9 @@ def paged_decode_attention_naive(
     seen: Tensor,
     scale: float,
     rows: Tensor | None = None,
-    pages: Tensor | None = None,
+    block_table: Tensor | None = None,
 ) -> Tensor:
     """Output ``[B, Hq, Q, D]``; arguments as in ``paged_decode_attention``."""
-    k, v = (read_rows(states, rows, pages, seen.amax(dim=1)) for states in (k, v))
+    k, v = (read_rows(states, rows, block_table, seen.amax(dim=1)) for states in (k, v))
     visible = torch.arange(k.shape[2], device=k.device) < seen[:, :, None]
     return masked_attention(q, k, v, visible, scale)[0]

@@ -25,14 +25,14 @@ from photon_kernels._triton_math import LOG2_E, attend_tile, finish_softmax
 LONG_STORE = 4096
 
 
-@triton.jit(do_not_specialize=["num_elements", "num_splits", "pitch_pages"])
+@triton.jit(do_not_specialize=["num_elements", "num_splits", "pitch_table"])
 def paged_split_kernel(
     q,
     k,
     v,
     seen,
     rows,
-    pages,
+    block_table,
     out,
     lse,
     scale_log2,
@@ -48,9 +48,9 @@ def paged_split_kernel(
     stride_vb,
     stride_vh,
     stride_vn,
-    pitch_pages,
+    pitch_table,
     HAS_ROWS: tl.constexpr,
-    PER_PAGE: tl.constexpr,
+    PER_BLOCK: tl.constexpr,
     GROUP: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -59,7 +59,7 @@ def paged_split_kernel(
 ):
     """Program ``(b, h, t * num_splits + s)`` attends from the t-th tile of queries to part s of row b.
 
-    Writes ``out [B, Hq, Q, S, D]`` and ``lse [B, Hq, Q, S]``. PER_PAGE is the number of elements per page, 0 for a
+    Writes ``out [B, Hq, Q, S, D]`` and ``lse [B, Hq, Q, S]``. PER_BLOCK is the number of elements per block, 0 for a
     store in one piece.
     """
     # 64 bits from here on: a cache may have more than 2^31 elements.
@@ -81,7 +81,8 @@ def paged_split_kernel(
 
     # Elements that any of the queries sees. Each row is cut by its own, in whole tiles, so that its parts are equal.
     count = tl.load(seen + row * num_positions + positions, mask=is_query, other=0).to(tl.int32)
-    stop = tl.minimum(tl.max(count, 0), num_elements)
+    count = tl.minimum(count, num_elements)
+    stop = tl.max(count, 0)
     per_split = tl.cdiv(tl.cdiv(stop, BLOCK_N), num_splits) * BLOCK_N
     begin = split * per_split
     end = tl.minimum(begin + per_split, stop)
@@ -91,17 +92,17 @@ def paged_split_kernel(
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     keys_start = k + kv_head * stride_kh
     values_start = v + kv_head * stride_vh
-    page_start = pages + cache_row * pitch_pages
+    table_start = block_table + cache_row * pitch_table
     for first in range(begin, end, BLOCK_N):
         elements = first + tl.arange(0, BLOCK_N)
         alive = elements < stop
-        block, inside = locate(first, elements, alive, page_start, cache_row, PER_PAGE, BLOCK_N)
+        block, inside = locate(first, elements, alive, table_start, cache_row, PER_BLOCK, BLOCK_N)
         mask = alive[:, None] & in_head[None, :]
         key_rows = keys_start + block * stride_kb + inside * stride_kn
         value_rows = values_start + block * stride_vb + inside * stride_vn
         keys = tl.load(key_rows[:, None] + dims[None, :], mask=mask, other=0.0)
         values = tl.load(value_rows[:, None] + dims[None, :], mask=mask, other=0.0)
-        visible = alive[None, :] & (elements[None, :] < count[:, None])
+        visible = elements[None, :] < count[:, None]
         offset = tl.where(visible, 0.0, float("-inf"))
         peak, total, acc = attend_tile(queries, keys, values, offset, scale_log2, peak, total, acc)
 
@@ -153,18 +154,18 @@ def paged_decode_attention_triton(
     seen: Tensor,
     scale: float,
     rows: Tensor | None = None,
-    pages: Tensor | None = None,
+    block_table: Tensor | None = None,
     num_splits: int | None = None,
 ) -> Tensor:
     """Output ``[B, Hq, Q, D]``; arguments as in ``paged_decode_attention``."""
     batch, num_heads, num_positions, head_dim = q.shape
-    num_kv_heads, per_block = k.shape[1:3]
+    num_kv_heads, slots_per_block = k.shape[1:3]
     group = num_heads // num_kv_heads
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     if out.numel() == 0:
         return out
-    q, k, v, pages = (x if x is None else with_dense_rows(x) for x in (q, k, v, pages))
-    num_elements = per_block if pages is None else pages.shape[1] * per_block
+    q, k, v, block_table = (x if x is None else with_dense_rows(x) for x in (q, k, v, block_table))
+    num_elements = slots_per_block if block_table is None else block_table.shape[1] * slots_per_block
     queries, size = group * num_positions, k.element_size()
     config = choose_attention_config(LONG_STORE, queries, head_dim, size)
     config = tuned("paged_decode", config, q.device, queries=queries, dim=head_dim, bytes=size)
@@ -183,7 +184,7 @@ def paged_decode_attention_triton(
             v,
             seen.contiguous(),
             seen if rows is None else rows.contiguous(),
-            seen if pages is None else pages,
+            seen if block_table is None else block_table,
             partial_out,
             partial_lse,
             scale * LOG2_E.value,
@@ -193,9 +194,9 @@ def paged_decode_attention_triton(
             *q.stride()[:3],
             *k.stride()[:3],
             *v.stride()[:3],
-            0 if pages is None else pages.stride(0),
+            0 if block_table is None else block_table.stride(0),
             HAS_ROWS=rows is not None,
-            PER_PAGE=0 if pages is None else per_block,
+            PER_BLOCK=0 if block_table is None else slots_per_block,
             GROUP=group,
             HEAD_DIM=head_dim,
             BLOCK_N=config.block_n,
@@ -226,18 +227,18 @@ class _Shape(NamedTuple):
     num_positions: int
     group: int
     head_dim: int
-    per_page: int
+    per_block: int
 
 
 COMPILED_SHAPES = [
-    _Shape("bf16", 2, 1, 4, 64, per_page=256),
-    _Shape("bf16", 2, 1, 4, 64, per_page=0),
-    _Shape("bf16", 2, 1, 4, 128, per_page=256),
-    _Shape("bf16", 2, 1, 8, 128, per_page=16),
-    _Shape("bf16", 2, 4, 4, 128, per_page=64),
-    _Shape("fp16", 2, 1, 32, 128, per_page=16),
-    _Shape("fp32", 4, 1, 4, 128, per_page=16),
-    _Shape("fp32", 4, 1, 3, 64, per_page=256),
+    _Shape("bf16", 2, 1, 4, 64, per_block=256),
+    _Shape("bf16", 2, 1, 4, 64, per_block=0),
+    _Shape("bf16", 2, 1, 4, 128, per_block=256),
+    _Shape("bf16", 2, 1, 8, 128, per_block=16),
+    _Shape("bf16", 2, 4, 4, 128, per_block=64),
+    _Shape("fp16", 2, 1, 32, 128, per_block=16),
+    _Shape("fp32", 4, 1, 4, 128, per_block=16),
+    _Shape("fp32", 4, 1, 3, 64, per_block=256),
 ]
 
 
@@ -247,7 +248,7 @@ def compile_cases() -> Iterator[CompileCase]:
         config = choose_attention_config(
             LONG_STORE, shape.group * shape.num_positions, shape.head_dim, shape.element_size
         )
-        layout = f"page={shape.per_page}" if shape.per_page else "contiguous"
+        layout = f"block={shape.per_block}" if shape.per_block else "contiguous"
         strides = ("qb", "qh", "qq", "kb", "kh", "kn", "vb", "vh", "vn")
         yield CompileCase(
             name=f"paged_split {shape.dtype} Q={shape.num_positions} group={shape.group} D={shape.head_dim} {layout}",
@@ -255,14 +256,14 @@ def compile_cases() -> Iterator[CompileCase]:
             types={
                 **dict.fromkeys(("q", "k", "v"), f"*{shape.dtype}"),
                 **dict.fromkeys(("out", "lse"), "*fp32"),
-                **dict.fromkeys(("seen", "rows", "pages"), "*i64"),
+                **dict.fromkeys(("seen", "rows", "block_table"), "*i64"),
                 "scale_log2": "fp32",
-                **dict.fromkeys(("num_positions", "num_elements", "num_splits", "pitch_pages"), "i32"),
+                **dict.fromkeys(("num_positions", "num_elements", "num_splits", "pitch_table"), "i32"),
                 **{f"stride_{name}": "i32" for name in strides},
             },
             constants={
                 "HAS_ROWS": True,
-                "PER_PAGE": shape.per_page,
+                "PER_BLOCK": shape.per_block,
                 "GROUP": shape.group,
                 "HEAD_DIM": shape.head_dim,
                 "BLOCK_N": config.block_n,
