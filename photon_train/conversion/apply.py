@@ -21,7 +21,7 @@ from photon_train.conversion.presets import target_of
 from photon_train.conversion.safetensors_io import ShardWriter
 from photon_train.conversion.source import INDEX, TOKENIZER_FILES, DenseCheckpoint
 from photon_train.errors import PhotonError
-from photon_train.files import atomic_directory, check_can_write, parse_size
+from photon_train.files import atomic_directory, atomic_file, check_can_write, parse_size
 from photon_train.manifest import write_manifest
 
 PLAN = "plan.json"
@@ -166,9 +166,5 @@ def rewrite_new_tensors(directory: Path, values: dict[str, torch.Tensor]) -> Non
         if name not in tensors or tensors[name].shape != value.shape:
             raise PhotonError(f"{directory / last} holds no tensor {name} of shape {list(value.shape)}")
         tensors[name] = value.detach().to("cpu", tensors[name].dtype).contiguous()
-    temporary = directory / f".{last}"
-    try:
+    with atomic_file(directory / last) as temporary:
         save_file(tensors, temporary, metadata={"format": "pt"})
-        temporary.replace(directory / last)
-    finally:
-        temporary.unlink(missing_ok=True)

@@ -73,15 +73,27 @@ def _rescale(
         finally:
             for handle in handles:
                 handle.remove()
-    wanted, actual = (torch.cat(norms[key]).median() for key in ("wanted", "actual"))
-    ratio = (wanted / actual).item()
+    scale.mul_(median_ratio(norms["wanted"], norms["actual"], f"level {index + 1}"))
+    return scale.item()
+
+
+def median_ratio(wanted: Sequence[torch.Tensor], actual: Sequence[torch.Tensor], what: str) -> float:
+    """Median of all `wanted` norms over that of all `actual` ones, each a list of ``[n]``.
+
+    Args:
+        what: Names what is calibrated, for the message.
+
+    Raises:
+        PhotonError: if the ratio is zero or not finite.
+    """
+    above, below = torch.cat(list(wanted)).median(), torch.cat(list(actual)).median()
+    ratio = (above / below).item()
     if not 0 < ratio < float("inf"):
         raise PhotonError(
-            f"calibration of level {index + 1}: median norms {wanted:.3g} (wanted) and {actual:.3g} give no scale: "
-            "use a sound checkpoint"
+            f"calibration of {what}: median norms {above:.3g} (wanted) and {below:.3g} give no scale: use a sound "
+            "checkpoint"
         )
-    scale.mul_(ratio)
-    return scale.item()
+    return ratio
 
 
 def _record(norms: Norms, key: str, states: torch.Tensor) -> None:

@@ -122,7 +122,7 @@ def pack(
     filler = np.zeros(length, dtype=bool)
     for start, stop in filler_ranges:
         filler[start:stop] = True
-    masked = filler.copy() if read_only else None
+    masked = np.zeros(length, dtype=bool) if read_only else None
     for start, unlearned in read_only:
         masked[start : start + len(unlearned)] = unlearned
     full = length // seq_len * seq_len
@@ -140,9 +140,10 @@ def check_alignment(seq_len: int, align: int) -> None:
         PhotonError: if `seq_len` is not a multiple of `align`.
     """
     if align < 1 or seq_len < 1 or seq_len % align:
+        unit = max(1, align)
         raise PhotonError(
             f"train.seq_len = {seq_len} must be a multiple of the {align} tokens under a unit: "
-            f"take {max(1, seq_len // align) * align}, or set dataset.align_documents to false"
+            f"take {max(1, seq_len // unit) * unit}, or set dataset.align_documents to false"
         )
 
 

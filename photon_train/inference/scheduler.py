@@ -77,8 +77,6 @@ class Scheduler:
         for sequence in [s for s in self.running if not s.in_prefill]:
             if self._make_room(sequence):
                 plan.decode.append(sequence)
-        # Preempted after it was chosen: a younger one had to make room for an older one's block.
-        plan.decode = [sequence for sequence in plan.decode if sequence.allocation is not None]
         self._admit(plan)
         left = self.step_tokens
         for sequence in self.running:

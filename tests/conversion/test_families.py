@@ -51,6 +51,9 @@ def test_an_unsupported_family_lists_the_supported_ones():
         ("phi3", {"sliding_window": None}, None),
         ("qwen2", {"use_sliding_window": False, "sliding_window": 32}, None),
         ("qwen2", {"use_sliding_window": True, "sliding_window": 32, "max_window_layers": 2}, 32),
+        # The key may be set where no layer is marked.
+        ("qwen3", {"layer_types": ["full_attention"] * 4, "use_sliding_window": True, "sliding_window": 32}, None),
+        ("qwen3", {"use_sliding_window": True, "sliding_window": 32, "max_window_layers": 2}, 32),
     ],
 )
 def test_sliding_windows_are_recognised(model_type, changes, span):
@@ -72,6 +75,14 @@ def test_a_window_that_is_switched_off_stays_off_in_the_layers():
     """Mistral's own default is 4,096."""
     assert layer_config(dense_config("phi3", sliding_window=None), 64)["sliding_window"] is None
     assert layer_config(dense_config("phi3", sliding_window=32), 64)["sliding_window"] == 32
+
+
+def test_layers_are_described_by_the_architecture_alone():
+    config = dense_config(architectures=["LlamaForCausalLM"], dtype="bfloat16")
+    config.auto_map = {"AutoConfig": "theirs.Config"}
+    settings = layer_config(config, 64)
+    assert not settings.keys() & {"architectures", "auto_map", "dtype", "torch_dtype", "transformers_version"}
+    assert settings["model_type"] == "llama" and settings["hidden_size"] == config.hidden_size
 
 
 def _rope(kind: str, **more):

@@ -12,11 +12,12 @@ import torch
 from safetensors import safe_open
 from tiny import photon_config, photon_model, shake, tokens
 from tiny_training import tiny_model
+from torch import nn
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from photon_train.config import ExportSettings, LoraSettings
 from photon_train.errors import PhotonError
-from photon_train.export.save import export_model
+from photon_train.export.save import export_model, num_bytes
 from photon_train.export.validate import validate_export
 from photon_train.manifest import verify_manifest
 from photon_train.models import PhotonForCausalLM
@@ -161,6 +162,14 @@ def test_refuses_a_directory_that_is_not_empty(tmp_path, tokenizer) -> None:
     with pytest.raises(PhotonError, match="export is not empty"):
         export(photon_model("memory"), tokenizer, tmp_path / "export")
     assert (tmp_path / "export" / "mine").read_text() == "precious"
+
+
+def test_bytes_are_those_of_the_type_and_shared_weights_count_once() -> None:
+    embedding = nn.Embedding(5, 3).bfloat16()
+    head = nn.Linear(3, 5, bias=False)
+    head.weight = embedding.weight
+    assert num_bytes(nn.Sequential(embedding, head)) == 5 * 3 * 2
+    assert num_bytes(nn.Linear(3, 5)) == 4 * (3 * 5 + 5)
 
 
 def test_refuses_a_full_disk(tmp_path, tokenizer, monkeypatch) -> None:

@@ -193,6 +193,20 @@ def test_the_models_own_dense_function_teaches_with_adapters_off():
     assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
 
 
+@pytest.mark.parametrize("name", ["memory-2-sinks", "llama"])
+def test_whoever_teaches_runs_without_dropout(name):
+    """The student's own dense function, or a model of its own, whatever mode it comes in."""
+    model = _trained(name)
+    separate = tiny_model("llama").train() if name == "llama" else None
+    modes = []
+    taught_by = separate or model.get_base_model()
+    taught_by.register_forward_pre_hook(lambda module, _: modes.append(module.training))
+    objective = TrainingObjective(model, DistillSettings(weight=0.5), teacher=separate).train()
+    objective(**_example(), target_tokens=torch.tensor(9), sequences=torch.tensor(4))
+    assert modes == ([False] if separate else [True, False])
+    assert model.training and model.get_base_model().training
+
+
 def test_the_hidden_error_is_relative_and_has_the_gradient_of_the_formula():
     labels = _example(3)["labels"]
     labels[1, 5:] = IGNORED

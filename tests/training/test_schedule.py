@@ -16,6 +16,7 @@ def test_rates_rise_linearly_and_fall_to_a_tenth():
     assert factors[100] == pytest.approx(0.1)
     assert all(a > b for a, b in zip(factors[4:], factors[5:], strict=False))
     assert learning_rate_factor(0, 0, 10) == 1.0
+    assert learning_rate_factor(107, 4, 100) == pytest.approx(0.1), "it does not rise again"
 
 
 def test_every_group_follows_the_schedule_from_its_own_peak():
