@@ -101,8 +101,14 @@ def test_the_dense_architecture_is_kept_in_full():
 BAD = {
     "a window below the unit": (run(window=3), "photon.window=3 is shorter than photon.chunk_size=4"),
     "a memory layer outside": (run(memory_layers=[1, 8]), "photon.memory_layers names layer 8.*0...7"),
-    "units without memory": (run(memory_layers=[], chunk_size=4), "photon.chunk_size.*memory_layers is empty: drop one"),
-    "latents without memory": (run(memory_layers=[], latents_per_unit=2), "photon.latents_per_unit.*is empty: drop one"),
+    "units without memory": (
+        run(memory_layers=[], chunk_size=4),
+        "photon.chunk_size.*memory_layers is empty: drop one",
+    ),
+    "latents without memory": (
+        run(memory_layers=[], latents_per_unit=2),
+        "photon.latents_per_unit.*is empty: drop one",
+    ),
     "memory and full attention": (
         run(memory_layers=[1], full_attention_layers=[1]),
         r"layers \[1\] are in photon.memory_layers and in photon.full_attention_layers: keep one",
