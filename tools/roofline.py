@@ -18,12 +18,10 @@ from typing import Any
 
 from lib import roofline
 from lib.roofline import DEVICES, Bound
-from lib.shapes import SHAPES, dense_shape, photon_shape
+from lib.shapes import SHAPES, SYSTEMS, dense_shape, photon_shape
 from photon_train import accounting
 from photon_train.cli import main_wrapper
 from photon_train.evaluation.report import write_rows
-
-SYSTEMS = ("graft", "graft-apart", "graft-residual", "hourglass", "split", "paper")
 
 
 def rows_of(shape: str, device: str, context: int, batch: int | None, window: int, systems: list[str]) -> list[dict]:
@@ -72,7 +70,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--devices", nargs="+", choices=sorted(DEVICES), default=["H200", "H100"])
     parser.add_argument("--contexts", nargs="+", type=int, default=[4096, 32_768, 131_072])
     parser.add_argument("--batches", nargs="*", type=int, default=[1, 32, 256], help="equal batches beside the best")
-    parser.add_argument("--systems", nargs="+", default=list(SYSTEMS), help="preset, or preset-conditioning")
+    parser.add_argument("--systems", nargs="+", choices=SYSTEMS, default=list(SYSTEMS))
     parser.add_argument("--window", type=int, default=64)
     parser.add_argument("--output", type=Path, default=None, help="JSON to write")
     return parser.parse_args()

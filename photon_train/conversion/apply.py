@@ -80,7 +80,7 @@ def _is_new(entry: TensorPlan) -> bool:
 
 
 def _shards(plan: ConversionPlan, max_bytes: int) -> list[list[TensorPlan]]:
-    """Dense copies in shards of at most `max_bytes` (or one tensor), then one shard with the new tensors."""
+    """Dense copies in shards of at most `max_bytes` (or one tensor), then one shard with the new tensors, if any."""
     itemsize = plan.torch_dtype.itemsize
     shards: list[list[TensorPlan]] = []
     room = 0
@@ -93,7 +93,8 @@ def _shards(plan: ConversionPlan, max_bytes: int) -> list[list[TensorPlan]]:
             room = max_bytes
         shards[-1].append(entry)
         room -= size
-    return [*shards, [entry for entry in plan.tensors if _is_new(entry)]]
+    new = [entry for entry in plan.tensors if _is_new(entry)]
+    return [*shards, new] if new else shards
 
 
 def _check_tied_head(checkpoint: DenseCheckpoint, config: PretrainedConfig) -> None:

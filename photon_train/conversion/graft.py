@@ -69,8 +69,6 @@ def configure(dense: PretrainedConfig, settings: RunConfig) -> PhotonConfig:
     if parts is None:
         parts = 2 if Shape.of(dense).kv > WIDE_LATENT else 1
     memory = _default_layers(dense, photon) if photon.memory_layers is None else photon.memory_layers
-    if not memory:
-        raise PhotonError("photon.memory_layers is empty: preset graft needs a layer that reads the units")
     try:
         return PhotonConfig(
             base_model_type=layers.pop("model_type"),

@@ -68,6 +68,11 @@ def test_overrides_reach_the_configuration():
     assert (config.memory_layers, config.full_attention_layers) == ([2, 5], [0])
 
 
+def test_an_empty_list_leaves_window_and_sinks_alone():
+    config = photon_config(eight_layers(), run(memory_layers=[], full_attention_layers=[2]))
+    assert (config.memory_layers, config.full_attention_layers, config.is_windowed) == ([], [2], True)
+
+
 def test_sequences_need_not_be_whole_units():
     assert photon_config(eight_layers(), run(seq_len=67)).chunk_size == 4
 
@@ -101,13 +106,11 @@ def test_the_dense_architecture_is_kept_in_full():
 BAD = {
     "a window below the unit": (run(window=3), "photon.window=3 is shorter than photon.chunk_size=4"),
     "a memory layer outside": (run(memory_layers=[1, 8]), "photon.memory_layers names layer 8.*0...7"),
-    "no memory layer": (run(memory_layers=[]), "photon.memory_layers is empty"),
     "memory and full attention": (
         run(memory_layers=[1], full_attention_layers=[1]),
         r"layers \[1\] are in photon.memory_layers and in photon.full_attention_layers: keep one",
     ),
     "a full layer outside": (run(full_attention_layers=[9]), "photon.full_attention_layers names layer 9"),
-    "latents in three parts": (run(latents_per_unit=3), "photon.latents_per_unit=3 must be 1 or 2"),
     "more layers than can have memory": (
         run(full_attention_layers=[0, 1], num_memory_layers=7),
         "photon.num_memory_layers=7: 6 layers can have memory",

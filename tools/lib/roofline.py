@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from photon_train import accounting
-from photon_train.accounting import Shape
 
 MAX_BATCH = 1024
 
@@ -66,15 +65,15 @@ def photon_bound(
 ) -> Bound | None:
     """Bound of a PHOTON model at one batch; None if it does not fit.
 
-    Weights of level l are read in the steps in which some row's chunk closes: a share of ``1 - (1 - 1/S_l) ** batch``
-    of them with rows of any phase, ``1/S_l`` if all rows are `aligned`. An encoder's cache is read once per S_l tokens
-    of a row.
+    A graft reads all of its weights and caches in every step. In a hierarchical model weights of level l are read in
+    the steps in which some row's chunk closes: a share of ``1 - (1 - 1/S_l) ** batch`` of them with rows of any phase,
+    ``1/S_l`` if all rows are `aligned`. An encoder's cache is read once per S_l tokens of a row.
     """
-    shape = Shape.of(photon.base_config)
+    shape = accounting.costs_of(photon).shape
     weights = accounting.photon_parameters(photon) * dtype_bytes
     cache = accounting.cache_bytes(photon, context, dtype_bytes)
     read_weights, read_cache = float(weights), float(cache.growing + cache.constant)
-    for index, level in enumerate(photon.levels):
+    for index, level in enumerate(getattr(photon, "levels", [])):
         span = photon.span(index + 1)
         idle = 1 - 1 / span if aligned else (1 - 1 / span) ** batch
         layers = level["encoder_layers"] + (level["decoder_layers"] if index else 0)

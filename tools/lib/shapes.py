@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from transformers import LlamaConfig
+from transformers import LlamaConfig, PretrainedConfig
 
 from photon_train.config import RunConfig
 from photon_train.conversion.presets import photon_config
 from photon_train.errors import PhotonError
-from photon_train.models import PhotonConfig
 
 _LLAMA = {"vocab_size": 128256, "max_position_embeddings": 140_000, "rope_parameters": {"rope_type": "default"}}
 _LLAMA["rope_parameters"] |= {"rope_theta": 500_000.0}
@@ -46,29 +45,28 @@ SHAPES = {
 }
 
 
+SYSTEMS = ("graft", "graft-apart", "split", "paper")
+
+
 def dense_shape(name: str) -> LlamaConfig:
     """Configuration of a dense model, with PyTorch's attention."""
     return LlamaConfig(**SHAPES[name], attn_implementation="sdpa")
 
 
-def photon_shape(dense: LlamaConfig, system: str, window: int) -> PhotonConfig:
+def photon_shape(dense: LlamaConfig, system: str, window: int) -> PretrainedConfig:
     """Configuration of what a preset makes of a dense model.
 
     Args:
-        system: A preset, or a preset and a conditioning (``graft-residual``); ``graft-apart`` packs the keys and values
-            of latents apart.
+        system: One of `SYSTEMS`: a preset; ``graft-apart`` packs keys and values of a unit apart.
         window: Tokens that the token stream looks back on.
 
     Raises:
-        PhotonError: for an unknown preset or conditioning, naming it.
+        PhotonError: for an unknown system, naming it.
     """
-    preset, _, conditioning = system.partition("-")
-    settings = RunConfig(preset=preset)
-    if conditioning == "apart":
-        settings.photon.memory_latent_parts, conditioning = 2, ""
-    settings.photon.window = None if preset == "paper" else window
-    settings.photon.conditioning = conditioning or None
-    try:
-        return photon_config(dense, settings)
-    except PhotonError as error:
-        raise PhotonError(f"system {system!r}: {error}") from error
+    if system not in SYSTEMS:
+        raise PhotonError(f"system {system!r} is not one of {', '.join(SYSTEMS)}")
+    settings = RunConfig(preset=system.removesuffix("-apart"))
+    if system == "graft-apart":
+        settings.photon.latents_per_unit = 2
+    settings.photon.window = None if system == "paper" else window
+    return photon_config(dense, settings)
