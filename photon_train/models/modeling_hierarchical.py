@@ -95,6 +95,7 @@ class HierarchicalModel(HierarchicalPreTrainedModel):
         self.norm = classes.norm(base.hidden_size, eps=base.rms_norm_eps)
         self.rotary_emb = classes.rotary(config=base)
         self.backend, self.fused_windows, self.protocol = "torch", "auto", "hiergen"
+        self.gradient_checkpointing = False
         self.post_init()
 
     def forward(
@@ -164,7 +165,7 @@ class HierarchicalModel(HierarchicalPreTrainedModel):
         return torch.cat(hidden, dim=1), None
 
     def _cache(self, cache: HierarchicalCache | None, use_cache: bool | None) -> HierarchicalCache | None:
-        checkpoints = self.training and getattr(self, "is_gradient_checkpointing", False)
+        checkpoints = self.training and self.gradient_checkpointing
         if cache is None and not checkpoints:
             use_cache = (self.config.use_cache and not self.training) if use_cache is None else use_cache
             return HierarchicalCache(self.config, self.protocol) if use_cache else None

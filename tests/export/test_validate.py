@@ -84,8 +84,8 @@ def probed(reference, directory: Path, **settings) -> tuple[ExportCheck, torch.T
 
 def test_in_16_bits_the_difference_is_reported(tmp_path: Path, tokenizer) -> None:
     """As KL(reference || export) in nats per position; the export is far from its reference here."""
-    reference, settings = photon_model("memory-2-sinks", seed=1), ExportSettings(dtype="bfloat16")
-    directory = export_model(photon_model("memory-2-sinks"), tokenizer, tmp_path / "export", settings=settings, card="")
+    reference, settings = photon_model("memory-many-sinks", seed=1), ExportSettings(dtype="bfloat16")
+    directory = export_model(photon_model("memory-many-sinks"), tokenizer, tmp_path / "export", settings=settings, card="")
     check, ids = probed(reference, directory)
     assert ids.shape[0] == 2 and ids.shape[1] > 3 * reference.config.top_span
     with torch.no_grad():
@@ -97,7 +97,7 @@ def test_in_16_bits_the_difference_is_reported(tmp_path: Path, tokenizer) -> Non
 
 
 def test_large_logits_may_differ_in_proportion(tmp_path: Path, tokenizer) -> None:
-    model, near, far = (photon_model("memory-2-sinks") for _ in range(3))
+    model, near, far = (photon_model("memory-many-sinks") for _ in range(3))
     with torch.no_grad():
         for one, factor in ((model, 1e4), (near, 1e4 * (1 + 5e-5)), (far, 1e4 * (1 + 5e-3))):
             one.lm_head.weight.mul_(factor)

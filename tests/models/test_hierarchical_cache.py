@@ -57,7 +57,7 @@ def test_any_split_of_any_rows_equals_the_whole_pass(name, data):
 def test_decoding_token_by_token_equals_the_whole_pass(name):
     model, ids = hierarchical_model(name), tokens(2, 31)
     reference = model(ids, use_cache=False).logits
-    for prompt in (1, 5, 8, 17):
+    for prompt in (1, 8):
         out = model(ids[:, :prompt])
         logits = [out.logits]
         for column in range(prompt, 31):

@@ -51,7 +51,7 @@ def test_recgen_equals_its_definition(name):
     model, ids = hierarchical_model(name), tokens(1, 25)
     model.set_protocol("recgen")
     reference = FromReconstructions(model.config, model.state_dict())
-    for prompt in (1, 6, 9):
+    for prompt in (1, 9):
         logits, _ = decode(model, ids, prompt)
         expected = reference.generated(ids[0].tolist(), prompt)
         torch.testing.assert_close(logits[0].double(), expected, atol=2e-4, rtol=0)

@@ -136,9 +136,8 @@ class Reference:
             read = []
             for head in range(heads):
                 of = head // (heads // kv_heads)
-                scores = torch.stack([queries[e][head] @ keys[k][of] / math.sqrt(dim) for k in sees[e]])
-                shares = scores.softmax(0)
-                read.append(sum(share * values[k][of] for share, k in zip(shares, sees[e], strict=True)))
+                scores = torch.stack([keys[k][of] for k in sees[e]]) @ queries[e][head] / math.sqrt(dim)
+                read.append(scores.softmax(0) @ torch.stack([values[k][of] for k in sees[e]]))
             state = state + weight("self_attn.o_proj") @ torch.cat(read)
             normed = self.rms(state, weight("post_attention_layernorm"))
             gate, up = weight("mlp.gate_proj") @ normed, weight("mlp.up_proj") @ normed
