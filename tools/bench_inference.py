@@ -340,8 +340,8 @@ def arguments() -> argparse.Namespace:
     parser.add_argument(
         "--presets",
         nargs="+",
-        default=["graft-residual", "split", "graft"],
-        help="preset, or preset-conditioning; default: graft-residual split graft",
+        default=["split", "graft"],
+        help="presets, or graft-apart; default: split graft",
     )
     parser.add_argument("--dense", nargs="*", choices=baselines.KINDS, default=list(baselines.KINDS))
     parser.add_argument("--vllm", action="store_true", help="also the dense model under vLLM, which must be installed")
