@@ -68,7 +68,7 @@ class MemorySegment(WindowSegment):
     def attend(self, module, query, key, value, scale):
         memory: LayerMemory = module.memory
         content = unrotate(query, self.content_rotation)
-        if self._decodes():
+        if self._decodes(key):
             return self._attend(module, query, key, value, scale, lambda: self._decode_far(module, content, scale))
         latents = self._pack(module, key, value)
         if latents is None:

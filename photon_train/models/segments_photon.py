@@ -45,10 +45,10 @@ class FullSegment:
                 query, keys, values, seen, scale, rows=self.new.kernel_rows, block_table=block_table, backend="triton"
             )
         keys, values = self.store.read(module.layer_idx, self.new.rows, self.count)
-        if self.index.shape[0] == 1 and self.length == 1 and keys.shape[2] == self.count:
-            return sdpa(query, keys, values, scale)
         if torch.is_grad_enabled() and key.requires_grad:
             keys, values = (self._with_own(*pair) for pair in ((keys, key), (values, value)))
+        if self.index.shape[0] == 1 and self.length == 1 and keys.shape[2] == self.count:
+            return sdpa(query, keys, values, scale)
         slot, pieces = torch.arange(keys.shape[2], device=keys.device), []
         for rows in torch.arange(self.length).split(FULL_BLOCK):
             rows = slice(int(rows[0]), int(rows[-1]) + 1)
@@ -95,7 +95,7 @@ class WindowSegment:
 
     def _attend(self, module, query, key, value, scale, far: Callable | None = None) -> torch.Tensor:
         layer = module.layer_idx
-        if self._decodes():
+        if self._decodes(key):
             self.new.append(self.ring, layer, self.placement, key, value)
             near = self._decode_near(layer, query, scale)
             return (near if far is None else merge(near, far()))[0]
@@ -110,9 +110,13 @@ class WindowSegment:
             self.ring.write(layer, self.placement, key, value)
         return out
 
-    def _decodes(self) -> bool:
-        """Whether this is one element per row: it is stored first, and read with what the ring holds."""
-        return self.length == 1 and self.ring is not None and self.new.has_past
+    def _decodes(self, key: torch.Tensor) -> bool:
+        """Whether this is one element per row: it is stored first, and read with what the ring holds.
+
+        Gradients do not pass through the ring: where they are asked for, one element is a short segment.
+        """
+        differentiates = torch.is_grad_enabled() and key.requires_grad
+        return self.length == 1 and self.ring is not None and self.new.has_past and not differentiates
 
     def _decode_near(self, layer: int, query: torch.Tensor, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
         if self.new.backend == "triton":
