@@ -53,10 +53,10 @@ class LevelPlan:
         self.element = torch.where(started, stream.element(self.child), 0)
         self.element_stop = stream.element(self.child_stop)
         self.closing = (self.group_stop > self.group).nonzero()[:, 0]
-        self.num_units, self.num_groups = least, least + 1 if least else 0
+        self.num_units = self.num_groups = 0
         if len(self.closing):
             self.num_units = max(least, int((self.unit_stop - self.unit).max()))
-            self.num_groups = max(self.num_groups, int((self.group_stop - self.group).max()))
+            self.num_groups = int((self.group_stop - self.group).max())
 
     @property
     def closing_rows(self) -> torch.Tensor:
