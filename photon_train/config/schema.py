@@ -94,7 +94,7 @@ class PhotonSettings:
     chunk_size: Count | None = None
     """`graft`: tokens under one memory unit."""
     memory_layers: Layers | None = None
-    """`graft`: layers that also read the units outside the window."""
+    """`graft`: layers that also read the units outside the window; the empty list leaves window and sinks alone."""
     choose_layers: Literal["preset", "probe"] | None = None
     """`graft`: how `memory_layers` are chosen where they are unset: `preset` (by their number alone), or `probe`: where
     far attention is missed most by the dense model on the run's own text. Unset probes where the sequences are longer

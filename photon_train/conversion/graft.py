@@ -4,6 +4,7 @@ Choices where the user makes none: a window of 256 tokens, or 64 for models of h
 and 4 sinks; N / 8 memory layers with one latent per 4 tokens (8 in models of fewer than 8 layers), 3.1% of the dense
 model's growing KV. The layers should come from a probe of the dense model (`photon.choose_layers`); without one they
 lie evenly in the upper half. Latents wider than 4,096 numbers (models without grouped heads) are packed in two parts.
+`photon.memory_layers` set to the empty list leaves window and sinks alone (StreamingLLM, arXiv 2309.17453).
 """
 
 from __future__ import annotations
@@ -69,6 +70,9 @@ def configure(dense: PretrainedConfig, settings: RunConfig) -> PhotonConfig:
     if parts is None:
         parts = 2 if Shape.of(dense).kv > WIDE_LATENT else 1
     memory = _default_layers(dense, photon) if photon.memory_layers is None else photon.memory_layers
+    for key in ("chunk_size", "latents_per_unit"):
+        if not memory and getattr(photon, key) is not None:
+            raise PhotonError(f"photon.{key} is for memory layers, and photon.memory_layers is empty: drop one of both")
     try:
         return PhotonConfig(
             base_model_type=layers.pop("model_type"),

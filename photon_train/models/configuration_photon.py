@@ -101,8 +101,10 @@ class PhotonConfig(PretrainedConfig):
 
     def is_local(self, layer: int) -> bool:
         """Whether `layer` keeps the family's own window: that of a local layer among global ones."""
-        windows = [self.family_window(index) for index in range(self.num_hidden_layers)]
-        return windows[layer] is not None and None in windows
+        if self.family_window(layer) is None:
+            return False
+        kinds = getattr(self, "layer_types", None) or []
+        return any(kind != "sliding_attention" for kind in kinds[: self.num_hidden_layers])
 
     def has_window(self, layer: int) -> bool:
         """Whether `layer` has PHOTON's window and sinks."""

@@ -138,6 +138,11 @@ def show_conversion(conversion: Conversion) -> None:
     console.print(conversion.plan.table())
     console.print(conversion.estimate.table())
     numbers = conversion.estimate
+    if getattr(conversion.config, "memory_layers", None) == []:
+        console.print(
+            "No memory: photon.memory_layers is empty, so windowed layers see the window and the sinks alone "
+            "(StreamingLLM). What has left the window is lost to them."
+        )
     if numbers.new_parameters > _MANY_NEW * numbers.dense_parameters:
         console.print(
             f"Warning: the conversion adds {numbers.new_parameters / 1e6:,.0f}M parameters, "

@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from tiny_dense import FAMILY_NAMES, save_dense
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from lib.baselines import window_mask
 from lib.verify import verify_preserves
 from photon_train.config import LevelOverrides, PhotonSettings, RunConfig
 from photon_train.conversion.apply import convert, rewrite_new_tensors
@@ -41,6 +42,8 @@ LONG = {
     "long_factor": [1.0, 2.0, 3.0, 4.0],
     "original_max_position_embeddings": 16,
 }
+
+TOKENS = torch.arange(60)[None]
 
 
 def run_conversion(dense, output, settings: RunConfig | None = None, dtype: str = "auto", **options):
@@ -123,12 +126,23 @@ def test_graft_holds_the_dense_model(tmp_path, model_type):
     """Whatever its window: what teaches in distillation, and what the memory is fitted to."""
     dense = save_dense(tmp_path / "dense", model_type)
     run_conversion(dense, tmp_path / "photon", RunConfig(photon=PhotonSettings(window=8)))
-    tokens = torch.arange(60)[None]
     with torch.no_grad():
-        expected = AutoModelForCausalLM.from_pretrained(dense).eval()(tokens).logits
+        expected = AutoModelForCausalLM.from_pretrained(dense).eval()(TOKENS).logits
         model = load(tmp_path / "photon")
-        assert (model(tokens, as_dense=True).logits - expected).abs().max() <= 1e-4
-        assert (model(tokens).logits - expected).abs().max() > 1e-2
+        assert (model(TOKENS, as_dense=True).logits - expected).abs().max() <= 1e-4
+        assert (model(TOKENS).logits - expected).abs().max() > 1e-2
+
+
+def test_without_memory_layers_the_graft_is_the_dense_model_with_window_and_sinks(dense, tmp_path):
+    settings = RunConfig(photon=PhotonSettings(window=8, num_sinks=2, memory_layers=[]))
+    run_conversion(dense, tmp_path / "photon", settings, on_written=lambda path: calibrate_directory(path, [TOKENS]))
+    with torch.no_grad():
+        mask = window_mask(TOKENS.shape[1], 8, 2, TOKENS.device)
+        expected = AutoModelForCausalLM.from_pretrained(dense).eval()(TOKENS, attention_mask=mask).logits
+        assert (load(tmp_path / "photon")(TOKENS).logits - expected).abs().max() <= 1e-4
+    # No shard for what is not there.
+    weight_map = json.loads((tmp_path / "photon" / INDEX).read_text())["weight_map"]
+    assert {path.name for path in (tmp_path / "photon").glob("*.safetensors")} == set(weight_map.values())
 
 
 @pytest.mark.parametrize("preset", ["split", "paper"])

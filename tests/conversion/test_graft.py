@@ -68,11 +68,6 @@ def test_overrides_reach_the_configuration():
     assert (config.memory_layers, config.full_attention_layers) == ([2, 5], [0])
 
 
-def test_an_empty_list_leaves_window_and_sinks_alone():
-    config = photon_config(eight_layers(), run(memory_layers=[], full_attention_layers=[2]))
-    assert (config.memory_layers, config.full_attention_layers, config.is_windowed) == ([], [2], True)
-
-
 def test_sequences_need_not_be_whole_units():
     assert photon_config(eight_layers(), run(seq_len=67)).chunk_size == 4
 
@@ -106,6 +101,14 @@ def test_the_dense_architecture_is_kept_in_full():
 BAD = {
     "a window below the unit": (run(window=3), "photon.window=3 is shorter than photon.chunk_size=4"),
     "a memory layer outside": (run(memory_layers=[1, 8]), "photon.memory_layers names layer 8.*0...7"),
+    "units without memory": (
+        run(memory_layers=[], chunk_size=4),
+        "photon.chunk_size.*memory_layers is empty: drop one",
+    ),
+    "latents without memory": (
+        run(memory_layers=[], latents_per_unit=2),
+        "photon.latents_per_unit.*is empty: drop one",
+    ),
     "memory and full attention": (
         run(memory_layers=[1], full_attention_layers=[1]),
         r"layers \[1\] are in photon.memory_layers and in photon.full_attention_layers: keep one",

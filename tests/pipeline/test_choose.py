@@ -88,6 +88,15 @@ def test_a_dry_run_says_what_its_plan_leaves_open_and_what_the_model_cannot_read
     assert ("train.seq_len=512 goes beyond the 256 positions" in printed) == too_long
 
 
+@pytest.mark.parametrize(("layers", "alone"), [([], True), ([1], False), (None, False)])
+def test_a_dry_run_says_that_there_is_no_memory(dense, layers, alone, capsys):
+    config = settings(memory_layers=layers)
+    config.model, config.dry_run = str(dense), True
+    run_conversion(config)
+    printed = " ".join(capsys.readouterr().out.split())
+    assert ("see the window and the sinks alone (StreamingLLM)" in printed) == alone
+
+
 @pytest.mark.parametrize(("chunk_size", "warned"), [(2, False), (8, True)])
 def test_a_dry_run_warns_of_a_memory_that_is_large_beside_its_model(dense, chunk_size, warned, capsys):
     config = settings(chunk_size=chunk_size)
