@@ -160,11 +160,11 @@ def _fit(model: PhotonForCausalLM, layer: int, number: int, found: _Moments, que
     errors = _weights(model, layer, queries)
     if model.config.latents_per_unit == 2:
         errors = errors[number : number + 1]
-    chunker, converter = memory.chunker.parts[number], memory.converter.parts[number]
+    chunker, converter = memory.chunker.maps[number], memory.converter.maps[number]
     fitted = {
-        "chunker.parts.{}.weight": chunker.weight,
-        "converter.parts.{}.weight": converter.weight,
-        "converter.parts.{}.bias": converter.bias,
+        "chunker.maps.{}.weight": chunker.weight,
+        "converter.maps.{}.weight": converter.weight,
+        "converter.maps.{}.bias": converter.bias,
     }
     for parameter, value in zip(fitted.values(), _regress(found, errors, chunker.out_features), strict=True):
         parameter.copy_(value)

@@ -36,7 +36,7 @@ def calibrate(model: Any, batches: Iterable[torch.Tensor]) -> dict[str, float]:
         PhotonError: if the text is too short, or a norm is zero or not finite.
     """
     batches = [batch.to(model.device) for batch in batches]
-    unit = model.config.top_span
+    unit = model.config.top_unit_tokens
     if not batches or min(batch.shape[1] for batch in batches) < 2 * unit:
         raise PhotonError(
             f"calibration needs text of at least {2 * unit} tokens (two top units): give longer sequences"
@@ -46,11 +46,13 @@ def calibrate(model: Any, batches: Iterable[torch.Tensor]) -> dict[str, float]:
     scales: dict[str, float] = {}
     levels = model.model.levels
     for index, level in enumerate(levels):
-        measure = partial(_watch_chunker, level.chunker, model.config.span(index + 1))
+        measure = partial(_watch_chunker, level.chunker, model.config.unit_tokens(index + 1))
         scales[f"model.levels.{index}.chunker.scale"] = _rescale(model, batches, level.chunker.scale, measure, index)
     for index in reversed(range(len(levels))):
         scale, slots = levels[index].decoder.input_scale, levels[index].converter
-        measure = partial(_watch_decoder, scale, model.config.span(index), slots, model.config.span(index + 1))
+        measure = partial(
+            _watch_decoder, scale, model.config.unit_tokens(index), slots, model.config.unit_tokens(index + 1)
+        )
         name = f"model.levels.{index}.decoder.input_scale.weight"
         scales[name] = _rescale(model, batches, scale.weight, measure, index)
     model.train(was_training)
