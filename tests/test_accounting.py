@@ -217,6 +217,26 @@ def test_flops_of_layers_at_full_attention():
     assert grown[0] - grown[1] == 4 * 32 * 2 * 1600
 
 
+def test_a_7b_model_without_grouped_heads_is_converted_in_24_gib():
+    """Its latents are the widest: 8,192 numbers, packed in two parts."""
+    heads = {"num_attention_heads": 32, "num_key_value_heads": 32, "head_dim": 128, "hidden_size": 4096}
+    dense = dense_config(**heads, intermediate_size=11008, num_hidden_layers=32, vocab_size=32000)
+    config = converted(dense)
+    assert config.latents_per_unit == 2 and len(config.memory_layers) == 4
+    costs = accounting.costs_of(config)
+    square = (4 * 4096) ** 2
+    assert costs.fit_at_once == 1 and costs.fit_bytes == 16 * square + 24 * square
+    result = accounting.estimate(dense, config, accounting.TrainingSetup(2048))
+    assert 2 * accounting.photon_parameters(config) < result.conversion_bytes < 24 * 2**30
+
+
+def test_the_fit_of_small_models_holds_all_moments_at_once():
+    config = converted(dense_config(num_hidden_layers=16))
+    square = (4 * 32) ** 2
+    assert accounting.costs_of(config).fit_bytes == 2 * 16 * square + 24 * square
+    assert accounting.costs_of(converted(dense_config(), memory_layers=[])).fit_bytes == 0
+
+
 # --- all of it ---
 
 

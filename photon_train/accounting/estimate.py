@@ -11,6 +11,7 @@ from photon_train.accounting.fit import Fit, find_fit, format_bytes
 from photon_train.accounting.memory import TrainingMemory, TrainingSetup, training_memory
 from photon_train.accounting.model import (
     cache_bytes,
+    costs_of,
     growing_bytes_per_token,
     layer_positions,
     new_parameters,
@@ -35,6 +36,7 @@ class Estimate:
         dense_kv, photon_kv: Bytes at `context`.
         dense_layer_positions, photon_layer_positions: Positions through a layer per token.
         dense_flops, photon_flops: Forward FLOPs per token at `context`.
+        conversion_bytes: What the conversion holds on one device while it fits new modules to text: weights and fit.
         memory: Training memory per process.
         setup: What `memory` was computed for.
         fit: Which accelerate configs fit a GPU; None where no GPU is known.
@@ -55,6 +57,7 @@ class Estimate:
     photon_layer_positions: float
     dense_flops: float
     photon_flops: float
+    conversion_bytes: int
     memory: TrainingMemory
     setup: TrainingSetup
     fit: Fit | None
@@ -100,6 +103,7 @@ class Estimate:
         compare(f"Cache {at}", self.dense_kv, self.photon_kv, format_bytes)
         compare("Layer positions per token", self.dense_layer_positions, self.photon_layer_positions, "{:.2f}".format)
         compare(f"FLOPs per token {at}", self.dense_flops, self.photon_flops, "{:.3g}".format)
+        single("Conversion's memory", format_bytes(self.conversion_bytes))
         count, stage = self.setup.num_processes, self.setup.zero_stage
         processes = f"{count} process{'es' if count > 1 else ''}, ZeRO stage {stage}, {self.setup.precision} precision"
         single(f"Training memory per process ({processes})", format_bytes(self.memory.device))
@@ -141,6 +145,7 @@ def estimate(dense: Any, photon: Any, setup: TrainingSetup, gpu_bytes: int | Non
         photon_layer_positions=layer_positions(photon),
         dense_flops=dense_flops(dense, seq_len),
         photon_flops=photon_flops(photon, seq_len),
+        conversion_bytes=photon_parameters(photon) * dtype_bytes + costs_of(photon).fit_bytes,
         memory=training_memory(photon, setup),
         setup=setup,
         fit=None if gpu_bytes is None else find_fit(photon, setup, gpu_bytes),

@@ -6,6 +6,9 @@ from typing import Any
 
 from photon_train.accounting.shape import Shape
 
+# Of the moments that the fit of the memory holds at a time.
+_FIT_BYTES = 4 * 2**30
+
 
 class Graft:
     """Closed formulas for a configuration with the attributes of `PhotonConfig`.
@@ -46,6 +49,20 @@ class Graft:
         """
         kept = self.shape.linears["q_proj"][0] + self.shape.kv * (2 + 1 / self.config.chunk_size)
         return self._memories, kept
+
+    @property
+    def fit_at_once(self) -> int:
+        """Latents whose moments (two fp64 matrices of a unit's numbers each) the fit holds at a time, 1 or more."""
+        return max(1, _FIT_BYTES // (16 * (self.config.chunk_size * self._latent) ** 2))
+
+    @property
+    def fit_bytes(self) -> int:
+        """Bytes that the fit of the memory takes beside the model: moments, and what one regression works on."""
+        if not self._memories:
+            return 0
+        square = (self.config.chunk_size * self._latent) ** 2
+        held = min(self.fit_at_once, self._memories * self.config.latents_per_unit)
+        return 16 * square * held + 24 * square
 
     @property
     def growing_per_token(self) -> float:

@@ -11,7 +11,7 @@ class Hierarchical:
     """Closed formulas for a configuration with the attributes of `HierarchicalConfig`; attributes as in `Graft`."""
 
     inputs = 2  # the hierarchy reads the embeddings too, padded to whole top units
-    memory_states = (0, 0.0)
+    memory_states, fit_bytes = (0, 0.0), 0
 
     def __init__(self, config: Any) -> None:
         self.config, self.dense, self.shape = config, config.base_config, Shape.of(config.base_config)

@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 
 import torch
 
+from photon_train.accounting.graft import Graft
 from photon_train.conversion.dense_attention import DenseAttention
 from photon_train.models import PhotonForCausalLM
 from photon_train.models.attention_photon import Segment, unrotate
@@ -25,8 +26,8 @@ from photon_train.models.memory_photon import join_heads
 
 # Of the mean variance of a layer's keys and values: keeps directions that the text hardly shows out of the fit.
 RIDGE = 1e-4
-# Moments held at a time. Of more layers than fit, one group after another is measured, with a pass over the text each.
-_MOMENT_BYTES = 4 * 2**30
+# A latent of a memory layer: the layer, and the latent's number.
+Latent = tuple[int, int]
 
 
 @dataclass
@@ -56,19 +57,6 @@ class _Moments:
         return self.sums[key] / self.count
 
 
-@dataclass
-class _Measured:
-    """What one memory layer shows of itself.
-
-    Attributes:
-        queries: Second moment ``qq [Hkv, D, D]`` of the unrotated queries that meet each key head beyond the window.
-        maps: Per latent of a unit, moments of a unit's numbers (x) and of those that queries need (y).
-    """
-
-    queries: _Moments
-    maps: list[_Moments]
-
-
 @torch.no_grad()
 def fit_latents(model: PhotonForCausalLM, batches: Sequence[torch.Tensor]) -> list[str]:
     """Set the chunkers and converters of a freshly converted model's memory.
@@ -84,57 +72,61 @@ def fit_latents(model: PhotonForCausalLM, batches: Sequence[torch.Tensor]) -> li
     was_training = model.training
     model.eval()
     names = []
-    for layers in _groups(model):
-        measured = {
-            layer: _Measured(_Moments(), [_Moments() for _ in range(model.config.latents_per_unit)]) for layer in layers
-        }
+    for group in _groups(model):
+        moments = {latent: _Moments() for latent in group}
+        queries = {layer: _Moments() for layer, _ in group}
         for batch in batches:
-            _measure(model, batch.to(model.device), measured)
-        for layer in layers:
-            names += _fit(model, layer, measured.pop(layer))
+            _measure(model, batch.to(model.device), moments, queries)
+        for layer, number in group:
+            names += _fit(model, layer, number, moments.pop((layer, number)), queries[layer])
     model.train(was_training)
     return names
 
 
-def _groups(model: PhotonForCausalLM) -> Iterator[list[int]]:
-    """The memory layers, as many at a time as `_MOMENT_BYTES` hold the moments of."""
+def _groups(model: PhotonForCausalLM) -> Iterator[list[Latent]]:
+    """All latents, so many at a time as the bound on the moments' memory allows, with a pass over the text each."""
     config = model.config
-    numbers = config.chunk_size * 2 * config.num_key_value_heads * config.head_dim // config.latents_per_unit
-    size = max(1, _MOMENT_BYTES // (config.latents_per_unit * 2 * 8 * numbers**2))
-    for begin in range(0, len(config.memory_layers), size):
-        yield config.memory_layers[begin : begin + size]
+    latents = [(layer, number) for layer in config.memory_layers for number in range(config.latents_per_unit)]
+    size = Graft(config).fit_at_once
+    for begin in range(0, len(latents), size):
+        yield latents[begin : begin + size]
 
 
-def _measure(model: PhotonForCausalLM, batch: torch.Tensor, measured: dict[int, _Measured]) -> None:
+def _measure(
+    model: PhotonForCausalLM, batch: torch.Tensor, moments: dict[Latent, _Moments], queries: dict[int, _Moments]
+) -> None:
+    """Add a batch to the moments of each latent's numbers (x) and of what queries need of them (y), and to the second
+    moments ``[Hkv, D, D]`` of the unrotated queries that meet each key head beyond the window."""
     config, attention = model.config, DenseAttention(batch)
     segments = attention.dense(config)
-    for layer in measured:
+    for layer in queries:
         segments[layer] = _Recorder(segments[layer])
     model.model(batch, use_cache=False, photon_segments=segments)
     rotary = model.model.rotation(attention.index)
     # In text that the window nearly holds, what lies in its first half stands for what lies beyond.
     begin = min(config.window, batch.shape[1] // 2)
     away = _mean_rotation(model, begin, batch.shape[1])
-    for layer, found in measured.items():
+    for layer, seen in queries.items():
         query, key, value = segments[layer].seen
         segments[layer].seen = None
         key = unrotate(key, rotary)
         far = unrotate(query, rotary)[:, :, begin:].unflatten(1, (key.shape[1], -1)).float()
-        found.queries.count += far.shape[0] * far.shape[2] * far.shape[3]
-        found.queries.add(qq=torch.einsum("bhgtd,bhgte->hde", far, far))
+        seen.count += far.shape[0] * far.shape[2] * far.shape[3]
+        seen.add(qq=torch.einsum("bhgtd,bhgte->hde", far, far))
         have = _units(key, value, config.chunk_size, config.latents_per_unit)
         need = _units(_turn(key, away), value, config.chunk_size, config.latents_per_unit)
-        for moments, x, y in zip(found.maps, have, need, strict=True):
-            moments.count += len(x)
-            moments.add(x=x.sum(0), y=y.sum(0), xx=x.T @ x, xy=x.T @ y)
+        for number, (x, y) in enumerate(zip(have, need, strict=True)):
+            if (found := moments.get((layer, number))) is not None:
+                found.count += len(x)
+                found.add(x=x.sum(0), y=y.sum(0), xx=x.T @ x, xy=x.T @ y)
 
 
-def _units(keys: torch.Tensor, values: torch.Tensor, chunk_size: int, parts: int) -> list[torch.Tensor]:
-    """Per part of the latent, the numbers of whole units ``[B * U, S * width / parts]`` in fp32, as the chunker reads
-    them: (token, kind, head, dimension)."""
+def _units(keys: torch.Tensor, values: torch.Tensor, chunk_size: int, count: int) -> list[torch.Tensor]:
+    """For each of a unit's `count` latents the numbers of whole units, ``[B * U, S * width / count]`` in fp32, as the
+    chunker reads them: (token, kind, head, dimension)."""
     joined = join_heads(keys, values).float()
-    count = joined.shape[1] // chunk_size
-    units = joined[:, : count * chunk_size].unflatten(1, (count, chunk_size)).chunk(parts, dim=-1)
+    whole = joined.shape[1] // chunk_size * chunk_size
+    units = joined[:, :whole].unflatten(1, (-1, chunk_size)).chunk(count, dim=-1)
     return [part.flatten(2).flatten(0, 1) for part in units]
 
 
@@ -163,37 +155,39 @@ def _weights(model: PhotonForCausalLM, layer: int, queries: _Moments) -> torch.T
     return torch.stack([_root(queries.mean("qq")), _root(values)])
 
 
-def _fit(model: PhotonForCausalLM, layer: int, found: _Measured) -> list[str]:
+def _fit(model: PhotonForCausalLM, layer: int, number: int, found: _Moments, queries: _Moments) -> list[str]:
     memory, prefix = model.model.layers[layer].self_attn.memory, f"model.layers.{layer}.self_attn.memory"
-    weights, names = _weights(model, layer, found.queries), []
-    for number, moments in enumerate(found.maps):
-        errors = weights if len(found.maps) == 1 else weights[number : number + 1]
-        chunker, converter = memory.chunker.maps[number], memory.converter.maps[number]
-        pack, unpack, bias = _regress(moments, errors, chunker.out_features)
-        for name, parameter, value in (
-            ("chunker.maps.{}.weight", chunker.weight, pack),
-            ("converter.maps.{}.weight", converter.weight, unpack),
-            ("converter.maps.{}.bias", converter.bias, bias),
-        ):
-            parameter.copy_(value)
-            names.append(f"{prefix}.{name.format(number)}")
-    return names
+    errors = _weights(model, layer, queries)
+    if model.config.latents_per_unit == 2:
+        errors = errors[number : number + 1]
+    chunker, converter = memory.chunker.maps[number], memory.converter.maps[number]
+    fitted = {
+        "chunker.maps.{}.weight": chunker.weight,
+        "converter.maps.{}.weight": converter.weight,
+        "converter.maps.{}.bias": converter.bias,
+    }
+    for parameter, value in zip(fitted.values(), _regress(found, errors, chunker.out_features), strict=True):
+        parameter.copy_(value)
+    return [f"{prefix}.{name.format(number)}" for name in fitted]
 
 
 def _regress(found: _Moments, errors: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """The map from a unit's n numbers to `rank`, ``[rank, n]``, the one back, ``[n, rank]``, and its bias ``[n]``.
 
     Args:
+        found: Used up, since its matrices are large.
         errors: Square roots of what errors count, ``[kinds, Hkv, D, D]``.
     """
     mean_x, mean_y = found.mean("x"), found.mean("y")
-    xx = found.mean("xx") - torch.outer(mean_x, mean_x)
-    xx += RIDGE * xx.diagonal().mean() * torch.eye(len(xx), dtype=xx.dtype, device=xx.device)
-    values, vectors = torch.linalg.eigh(xx)
-    white = vectors * values.clamp(min=1e-12).rsqrt()  # x @ white has unit covariance
-    xy = white.T @ (found.mean("xy") - torch.outer(mean_x, mean_y))
-    directions = torch.linalg.eigh(_weighted(xy, errors))[1][:, -rank:]
-    pack, unpack = (white @ directions).T, (directions.T @ xy).T
+    xx = found.sums.pop("xx").div_(found.count).addr_(mean_x, mean_x, alpha=-1)
+    xx.diagonal().add_(RIDGE * xx.diagonal().mean())
+    factor = torch.linalg.cholesky(xx)  # x @ inverse(factor).T has unit covariance
+    xy = found.sums.pop("xy").div_(found.count).addr_(mean_x, mean_y, alpha=-1)
+    xy = torch.linalg.solve_triangular(factor, xy, upper=False)
+    del xx
+    # The best directions are those of the largest eigenvalues, which fp32 finds in half of the memory.
+    directions = torch.linalg.eigh(_weighted(xy, errors).float())[1][:, -rank:].double()
+    pack, unpack = torch.linalg.solve_triangular(factor.T, directions, upper=True).T, xy.T @ directions
     return pack, unpack, mean_y - unpack @ (pack @ mean_x)
 
 

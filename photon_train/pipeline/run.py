@@ -159,7 +159,7 @@ class _ConversionRun(TrainingRun):
         def write() -> dict[str, Any]:
             if self.start.exists():
                 return {}  # a run that was killed right after: a directory is there only when it is complete
-            device = roomy_device(self.accelerator.device, conversion.plan.num_bytes)
+            device = roomy_device(self.accelerator.device, conversion.estimate.conversion_bytes)
             calibration = partial(calibrate_directory, batches=calibration_batches(text.train), device=device)
             convert(
                 conversion.checkpoint,

@@ -169,14 +169,15 @@ def test_what_fits_into_the_rank_is_reconstructed_exactly():
     torch.testing.assert_close(read.transpose(1, 2), found["v_proj"].float(), atol=2e-2, rtol=0)
 
 
-def test_layers_are_measured_in_as_many_groups_as_memory_asks_for(monkeypatch):
-    together, apart = photon_model("memory"), photon_model("memory")
+@pytest.mark.parametrize(("name", "groups"), [("memory", 2), ("memory-apart", 4)])
+def test_latents_are_measured_in_as_many_groups_as_memory_asks_for(name, groups, monkeypatch):
+    together, apart = photon_model(name), photon_model(name)
     passes = []
     for model in (together, apart):
         model.model.register_forward_hook(lambda *_: passes.append(1))
         fit_latents(model, TEXT)
-        monkeypatch.setattr(latents, "_MOMENT_BYTES", 1)
-    assert len(passes) == 4 + 2 * 4
+        monkeypatch.setattr("photon_train.accounting.graft._FIT_BYTES", 1)
+    assert len(passes) == 4 + groups * 4
     for (name, one), two in zip(together.named_parameters(), apart.parameters(), strict=True):
         assert torch.equal(one, two), name
 
