@@ -20,6 +20,7 @@ import pytest
 import yaml
 from quoted_numbers import check, load_records
 
+from photon_train.commands.convert import read_settings
 from photon_train.config import load_config
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -115,10 +116,7 @@ def test_every_name_and_rule_of_the_registry_is_used():
         assert re.search(pattern, pages), f"the rule {reason!r} matches nothing"
 
 
-def test_the_embedded_settings_of_the_demo_are_what_the_recipe_reads():
-    """Without a model the recipe takes the demo's YAML, with one the defaults."""
-    spec = importlib.util.spec_from_file_location("convert_llama", ROOT / "recipes" / "convert_llama.py")
-    recipe = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(recipe)
-    demo, plain = recipe.read_settings([]), recipe.read_settings(["--model", "somewhere"])
+def test_the_settings_of_the_demo_are_what_the_command_reads():
+    """Without a model the command takes the demo's YAML, with one the defaults."""
+    demo, plain = read_settings([]), read_settings(["--model", "somewhere"])
     assert demo.train.max_steps < plain.train.max_steps

@@ -31,12 +31,12 @@ from lib.quality import Quality, measure_quality
 from lib.repeats import Repeats
 from lib.study import add_recovered, fit_budgets, markdown_table
 from lib.study_text import study_documents
-from photon_train.accounting import TrainingSetup, dense_flops, dense_parameters, estimate
+from photon_train.accounting import TrainingSetup, costs_of, dense_flops, dense_parameters, estimate
 from photon_train.cli import main_wrapper
 from photon_train.config import RunConfig, load_config, read_yaml
 from photon_train.conversion.apply import convert
 from photon_train.conversion.calibrate import calibrate_directory, calibration_batches
-from photon_train.conversion.presets import make_plan, photon_config, target_of
+from photon_train.conversion.presets import make_plan, photon_config
 from photon_train.conversion.source import DenseCheckpoint
 from photon_train.data.corpora import split_documents
 from photon_train.data.packing import PackedDataset, pack
@@ -50,7 +50,7 @@ from photon_train.training.lora import add_lora, merge_lora
 BEYOND = 256  # positions with more tokens before them count as beyond the window, in every row
 STUDY_FILE = "study.json"  # recipe of `pretrain_dense.py`: which text is held out
 _SHOWN = ("name", "seed", "ce", "ce_beyond_window", "ce_repeated", "copy_gain", "recovered_repeated", "seconds")
-WINDOW_ONLY = {"preset": "graft", "photon.memory_layers": []}  # and the sinks
+WINDOW_ONLY = {"preset": "graft", "photon.memory_layers": []}
 
 
 def arguments() -> argparse.Namespace:
@@ -105,11 +105,10 @@ def settings_of(plan: dict[str, Any], common: dict[str, Any], seed: int) -> RunC
 def convert_plan(study: Study, config: RunConfig, directory: Path) -> PreTrainedModel:
     """The converted model of a plan, before training."""
     checkpoint = DenseCheckpoint.open(str(study.dense))
-    photon = photon_config(checkpoint.config, config)
-    plan = make_plan(checkpoint, photon)
+    target = photon_config(checkpoint.config, config)
     calibration = partial(calibrate_directory, batches=calibration_batches(study.train_set))
-    convert(checkpoint, plan, photon, directory, progress=False, on_written=calibration)
-    return target_of(photon).model().from_pretrained(directory, dtype="auto")
+    convert(checkpoint, make_plan(checkpoint, target), target, directory, progress=False, on_written=calibration)
+    return AutoModelForCausalLM.from_pretrained(directory, dtype="auto")
 
 
 def run_plan(study: Study, plan: dict[str, Any], config: RunConfig, save: Path | None = None) -> dict[str, Any]:
@@ -164,7 +163,7 @@ def _sizes(model: PreTrainedModel, config: RunConfig, is_dense: bool) -> dict[st
             "layer_positions": layers,
             "flops_per_token": flops,
         }
-    numbers = estimate(model.config.dense_config(), model.config, TrainingSetup(config.train.seq_len))
+    numbers = estimate(costs_of(model.config).dense, model.config, TrainingSetup(config.train.seq_len))
     return {
         "parameters": numbers.photon_parameters,
         "kv_growing_percent": 100 * numbers.kv_ratio,

@@ -15,10 +15,10 @@ class Hierarchical:
 
     def __init__(self, config: Any) -> None:
         self.config, self.dense, self.shape = config, config.base_config, Shape.of(config.base_config)
-        self.unit = config.top_span
+        self.unit = config.top_unit_tokens
         self.num_layers = sum(level["encoder_layers"] + level["decoder_layers"] for level in config.levels)
         # Per level: positions per token of an encoder layer and of a decoder layer.
-        self._units = [1 / config.span(index + 1) for index in range(len(config.levels))]
+        self._units = [1 / config.unit_tokens(index + 1) for index in range(len(config.levels))]
         self._decoders = [config.slot_stream(index) for index in range(len(config.levels))]
         groups = [stream.period * rate for stream, rate in zip(self._decoders, self._units, strict=True)]
         self.widest = max(*self._units, *groups)
@@ -53,7 +53,7 @@ class Hierarchical:
         for index, (level, stream) in enumerate(zip(self.config.levels, self._decoders, strict=True)):
             window = level["encoder_window"]
             if window is None:
-                growing += level["encoder_layers"] * (tokens // self.config.span(index + 1))
+                growing += level["encoder_layers"] * (tokens // self.config.unit_tokens(index + 1))
             else:
                 constant += level["encoder_layers"] * window
             constant += level["decoder_layers"] * (stream.num_sinks + stream.ring_size)

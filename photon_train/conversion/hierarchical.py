@@ -25,8 +25,9 @@ from typing import Any
 import torch
 from transformers import PretrainedConfig, PreTrainedModel
 
+from photon_train.accounting.shape import Shape
 from photon_train.config import LevelOverrides, PhotonSettings, RunConfig
-from photon_train.conversion.families import attention_span, family_of, layer_config, stored_as
+from photon_train.conversion.families import family_of, layer_config, stored_as
 from photon_train.conversion.plan import TensorPlan
 from photon_train.conversion.target import Target
 from photon_train.errors import PhotonError
@@ -143,18 +144,18 @@ def _depths(total: int, preset: str, overrides: Sequence[LevelOverrides]) -> tup
     return tuple([depths[kind, level] for level in range(count)] for kind in ("encoder_layers", "decoder_layers"))
 
 
-def _stream(dense: PretrainedConfig, photon: PhotonSettings, span: int) -> dict[str, int]:
+def _stream(dense: PretrainedConfig, photon: PhotonSettings, top_unit: int) -> dict[str, int]:
     """Window and sinks of the token stream."""
     default = SMALL_WINDOW if dense.hidden_size <= SMALL_HIDDEN else WINDOW
-    window = max(span, default) if photon.window is None else photon.window
-    if window < span:
+    window = max(top_unit, default) if photon.window is None else photon.window
+    if window < top_unit:
         raise PhotonError(
-            f"photon.window={window} does not reach back over the open unit: it must be at least {span}, the tokens "
-            "under one top unit; raise it, or lower photon.levels.*.chunk_size"
+            f"photon.window={window} does not reach back over the open unit: it must be at least {top_unit}, the "
+            "tokens under one top unit; raise it, or lower photon.levels.*.chunk_size"
         )
-    dense_span = attention_span(dense)
-    if dense_span is not None and window > dense_span:
-        raise PhotonError(f"photon.window={window} exceeds the dense model's sliding_window={dense_span}: lower it")
+    own = min((each for each in Shape.of(dense).windows if each is not None), default=window)
+    if window > own:
+        raise PhotonError(f"photon.window={window} exceeds the dense model's sliding_window={own}: lower it")
     return {"window": window, "num_sinks": NUM_SINKS if photon.num_sinks is None else photon.num_sinks}
 
 

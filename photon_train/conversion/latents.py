@@ -62,11 +62,11 @@ class _Measured:
 
     Attributes:
         queries: Second moment ``qq [Hkv, D, D]`` of the unrotated queries that meet each key head beyond the window.
-        parts: Per part of the latent, moments of a unit's numbers (x) and of those that queries need (y).
+        maps: Per latent of a unit, moments of a unit's numbers (x) and of those that queries need (y).
     """
 
     queries: _Moments
-    parts: list[_Moments]
+    maps: list[_Moments]
 
 
 @torch.no_grad()
@@ -124,7 +124,7 @@ def _measure(model: PhotonForCausalLM, batch: torch.Tensor, measured: dict[int, 
         found.queries.add(qq=torch.einsum("bhgtd,bhgte->hde", far, far))
         have = _units(key, value, config.chunk_size, config.latents_per_unit)
         need = _units(_turn(key, away), value, config.chunk_size, config.latents_per_unit)
-        for moments, x, y in zip(found.parts, have, need, strict=True):
+        for moments, x, y in zip(found.maps, have, need, strict=True):
             moments.count += len(x)
             moments.add(x=x.sum(0), y=y.sum(0), xx=x.T @ x, xy=x.T @ y)
 
@@ -166,8 +166,8 @@ def _weights(model: PhotonForCausalLM, layer: int, queries: _Moments) -> torch.T
 def _fit(model: PhotonForCausalLM, layer: int, found: _Measured) -> list[str]:
     memory, prefix = model.model.layers[layer].self_attn.memory, f"model.layers.{layer}.self_attn.memory"
     weights, names = _weights(model, layer, found.queries), []
-    for number, moments in enumerate(found.parts):
-        errors = weights if len(found.parts) == 1 else weights[number : number + 1]
+    for number, moments in enumerate(found.maps):
+        errors = weights if len(found.maps) == 1 else weights[number : number + 1]
         chunker, converter = memory.chunker.maps[number], memory.converter.maps[number]
         pack, unpack, bias = _regress(moments, errors, chunker.out_features)
         for name, parameter, value in (

@@ -36,21 +36,23 @@ def calibrate(model: Any, batches: Iterable[torch.Tensor]) -> dict[str, float]:
         PhotonError: if the text is too short, or a norm is zero or not finite.
     """
     batches = [batch.to(model.device) for batch in batches]
-    span = model.config.top_span
-    if not batches or min(batch.shape[1] for batch in batches) < 2 * span:
+    unit = model.config.top_unit_tokens
+    if not batches or min(batch.shape[1] for batch in batches) < 2 * unit:
         raise PhotonError(
-            f"calibration needs text of at least {2 * span} tokens (two top units): give longer sequences"
+            f"calibration needs text of at least {2 * unit} tokens (two top units): give longer sequences"
         )
     was_training = model.training
     model.eval()
     scales: dict[str, float] = {}
     levels = model.model.levels
     for index, level in enumerate(levels):
-        measure = partial(_watch_chunker, level.chunker, model.config.span(index + 1))
+        measure = partial(_watch_chunker, level.chunker, model.config.unit_tokens(index + 1))
         scales[f"model.levels.{index}.chunker.scale"] = _rescale(model, batches, level.chunker.scale, measure, index)
     for index in reversed(range(len(levels))):
         scale, slots = levels[index].decoder.input_scale, levels[index].converter
-        measure = partial(_watch_decoder, scale, model.config.span(index), slots, model.config.span(index + 1))
+        measure = partial(
+            _watch_decoder, scale, model.config.unit_tokens(index), slots, model.config.unit_tokens(index + 1)
+        )
         name = f"model.levels.{index}.decoder.input_scale.weight"
         scales[name] = _rescale(model, batches, scale.weight, measure, index)
     model.train(was_training)
@@ -100,28 +102,27 @@ def _record(norms: Norms, key: str, states: torch.Tensor) -> None:
     norms[key].append(states.float().norm(dim=-1).flatten())
 
 
-def _watch_chunker(chunker: torch.nn.Module, span: int, norms: Norms, length: int) -> list:
+def _watch_chunker(chunker: torch.nn.Module, unit: int, norms: Norms, length: int) -> list:
     def hook(module, inputs, output):
-        # What lies beyond the text is padding up to the end of the meta-context.
-        _record(norms, "wanted", inputs[0][:, : length // span])
-        _record(norms, "actual", output[:, : length // span])
+        _record(norms, "wanted", inputs[0][:, : length // unit])
+        _record(norms, "actual", output[:, : length // unit])
 
     return [chunker.register_forward_hook(hook)]
 
 
 def _watch_decoder(
     input_scale: torch.nn.Module,
-    span: int,
-    reference: torch.nn.Module,
-    reference_span: int,
+    child: int,
+    slots: torch.nn.Module,
+    unit: int,
     norms: Norms,
     length: int,
 ) -> list:
     def wanted(module, inputs, output):
         # The first is conditioned by the start state, which is zero.
-        _record(norms, "wanted", output[:, 1 : length // reference_span])
+        _record(norms, "wanted", output[:, 1 : length // unit])
 
     def actual(module, inputs, output):
-        _record(norms, "actual", output[:, : length // span])
+        _record(norms, "actual", output[:, : length // child])
 
-    return [reference.register_forward_hook(wanted), input_scale.register_forward_hook(actual)]
+    return [slots.register_forward_hook(wanted), input_scale.register_forward_hook(actual)]

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from photon_train.models.cache_photon import GrowingStore, KeyValue, Placement
+from photon_train.models.cache_photon import GrowingStore, KeyValue, SlotMapping
 
 
 @dataclass(eq=False)
@@ -122,9 +122,11 @@ class BlockStore(GrowingStore):
         per_block: Slots per block.
     """
 
-    def __init__(self, layers: Iterable[int], span: int, table: BlockTable, num_blocks: int, block_size: int) -> None:
-        super().__init__(layers, span)
-        self.table, self.num_blocks, self.per_block = table, num_blocks, block_size // span
+    def __init__(
+        self, layers: Iterable[int], unit_tokens: int, table: BlockTable, num_blocks: int, block_size: int
+    ) -> None:
+        super().__init__(layers, unit_tokens)
+        self.table, self.num_blocks, self.per_block = table, num_blocks, block_size // unit_tokens
 
     def allocate(self, rows: int, heads: int, head_dim: int, like: torch.Tensor) -> None:
         for states in (self.keys, self.values):
@@ -137,16 +139,20 @@ class BlockStore(GrowingStore):
     def read(self, layer: int, rows: torch.Tensor | None, count: int | None) -> KeyValue:
         return self._gather(self.keys[layer], rows), self._gather(self.values[layer], rows)
 
-    def write(self, layer: int, placement: Placement, key: torch.Tensor, value: torch.Tensor) -> None:
-        slots = placement.slots
-        if placement.batch is None:
-            rows = self._rows(placement.rows)
+    def write(self, layer: int, slot_mapping: SlotMapping, key: torch.Tensor, value: torch.Tensor) -> None:
+        slots = slot_mapping.slots
+        if slot_mapping.batch is None:
+            rows = self._rows(slot_mapping.rows)
             where = self.table.blocks[rows[:, None], slots // self.per_block], (slots % self.per_block).expand(1, -1)
         else:
-            where = self.table.blocks[placement.cache_rows, slots // self.per_block], slots % self.per_block
+            where = self.table.blocks[slot_mapping.cache_rows, slots // self.per_block], slots % self.per_block
         for stored, new in ((self.keys[layer], key), (self.values[layer], value)):
             new = new.detach().transpose(1, 2).to(stored.dtype)
-            new = new[:, placement.columns] if placement.batch is None else new[placement.batch, placement.columns]
+            new = (
+                new[:, slot_mapping.columns]
+                if slot_mapping.batch is None
+                else new[slot_mapping.batch, slot_mapping.columns]
+            )
             stored[where[0], :, where[1]] = new
 
     def operands(self, layer: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

@@ -53,10 +53,10 @@ class CacheLayout:
             PhotonError: if the memory does not hold the rows and one block, or `block_size` cuts a unit.
         """
         config, dtype_bytes = model.config, model.get_input_embeddings().weight.element_size()
-        span = math.lcm(*(store.span for store in model.new_cache().growing() if store.layers))
-        block_size = block_size or math.ceil(BLOCK_SIZE / span) * span
-        if block_size % span:
-            raise PhotonError(f"block_size={block_size} is not a multiple of the {span} tokens under a unit")
+        unit_tokens = math.lcm(*(store.unit_tokens for store in model.new_cache().growing() if store.layers))
+        block_size = block_size or math.ceil(BLOCK_SIZE / unit_tokens) * unit_tokens
+        if block_size % unit_tokens:
+            raise PhotonError(f"block_size={block_size} is not a multiple of the {unit_tokens} tokens under a unit")
         empty = accounting.cache_bytes(config, 0, dtype_bytes)
         row_bytes = empty.constant
         block_bytes = round(accounting.growing_bytes_per_token(config, dtype_bytes) * block_size)
@@ -95,8 +95,8 @@ class PagedCache:
         self.table = BlockTable(layout.num_rows, like.device)
         self._free_rows = list(range(layout.num_rows))
 
-        def store(layers: list[int], span: int) -> BlockStore:
-            return BlockStore(layers, span, self.table, layout.num_blocks, layout.block_size)
+        def store(layers: list[int], unit_tokens: int) -> BlockStore:
+            return BlockStore(layers, unit_tokens, self.table, layout.num_blocks, layout.block_size)
 
         self.state = model.new_cache(growing=store)
         self.state.allocate(layout.num_rows, model.config.num_key_value_heads, model.config.head_dim, like)

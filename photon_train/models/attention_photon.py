@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from transformers import AttentionInterface
 
-from .cache_photon import GrowingStore, Placement, RingStore
+from .cache_photon import GrowingStore, RingStore, SlotMapping
 
 ATTENTION_NAME = "photon"
 BACKENDS = ("torch", "triton")
@@ -83,7 +83,7 @@ def sdpa(query, key, value, scale: float, mask: torch.Tensor | None = None, caus
     """`F.scaled_dot_product_attention` with grouped-query heads: ``[B, Hq, T, D]`` against ``[B, Hkv, K, D]``."""
     groups = query.shape[1] // key.shape[1]
     if mask is not None and groups > 1 and query.is_cuda:
-        # With a mask and grouped heads no fused CUDA kernel is chosen, and all scores would be held.
+        # With a mask and grouped heads no fused CUDA kernel is chosen, and all scores would be in memory at once.
         key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
     grouped = query.shape[1] != key.shape[1]
     return F.scaled_dot_product_attention(
@@ -130,7 +130,7 @@ class NewElements:
     ) -> None:
         self.batch, self.index, self.base, self.valid, self.rows = batch, index, base, valid, rows
         self.has_past, self.backend = has_past, backend
-        self._rings: dict[int, tuple[torch.Tensor, Placement]] = {}
+        self._rings: dict[int, tuple[torch.Tensor, SlotMapping]] = {}
 
     @property
     def length(self) -> int:
@@ -142,7 +142,7 @@ class NewElements:
         """Rows of the cache, ``[B]``, for kernels."""
         return torch.arange(self.batch, device=self.index.device) if self.rows is None else self.rows
 
-    def placement(self, store: RingStore | GrowingStore) -> Placement:
+    def slot_mapping(self, store: RingStore | GrowingStore) -> SlotMapping:
         """Where the new elements go; of more than a ring holds, the last ones and the sinks."""
         keep = torch.ones_like(self.index, dtype=torch.bool) if self.valid is None else self.valid
         slots = self.index
@@ -152,34 +152,34 @@ class NewElements:
             keep = keep & ((self.index > last - store.ring_size) | (self.index < store.num_sinks))
         if self.length == 1 and self.valid is None and (keep.shape[0] > 1 or self.backend == "triton"):
             batch = torch.arange(self.batch, device=keep.device)
-            return Placement(self.rows, torch.zeros_like(batch), slots[:, 0].expand(self.batch), batch)
+            return SlotMapping(self.rows, torch.zeros_like(batch), slots[:, 0].expand(self.batch), batch)
         if keep.shape[0] == 1:
             columns = torch.arange(self.length, device=self.index.device)
             if self.length > 1:
                 columns = columns[keep[0]]
-            return Placement(self.rows, columns, slots[0, columns])
+            return SlotMapping(self.rows, columns, slots[0, columns])
         batch, columns = keep.nonzero(as_tuple=True)
-        return Placement(self.rows, columns, slots.expand(keep.shape)[batch, columns], batch)
+        return SlotMapping(self.rows, columns, slots.expand(keep.shape)[batch, columns], batch)
 
-    def enter(self, ring: RingStore) -> tuple[torch.Tensor, Placement]:
-        """Let `ring` know of the new elements, once for all its layers: what it held before, and their places."""
+    def enter(self, ring: RingStore) -> tuple[torch.Tensor, SlotMapping]:
+        """Let `ring` know of the new elements, once for all its layers: what it had before, and their slots."""
         if id(ring) not in self._rings:
-            held, placement = ring.read_index(self.rows), self.placement(ring)
-            placement.put(ring.index, self.index.expand(self.batch, -1))
-            self._rings[id(ring)] = held[:1] if self.index.shape[0] == 1 else held, placement
+            key_index, slot_mapping = ring.read_index(self.rows), self.slot_mapping(ring)
+            slot_mapping.put(ring.index, self.index.expand(self.batch, -1))
+            self._rings[id(ring)] = key_index[:1] if self.index.shape[0] == 1 else key_index, slot_mapping
         return self._rings[id(ring)]
 
-    def append(self, store: RingStore | GrowingStore, layer: int, placement: Placement, key, value) -> None:
+    def append(self, store: RingStore | GrowingStore, layer: int, slot_mapping: SlotMapping, key, value) -> None:
         """Store keys and values ``[B, Hkv, T, D]``, at one element per row by the backend."""
-        if self.backend != "triton" or placement.batch is None:
-            store.write(layer, placement, key, value)
+        if self.backend != "triton" or slot_mapping.batch is None:
+            store.write(layer, slot_mapping, key, value)
             return
         kernels = load_kernels()
         *stored, block_table = store.operands(layer)
-        slots = placement.slots[:, None]
+        slots = slot_mapping.slots[:, None]
         appends = [
             kernels.Append(
-                new[placement.batch, :, placement.columns, None], to, placement.cache_rows, slots, block_table
+                new[slot_mapping.batch, :, slot_mapping.columns, None], to, slot_mapping.cache_rows, slots, block_table
             )
             for new, to in zip((key, value), stored, strict=True)
         ]

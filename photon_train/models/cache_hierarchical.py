@@ -20,7 +20,7 @@ class HierarchicalCache(RowCache):
     Args:
         config: The model's.
         protocol: What is fed upward after the first pass; see `HierarchicalForCausalLM.set_protocol`.
-        growing: Makes the stores that grow, ``growing(layers, span)``.
+        growing: Makes the stores that grow, ``growing(layers, unit_tokens)``.
 
     Attributes:
         encoders: Per level, the encoder's units.
@@ -49,8 +49,8 @@ class HierarchicalCache(RowCache):
         self.decoders: list[RingStore] = []
         for index, level in enumerate(config.levels):
             layers, window = list(range(level["encoder_layers"])), level["encoder_window"]
-            span = config.span(index + 1)
-            self.encoders.append(growing(layers, span) if window is None else RingStore(layers, 0, window))
+            unit_tokens = config.unit_tokens(index + 1)
+            self.encoders.append(growing(layers, unit_tokens) if window is None else RingStore(layers, 0, window))
             stream = config.slot_stream(index)
             self.decoders.append(RingStore(range(level["decoder_layers"]), stream.num_sinks, stream.ring_size))
 
@@ -92,7 +92,7 @@ class HierarchicalCache(RowCache):
     def kv_bytes(self) -> dict[str, int]:
         """Bytes of the whole batch: keys and values `growing` and `constant`; `buffers`: open chunks and conditions."""
         lengths = [] if self.lengths is None else self.lengths.tolist()
-        growing = sum(store.nbytes([length // store.span for length in lengths]) for store in self.growing())
+        growing = sum(store.nbytes([length // store.unit_tokens for length in lengths]) for store in self.growing())
         return {
             "growing": growing,
             "constant": sum(ring.nbytes() for ring in self.rings()),

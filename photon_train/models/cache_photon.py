@@ -15,7 +15,7 @@ KeyValue = tuple[torch.Tensor, torch.Tensor]
 
 
 @dataclass(frozen=True)
-class Placement:
+class SlotMapping:
     """Which new elements go into which slots.
 
     Attributes:
@@ -91,10 +91,10 @@ class RingStore:
         """Keys and values, ``[n, Hkv, N, D]``."""
         return tuple(states[layer] if rows is None else states[layer][rows] for states in (self.keys, self.values))
 
-    def write(self, layer: int, placement: Placement, key: torch.Tensor, value: torch.Tensor) -> None:
+    def write(self, layer: int, slot_mapping: SlotMapping, key: torch.Tensor, value: torch.Tensor) -> None:
         """Store ``key, value [n, Hkv, T, D]``."""
-        placement.put(self.keys[layer], key)
-        placement.put(self.values[layer], value)
+        slot_mapping.put(self.keys[layer], key)
+        slot_mapping.put(self.values[layer], value)
 
     def operands(self, layer: int) -> tuple[torch.Tensor, torch.Tensor, None]:
         """What a kernel reads in place: keys, values, and no block table."""
@@ -126,11 +126,11 @@ class GrowingStore:
 
     Attributes:
         layers: Layers that it holds.
-        span: Tokens that one element stands for.
+        unit_tokens: Tokens that one element stands for.
     """
 
-    def __init__(self, layers: Iterable[int], span: int = 1) -> None:
-        self.layers, self.span = list(layers), span
+    def __init__(self, layers: Iterable[int], unit_tokens: int = 1) -> None:
+        self.layers, self.unit_tokens = list(layers), unit_tokens
         self.keys: dict[int, torch.Tensor] = {}
         self.values: dict[int, torch.Tensor] = {}
 
@@ -157,10 +157,10 @@ class GrowingStore:
         parts = (states[layer][:, :, :count] for states in (self.keys, self.values))
         return tuple(part if rows is None else part[rows] for part in parts)
 
-    def write(self, layer: int, placement: Placement, key: torch.Tensor, value: torch.Tensor) -> None:
+    def write(self, layer: int, slot_mapping: SlotMapping, key: torch.Tensor, value: torch.Tensor) -> None:
         """Store ``key, value [n, Hkv, T, D]``; a slot is an element's index."""
-        placement.put(self.keys[layer], key)
-        placement.put(self.values[layer], value)
+        slot_mapping.put(self.keys[layer], key)
+        slot_mapping.put(self.values[layer], value)
 
     def operands(self, layer: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
         """What a kernel reads in place: keys, values, and the block table (None: row r lies in row r)."""
@@ -304,7 +304,7 @@ class PhotonCache(RowCache):
     Args:
         config: The model's.
         rollback: Latest tokens that `crop` can take back at any length; windowed layers keep so many more.
-        growing: Makes the stores that grow, ``growing(layers, span)``.
+        growing: Makes the stores that grow, ``growing(layers, unit_tokens)``.
 
     Attributes:
         window: Windowed layers; `local`: layers with the family's own window; `full`: full attention; `units`: latents

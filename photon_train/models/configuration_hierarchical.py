@@ -104,14 +104,14 @@ class HierarchicalConfig(PretrainedConfig):
         """L, the levels above the tokens."""
         return len(self.levels)
 
-    def span(self, level: int) -> int:
-        """S_l = C_1 ... C_l, the tokens under one unit of level l; ``span(0)`` is 1."""
+    def unit_tokens(self, level: int) -> int:
+        """S_l = C_1 ... C_l, the tokens under one unit of level l; ``unit_tokens(0)`` is 1."""
         return math.prod(entry["chunk_size"] for entry in self.levels[:level])
 
     @property
-    def top_span(self) -> int:
+    def top_unit_tokens(self) -> int:
         """S_L, the tokens under one unit of the top level."""
-        return self.span(self.num_levels)
+        return self.unit_tokens(self.num_levels)
 
     def slot_stream(self, index: int) -> SlotStream:
         """The sequence of the decoder of ``levels[index]``."""
@@ -141,16 +141,16 @@ class HierarchicalConfig(PretrainedConfig):
                 window is None or _is_whole(window, 1),
                 f"{name}.encoder_window={window!r} must be a whole number >= 1, or null for unbounded",
             )
-        need(self.top_span >= 2, "the levels' chunk sizes must multiply to at least 2: raise a chunk_size")
+        need(self.top_unit_tokens >= 2, "the levels' chunk sizes must multiply to at least 2: raise a chunk_size")
         need(_is_whole(self.num_sinks, 0), f"num_sinks={self.num_sinks!r} must be a whole number >= 0")
         if self.layout == "block":
             need(self.window is None, f"layout=block has no window: leave window={self.window} out, or use stream")
             need(self.num_sinks == 0, f"layout=block has no sinks: set num_sinks={self.num_sinks} to 0, or use stream")
         else:
             need(
-                _is_whole(self.window, self.top_span),
+                _is_whole(self.window, self.top_unit_tokens),
                 f"window={self.window!r} does not reach back over the open unit: it must be at least the tokens under "
-                f"one top unit ({self.top_span}); raise window or lower a chunk_size",
+                f"one top unit ({self.top_unit_tokens}); raise window or lower a chunk_size",
             )
 
 

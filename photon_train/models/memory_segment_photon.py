@@ -8,7 +8,7 @@ from functools import cached_property
 import torch
 
 from .attention_photon import NewElements, load_kernels, unrotate
-from .cache_photon import KeyValue, Placement
+from .cache_photon import KeyValue, SlotMapping
 from .flex_photon import attend_window
 from .memory_photon import LayerMemory
 from .segments_photon import WindowSegment
@@ -43,12 +43,12 @@ class MemorySegment(WindowSegment):
             self.unit = self.before[:, None] + torch.arange(self.num_new, device=self.index.device)
             real = None if self.index.shape[0] == 1 else self.unit < self.after[:, None]
         self.has_units = host_packed is None or max(host_packed[1]) > 0
-        self.held_before = host_packed is not None and max(host_packed[0]) > 0
+        self.had_units = host_packed is not None and max(host_packed[0]) > 0
         if units is not None and self.num_new:
             if host_packed is not None:
                 units.reserve(max(host_packed[1]))
             elements = NewElements(new.batch, self.unit, valid=real, rows=new.rows, backend=new.backend)
-            self.unit_placement = elements.placement(units)
+            self.unit_slots = elements.slot_mapping(units)
 
     @cached_property
     def content_rotation(self) -> tuple[torch.Tensor, torch.Tensor]:
@@ -68,7 +68,7 @@ class MemorySegment(WindowSegment):
     def attend(self, module, query, key, value, scale):
         memory: LayerMemory = module.memory
         content = unrotate(query, self.content_rotation)
-        if self._decodes():
+        if self._decodes(key):
             return self._attend(module, query, key, value, scale, lambda: self._decode_far(module, content, scale))
         latents = self._pack(module, key, value)
         if latents is None:
@@ -82,12 +82,12 @@ class MemorySegment(WindowSegment):
         """Pack and store the units that leave the window in this segment; the latents of all units, or None."""
         layer, new = module.layer_idx, None
         # In training the modules run on nothing too: every parameter then has a gradient, on every process.
-        if self.num_new or (torch.is_grad_enabled() and not self.held_before):
+        if self.num_new or (torch.is_grad_enabled() and not self.had_units):
             keys, values = self._take(layer, key, value)
             new = module.memory.pack(unrotate(keys, self.token_rotation), values)
             if self.units is not None and self.num_new:
-                self.new.append(self.units, layer, self.unit_placement, *new)
-        if not self.held_before:
+                self.new.append(self.units, layer, self.unit_slots, *new)
+        if not self.had_units:
             return new
         count = max(self.host_packed[1])
         held = self.units.read(layer, self.new.rows, count)
@@ -160,11 +160,11 @@ class MemorySegment(WindowSegment):
         if which is not None:
             rotary = tuple(part[which] if part.shape[0] > 1 else part for part in rotary)
         new = module.memory.pack(unrotate(taken[0], rotary), taken[1])
-        placement = self.unit_placement
+        slot_mapping = self.unit_slots
         if which is not None:
             batch = torch.arange(len(which), device=which.device)
-            placement = Placement(rows, torch.zeros_like(batch), self.unit[which, 0], batch)
-        self.new.append(self.units, layer, placement, *new)
+            slot_mapping = SlotMapping(rows, torch.zeros_like(batch), self.unit[which, 0], batch)
+        self.new.append(self.units, layer, slot_mapping, *new)
 
     # --- the plan of `blockwise_attention` ---
 

@@ -49,8 +49,8 @@ class HierarchicalPass:
         rows, width, plans = new.nonzero()[:, 0], int(new.max()), []
         for index in range(self.config.num_levels):
             stop = (past + new)[rows]
-            stream, span = self.config.slot_stream(index), self.config.span(index)
-            plan = LevelPlan(stream, span, rows, past[rows], stop, width, self.single, least)
+            stream, unit_tokens = self.config.slot_stream(index), self.config.unit_tokens(index)
+            plan = LevelPlan(stream, unit_tokens, rows, past[rows], stop, width, self.single, least)
             plans.append(plan)
             rows, width = plan.closing_rows, plan.num_units
             if not len(rows):

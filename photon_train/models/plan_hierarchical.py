@@ -21,7 +21,7 @@ class LevelPlan:
 
     Args:
         stream: The sequence of the level's decoder.
-        span: Tokens under one of its children.
+        unit_tokens: Tokens under one of its children.
         rows: Rows of the pass with new elements at this level, ``[n]``.
         past, stop: Tokens of each of them before and after the pass, ``[n]``.
         num_children: Width K of the table of new children, at least those of the row with the most.
@@ -36,7 +36,7 @@ class LevelPlan:
     def __init__(
         self,
         stream: SlotStream,
-        span: int,
+        unit_tokens: int,
         rows: torch.Tensor,
         past: torch.Tensor,
         stop: torch.Tensor,
@@ -45,18 +45,18 @@ class LevelPlan:
         least: int,
     ) -> None:
         self.stream, self.rows, self.single, self.num_children = stream, rows, single, num_children
-        under = span * stream.chunk_size
-        self.child, self.child_stop = past // span, stop // span
+        under = unit_tokens * stream.chunk_size
+        self.child, self.child_stop = past // unit_tokens, stop // unit_tokens
         self.unit, self.unit_stop = past // under, stop // under
         started = past > 0
         self.group, self.group_stop = torch.where(started, self.unit + 1, 0), self.unit_stop + 1
         self.element = torch.where(started, stream.element(self.child), 0)
         self.element_stop = stream.element(self.child_stop)
         self.closing = (self.group_stop > self.group).nonzero()[:, 0]
-        self.num_units, self.num_groups = least, least + 1 if least else 0
+        self.num_units = self.num_groups = 0
         if len(self.closing):
             self.num_units = max(least, int((self.unit_stop - self.unit).max()))
-            self.num_groups = max(self.num_groups, int((self.group_stop - self.group).max()))
+            self.num_groups = int((self.group_stop - self.group).max())
 
     @property
     def closing_rows(self) -> torch.Tensor:

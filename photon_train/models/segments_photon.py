@@ -31,11 +31,11 @@ class FullSegment:
         self.store, self.count = store, count
         if store is not None:
             store.reserve(count)
-            self.placement = new.placement(store)
+            self.slot_mapping = new.slot_mapping(store)
 
     def attend(self, module, query, key, value, scale):
         if self.store is not None:
-            self.new.append(self.store, module.layer_idx, self.placement, key, value)
+            self.new.append(self.store, module.layer_idx, self.slot_mapping, key, value)
         if not self.new.has_past:
             return sdpa(query, key, value, scale, causal=True)
         if self.new.backend == "triton" and self.length == 1:
@@ -45,10 +45,10 @@ class FullSegment:
                 query, keys, values, seen, scale, rows=self.new.kernel_rows, block_table=block_table, backend="triton"
             )
         keys, values = self.store.read(module.layer_idx, self.new.rows, self.count)
-        if self.index.shape[0] == 1 and self.length == 1 and keys.shape[2] == self.count:
-            return sdpa(query, keys, values, scale)
         if torch.is_grad_enabled() and key.requires_grad:
             keys, values = (self._with_own(*pair) for pair in ((keys, key), (values, value)))
+        if self.index.shape[0] == 1 and self.length == 1 and keys.shape[2] == self.count:
+            return sdpa(query, keys, values, scale)
         slot, pieces = torch.arange(keys.shape[2], device=keys.device), []
         for rows in torch.arange(self.length).split(FULL_BLOCK):
             rows = slice(int(rows[0]), int(rows[-1]) + 1)
@@ -88,15 +88,15 @@ class WindowSegment:
         self.start, self.reach, self.num_sinks, self.ring, self.fused = start, reach, num_sinks, ring, fused
         self.period, self.block = period, -(-BLOCK // period) * period
         self._biases: dict[object, torch.Tensor] = {}
-        self.past_index, self.placement = (None, None) if ring is None else new.enter(ring)
+        self.past_index, self.slot_mapping = (None, None) if ring is None else new.enter(ring)
 
     def attend(self, module, query, key, value, scale):
         return self._attend(module, query, key, value, scale)
 
     def _attend(self, module, query, key, value, scale, far: Callable | None = None) -> torch.Tensor:
         layer = module.layer_idx
-        if self._decodes():
-            self.new.append(self.ring, layer, self.placement, key, value)
+        if self._decodes(key):
+            self.new.append(self.ring, layer, self.slot_mapping, key, value)
             near = self._decode_near(layer, query, scale)
             return (near if far is None else merge(near, far()))[0]
         if self._is_fused(query, key, 1 if far is None else 2):
@@ -107,12 +107,16 @@ class WindowSegment:
                 past = tuple(states.clone() for states in past)  # what is stored now must not reach the backward pass
             out = blockwise_attention(self, scale, query, key, value, past, None if far is None else far())
         if self.ring is not None:
-            self.ring.write(layer, self.placement, key, value)
+            self.ring.write(layer, self.slot_mapping, key, value)
         return out
 
-    def _decodes(self) -> bool:
-        """Whether this is one element per row: it is stored first, and read with what the ring holds."""
-        return self.length == 1 and self.ring is not None and self.new.has_past
+    def _decodes(self, key: torch.Tensor) -> bool:
+        """Whether this is one element per row: it is stored first, and read with what the ring holds.
+
+        Gradients do not pass through the ring: where they are asked for, one element is a short segment.
+        """
+        differentiates = torch.is_grad_enabled() and key.requires_grad
+        return self.length == 1 and self.ring is not None and self.new.has_past and not differentiates
 
     def _decode_near(self, layer: int, query: torch.Tensor, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
         if self.new.backend == "triton":
@@ -136,17 +140,17 @@ class WindowSegment:
 
     def _decode_bias(self, dtype: torch.dtype) -> torch.Tensor:
         if "decode" not in self._biases:
-            held = self.ring.read_index(self.new.rows)
-            held = held[:1] if self.index.shape[0] == 1 else held
-            self._biases["decode"] = additive(self._visible(held, slice(0, 1)), dtype)[:, None]
+            key_index = self.ring.read_index(self.new.rows)
+            key_index = key_index[:1] if self.index.shape[0] == 1 else key_index
+            self._biases["decode"] = additive(self._visible(key_index, slice(0, 1)), dtype)[:, None]
         return self._biases["decode"]
 
-    def _visible(self, held: torch.Tensor, queries: slice) -> torch.Tensor:
-        """Which of the elements ``held [B or 1, K]`` the queries see, ``[B or 1, R, K]``."""
+    def _visible(self, key_index: torch.Tensor, queries: slice) -> torch.Tensor:
+        """Which keys, of elements ``key_index [B or 1, K]``, the queries see, ``[B or 1, R, K]``."""
         index, start = self.index[:, queries, None], self.start[:, queries, None]
-        held = held[:, None]
-        near = (held >= start) | (held < self.num_sinks)
-        return (held >= 0) & (held <= index) & near
+        key_index = key_index[:, None]
+        near = (key_index >= start) | (key_index < self.num_sinks)
+        return (key_index >= 0) & (key_index <= index) & near
 
     # --- the plan of `blockwise_attention` ---
 
@@ -164,9 +168,9 @@ class WindowSegment:
         size = queries.stop - queries.start
         name = (dtype, size, "inside") if first and self.new.base is not None else (dtype, queries.start)
         if name not in self._biases:
-            held = [self.past_index[:, :slots]] if slots else []
-            held += [self.index[:, :sinks], self.index[:, first : queries.stop]]
-            self._biases[name] = additive(self._visible(torch.cat(held, dim=1), queries), dtype)[:, None]
+            key_index = [self.past_index[:, :slots]] if slots else []
+            key_index += [self.index[:, :sinks], self.index[:, first : queries.stop]]
+            self._biases[name] = additive(self._visible(torch.cat(key_index, dim=1), queries), dtype)[:, None]
         return self._biases[name]
 
     def far(self, queries: slice, like: torch.Tensor) -> Iterator[FarKeys]:

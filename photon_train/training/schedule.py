@@ -1,6 +1,6 @@
-"""The learning rates over a run: a function of the step alone.
+"""The learning rates over a run: a function of the steps that were not skipped.
 
-A resumed run therefore goes on with the same values, whatever was skipped or repeated.
+Checkpoints hold their count, so that a resumed run goes on with the same values.
 """
 
 from __future__ import annotations

@@ -72,6 +72,7 @@ def dense(tmp_path_factory):
         ("graft", {}),
         ("graft", {"num_sinks": 0, "window": 12, "memory_layers": [0, 2], "latents_per_unit": 2}),
         ("graft", {"chunk_size": 3, "full_attention_layers": [3]}),
+        ("graft", {"memory_layers": [], "window": 16}),
         ("split", {}),
         ("split", {"num_levels": 1, "levels": [LevelOverrides(num_slots=3)]}),
         ("paper", {}),

@@ -78,7 +78,7 @@ def test_overrides_reach_the_configuration():
     config = photon_config(eight_layers(), settings)
     assert config.levels[0]["chunk_size"] == 6 and config.levels[0]["encoder_window"] is None
     assert config.levels[1]["num_slots"] == 2
-    assert (config.window, config.num_sinks, config.top_span) == (50, 0, 24)
+    assert (config.window, config.num_sinks, config.top_unit_tokens) == (50, 0, 24)
 
 
 def test_consistency_reaches_the_configuration():

@@ -56,8 +56,8 @@ def test_any_accepted_configuration_is_what_the_words_say(data):
         )
     options = {"layout": layout, "levels": levels}
     if layout == "stream":
-        top_span = HierarchicalConfig(base_config=base_config(), levels=levels).top_span
-        options |= {"window": top_span + draw(st.integers(0, 7)), "num_sinks": draw(st.integers(0, 7))}
+        top_unit_tokens = HierarchicalConfig(base_config=base_config(), levels=levels).top_unit_tokens
+        options |= {"window": top_unit_tokens + draw(st.integers(0, 7)), "num_sinks": draw(st.integers(0, 7))}
     model = shake(HierarchicalForCausalLM(HierarchicalConfig(base_config=base_config(), **options))).eval()
     ids = tokens(1, draw(st.integers(1, 30)), seed=draw(st.integers(0, 99)))
     expected = Reference(model.config, model.state_dict()).logits(ids[0].tolist())

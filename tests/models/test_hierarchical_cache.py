@@ -82,8 +82,8 @@ def test_levels_in_which_nothing_completes_are_not_computed(name):
         calls.clear()
         model(ids[:, column : column + 1], past_key_values=cache)
         for index in range(config.num_levels):
-            completes = (column + 1) % config.span(index + 1) == 0
-            child = (column + 1) % config.span(index) == 0
+            completes = (column + 1) % config.unit_tokens(index + 1) == 0
+            child = (column + 1) % config.unit_tokens(index) == 0
             slots = config.levels[index]["num_slots"]
             # Two rows, each element a query of its own: the child (where it is an element) and the next group's slots.
             elements = (slots if completes else 0) + (child and not (completes and config.slot_stream(index).isolated))
@@ -200,7 +200,7 @@ def test_only_encoders_without_a_window_grow(name):
     entry = 2 * config.num_key_value_heads * config.head_dim * 4
     for n, held in sizes.items():
         units = sum(
-            level["encoder_layers"] * (n // config.span(index + 1))
+            level["encoder_layers"] * (n // config.unit_tokens(index + 1))
             for index, level in enumerate(config.levels)
             if level["encoder_window"] is None
         )

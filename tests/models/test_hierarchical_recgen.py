@@ -29,7 +29,10 @@ class FromReconstructions(Reference):
         """Logits from position `prompt` - 1 on."""
         embeds = [self.weights["model.embed_tokens.weight"][token] for token in ids]
         known = self.bottom_up(embeds[:prompt])
-        spans, top = [self.config.span(level) for level in range(self.config.num_levels + 1)], self.config.num_levels
+        spans, top = (
+            [self.config.unit_tokens(level) for level in range(self.config.num_levels + 1)],
+            self.config.num_levels,
+        )
         states = [embeds] + [list(units) for units in known[1:]]
         # Level by level from the top, one unit after the other: each may need the ones before it.
         for length in range(prompt + 1, len(ids) + 1):
@@ -72,7 +75,7 @@ def test_several_tokens_after_the_prompt_are_read_one_by_one(name):
 @torch.no_grad()
 def test_with_isolated_chunks_what_is_emitted_never_reaches_a_later_top_unit(name):
     model = hierarchical_model(name)
-    span, ids = model.config.top_span, tokens(1, 4 * model.config.top_span)
+    span, ids = model.config.top_unit_tokens, tokens(1, 4 * model.config.top_unit_tokens)
     other = ids.clone()
     other[:, span : 2 * span] = tokens(1, span, seed=7)  # another second unit, generated after the first
     assert not torch.equal(ids, other)

@@ -57,9 +57,10 @@ def test_checkpointing_does_not_fill_a_cache():
 
 
 @pytest.mark.parametrize("name", ["memory", "memory-full"])
-def test_gradients_pass_through_a_cache_within_a_pass(name):
+@pytest.mark.parametrize("length", [31, 40])
+def test_gradients_pass_through_a_cache_within_a_pass(name, length):
     """A loss on the second of two segments has the gradients of what that segment computes."""
-    model, ids = photon_model(name).train(), tokens(1, 40)
+    model, ids = photon_model(name).train(), tokens(1, length)
     with torch.no_grad():
         cache = model(ids[:, :30], use_cache=True).past_key_values
     embeds = model.get_input_embeddings()(ids[:, 30:]).detach().requires_grad_()

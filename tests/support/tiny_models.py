@@ -18,4 +18,4 @@ def tiny_model(name: str, **changes) -> PreTrainedModel:
 
 def unit_tokens(model: PreTrainedModel) -> int:
     """Tokens under the largest unit: blocks of a paged cache are multiples of it."""
-    return max([1, *(store.span for store in model.new_cache().growing())])
+    return max([1, *(store.unit_tokens for store in model.new_cache().growing())])

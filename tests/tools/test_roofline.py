@@ -93,7 +93,7 @@ def test_levels_are_read_as_often_as_their_chunks_close(system):
     constant = accounting.cache_bytes(photon, 0).constant
     idle = shared = 0.0
     for index, level in enumerate(photon.levels):
-        span = photon.span(index + 1)
+        span = photon.unit_tokens(index + 1)
         idle += (1 - 1 / span) * (level["encoder_layers"] + (level["decoder_layers"] if index else 0)) * shape.layer * 2
         shared += (1 - 1 / span) * level["encoder_layers"] * (level["encoder_window"] or 0) * shape.kv * 2
     weights = 2 * accounting.photon_parameters(photon)

@@ -19,7 +19,7 @@ from photon_train.conversion.presets import photon_config
 ROOT = Path(__file__).resolve().parents[2]
 SETTINGS = {"train.seq_len": 1024, "train.batch_size": 1, "train.max_steps": 2, "train.mixed_precision": "no"}
 SETTINGS |= {"photon.window": 64, "lora.rank": 2}
-LATENT = {"photon.memory_layers": [1], "photon.chunk_size": 4}
+MEMORY = {"photon.memory_layers": [1], "photon.chunk_size": 4}
 
 
 def tool(name: str, *arguments: object) -> subprocess.CompletedProcess:
@@ -71,7 +71,7 @@ def test_plans_are_compared_and_a_stopped_comparison_goes_on(dense: Path, tmp_pa
         {"plan": "dense-window", "trained": False},
         {"plan": "dense-window", "photon.window": 72},
         {"plan": "dense-finetuned"},
-        {"plan": "graft", "name": "latent", **LATENT},
+        {"plan": "graft", "name": "memory", **MEMORY},
     ]
     (tmp_path / "plans.yaml").write_text(yaml.safe_dump({"all": SETTINGS, "plans": plans}))
     arguments = ("--dense", dense, "--plans", tmp_path / "plans.yaml", "--output", tmp_path / "out" / "study.json")
@@ -86,14 +86,14 @@ def test_plans_are_compared_and_a_stopped_comparison_goes_on(dense: Path, tmp_pa
     assert set(rows) == {
         ("dense", 0),
         ("dense-window", 0),
-        *((n, 2048) for n in ("dense-window", "dense-finetuned", "latent")),
+        *((n, 2048) for n in ("dense-window", "dense-finetuned", "memory")),
     }
     assert (
         rows["dense", 0]["ce"] != rows["dense-finetuned", 2048]["ce"] == pytest.approx(rows["dense", 0]["ce"], abs=0.1)
     )
     assert rows["dense-window", 0]["copy_gain"] == pytest.approx(0.0, abs=1e-6)
-    # One of three layers with a latent per 4 tokens.
-    assert rows["latent", 2048]["kv_growing_percent"] == pytest.approx(100 / (3 * 4))
+    # One of three layers with a unit per 4 tokens.
+    assert rows["memory", 2048]["kv_growing_percent"] == pytest.approx(100 / (3 * 4))
     assert rows["dense-window", 2048]["kv_growing_percent"] == 0
     assert {"machine", "versions", "commit"} <= result.keys()
     assert (tmp_path / "out" / "study.md").read_text().count("\n") == 2 + 5

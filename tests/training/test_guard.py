@@ -126,6 +126,15 @@ def test_a_bad_step_leaves_the_weights_alone(kind, accumulation, tmp_path):
     assert all(value.isfinite().all() for value in seen[6].values())
 
 
+def test_a_skipped_step_does_not_count_for_the_learning_rate(tmp_path):
+    config = tiny_run(max_steps=6, save_every=0, eval_every=0, log_every=1)
+    clean, poisoned = (
+        [r["train/learning_rate"] for r in run(config, tmp_path / name, steps).history if "train/learning_rate" in r]
+        for name, steps in (("clean", {}), ("poisoned", {4: "nan"}))
+    )
+    assert len(set(clean)) == 6 and poisoned == [*clean[:4], clean[3], clean[4]]
+
+
 def test_the_loss_scaler_of_fp16_survives_a_skipped_step_between_micro_batches(tmp_path):
     """It accepts one update per step, after it has looked at the gradients."""
     config = tiny_run(batch_size=2, gradient_accumulation_steps=2)

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from accelerate import Accelerator
 from peft import PeftModel
+from peft.tuners.lora import LoraLayer
 from tiny import base_config, shake, tokens
 from tiny_dense import dense_config
 from tiny_training import PHOTON_MODELS, tiny_model
@@ -87,6 +90,25 @@ def test_tied_weights_are_gathered_once():
     model = add_lora(tiny_model("llama", tie_word_embeddings=True), SETTINGS)
     state = gather_full_model(Accelerator(cpu=True), model)
     assert state["lm_head.weight"] is state["model.embed_tokens.weight"]
+
+
+def test_what_is_gathered_is_a_copy():
+    model = tiny_model("llama")
+    own = {parameter.data_ptr() for parameter in model.parameters()}
+    assert not own & {tensor.data_ptr() for tensor in gather_full_model(Accelerator(), model).values()}
+
+
+def test_adapters_are_scaled_by_alpha_over_rank():
+    model = add_lora(tiny_model("llama"), LoraSettings(rank=4, alpha=12))
+    assert {module.scaling["default"] for module in model.modules() if isinstance(module, LoraLayer)} == {3.0}
+
+
+def test_a_layer_whose_name_begins_like_a_new_module_is_no_part_of_it():
+    model = torch.nn.ModuleDict(
+        {name: torch.nn.ModuleDict({"q_proj": torch.nn.Linear(2, 2)}) for name in ("memory_1", "memory_10")}
+    )
+    model.config, model.new_module_names = SimpleNamespace(), lambda: ["memory_1"]
+    assert lora_targets(model, LoraSettings(target_modules=["q_proj"])) == ["memory_10.q_proj"]
 
 
 def test_the_adapters_depend_on_the_seed_alone():

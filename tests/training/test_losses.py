@@ -193,7 +193,7 @@ def test_the_models_own_dense_function_teaches_with_adapters_off():
     assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
 
 
-@pytest.mark.parametrize("name", ["memory-2-sinks", "llama"])
+@pytest.mark.parametrize("name", ["memory", "llama"])
 def test_whoever_teaches_runs_without_dropout(name):
     """The student's own dense function, or a model of its own, whatever mode it comes in."""
     model = _trained(name)

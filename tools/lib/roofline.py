@@ -83,7 +83,7 @@ def occasional(photon: Any, context: int) -> list[Occasional]:
         return [Occasional(photon.chunk_size, len(photon.memory_layers) * chunker)]
     found = []
     for index, level in enumerate(photon.levels):
-        span = photon.span(index + 1)
+        span = photon.unit_tokens(index + 1)
         layers = level["encoder_layers"] + (level["decoder_layers"] if index else 0)
         units = context // span if level["encoder_window"] is None else level["encoder_window"]
         found.append(Occasional(span, layers * shape.layer, level["encoder_layers"] * units * shape.kv))
@@ -100,8 +100,8 @@ def photon_bound(photon: Any, context: int, batch: int, device: Device, dtype_by
     cache = accounting.cache_bytes(photon, context, dtype_bytes)
     read_weights, read_cache = float(weights), float(cache.growing + cache.constant)
     for one in occasional(photon, context):
-        read_weights -= (1 - 1 / one.span) ** batch * one.weights * dtype_bytes
-        read_cache -= (1 - 1 / one.span) * one.cached * dtype_bytes
+        read_weights -= (1 - 1 / one.unit_tokens) ** batch * one.weights * dtype_bytes
+        read_cache -= (1 - 1 / one.unit_tokens) * one.cached * dtype_bytes
     flops = batch * accounting.photon_flops(photon, context)
     step = read_weights + batch * read_cache
     return _bound(batch, weights, step, batch * cache.total, flops, device)
