@@ -52,3 +52,5 @@ def test_another_function_is_not_timed(tool):
         models["photon"].model.layers[1].mlp.down_proj.weight.mul_(1.5)
     with pytest.raises(PhotonError, match="differs from the dense model"):
         tool.check_function(models, ids)
+    # What is timed has its own window again.
+    assert models["photon"].config.window == 64

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import subprocess
@@ -10,6 +11,10 @@ from pathlib import Path
 
 import pytest
 import yaml
+from tiny_dense import dense_config
+
+from photon_train.config import read_yaml
+from photon_train.conversion.presets import photon_config
 
 ROOT = Path(__file__).resolve().parents[2]
 SETTINGS = {"train.seq_len": 1024, "train.batch_size": 1, "train.max_steps": 2, "train.mixed_precision": "no"}
@@ -21,6 +26,24 @@ def tool(name: str, *arguments: object) -> subprocess.CompletedProcess:
     command = [sys.executable, str(ROOT / "tools" / name), *map(str, arguments)]
     path = os.pathsep.join([str(ROOT), str(ROOT / "kernels"), os.environ.get("PYTHONPATH", "")])
     return subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": path}, timeout=280)
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "tools" / "plans").glob("*.yaml")), ids=lambda path: path.stem)
+def test_the_plans_of_the_study_can_be_converted(path: Path) -> None:
+    spec = importlib.util.spec_from_file_location("compare_plans", ROOT / "tools" / "compare_plans.py")
+    compare_plans = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = compare_plans  # dataclasses look their module up
+    spec.loader.exec_module(compare_plans)
+    content = read_yaml(path)
+    model = dense_config(num_hidden_layers=8, hidden_size=128, max_position_embeddings=1024)
+    for plan in content["plans"]:
+        config = compare_plans.settings_of(plan, content["all"], seed=0)
+        assert config.train.seq_len == 1024
+        if plan["plan"] not in ("dense", "dense-finetuned"):
+            photon = photon_config(model, config)
+            assert photon.window == (None if plan["plan"] == "paper" else config.photon.window)
+            if plan["plan"] == "dense-window":
+                assert photon.memory_layers == [] and photon.num_sinks == 4
 
 
 @pytest.fixture(scope="module")
