@@ -182,7 +182,7 @@ class _Run:
     def _close_gradients(self) -> None:
         """Clip, and let the guard judge the norm (DeepSpeed has done both)."""
         accelerator = self.accelerator
-        norm = accelerator.clip_grad_norm_(self.trained, self.config.train.max_grad_norm or math.inf)
+        norm = accelerator.clip_grad_norm_(self.trained, self.config.train.max_grad_norm)
         if accelerator.distributed_type != DistributedType.DEEPSPEED:
             # One process decides for all.
             norm = torch.as_tensor(norm, dtype=torch.float32, device=accelerator.device)
