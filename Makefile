@@ -1,6 +1,7 @@
 # make demo    convert, fine-tune, export and run a small Llama (about eight minutes on two cores)
 # make test    the whole test suite
 # make test-oldest    what depends on libraries most, with the oldest supported releases of them
+# make test-peers     transformers' own model tests, TRL and lm-evaluation-harness on our models (Python >= 3.11)
 # All create .venv and install into it on first use; nothing else is needed but Python >= 3.10.
 
 PYTHON ?= python3
@@ -16,8 +17,10 @@ TORCH_INDEX ?= $(if $(shell command -v nvidia-smi),,https://download.pytorch.org
 
 # Where the oldest releases lie: before those of VENV on the path, and not in it.
 OLDEST := $(VENV)-oldest
+# Other projects' tests and TRL, likewise.
+PEERS := $(VENV)-peers
 
-.PHONY: venv demo test test-oldest lint format
+.PHONY: venv demo test test-oldest test-peers lint format
 venv: $(VENV)/.installed
 
 # torch comes first and alone: its index holds nothing else, and what follows keeps the build chosen here.
@@ -43,6 +46,21 @@ $(OLDEST)/.installed: $(VENV)/.installed constraints-oldest.txt
 test-oldest: $(OLDEST)/.installed
 	PYTHONPATH=$(OLDEST) $(BIN)/python -m pytest -n $(JOBS) --dist loadfile tests/models tests/kernels tests/conversion/test_apply.py \
 		tests/test_cli.py tests/export tests/inference/test_engine.py tests/inference/test_triton_backend.py tests/training/test_loop.py
+
+# A source distribution holds transformers' model tests and not its generation tests: TRANSFORMERS=<checkout of the same
+# version> adds those.
+$(PEERS)/.installed: $(VENV)/.installed requirements-peers.txt
+	rm -rf $(PEERS)
+	$(BIN)/python -m pip download --quiet --no-deps --no-binary transformers -c constraints.txt -r requirements-peers.txt \
+		--dest $(PEERS)/download
+	$(BIN)/python -m pip install --quiet --no-deps --target $(PEERS) $(PEERS)/download/*.whl
+	tar -xzf $(PEERS)/download/transformers-*.tar.gz -C $(PEERS)/download
+	mv $(PEERS)/download/transformers-*/tests $(PEERS)/transformers_tests
+	rm -r $(PEERS)/download
+	@touch $@
+
+test-peers: $(PEERS)/.installed
+	PYTHONPATH=$(abspath $(PEERS)) TRANSFORMERS=$(TRANSFORMERS) $(BIN)/python -m pytest -n $(JOBS) --dist loadscope tests/peers
 
 lint: venv
 	$(BIN)/ruff check .

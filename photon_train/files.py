@@ -59,13 +59,22 @@ def atomic_write_text(path: str | os.PathLike[str], text: str) -> None:
     Raises:
         OSError: if the directory cannot be written; `path` is then as it was.
     """
+    with atomic_file(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+@contextmanager
+def atomic_file(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """Yield a temporary sibling of `path` to write; it takes the place of `path` on success, else `path` stays.
+
+    The content is on the disk before the name is, and the name before this returns: a power failure leaves the old file
+    or the new one, never a part.
+    """
     path = Path(path)
     temporary = hidden_sibling(path)
     try:
-        with open(temporary, "x", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
+        yield temporary
+        _sync_file(temporary)
         os.replace(temporary, path)
         _sync_directory(path.parent)
     except BaseException:
@@ -77,20 +86,20 @@ def atomic_write_text(path: str | os.PathLike[str], text: str) -> None:
 def atomic_directory(path: str | os.PathLike[str]) -> Iterator[Path]:
     """Yield a temporary sibling of `path`; rename it to `path` on success, remove it on failure.
 
-    An existing `path` is replaced only once the new directory is complete.
+    An existing `path` is replaced only once the new directory is complete and on the disk.
     """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_directory(path.parent)
     temporary, old = hidden_sibling(path), hidden_sibling(path)
     temporary.mkdir()
     try:
         yield temporary
         sync_files(temporary)
-        if path.exists():
-            os.replace(path, old)
         try:
+            if path.exists():
+                os.replace(path, old)
             os.replace(temporary, path)
-        except OSError:
+        except BaseException:
             if old.exists():
                 os.replace(old, path)
             raise
@@ -105,11 +114,23 @@ def sync_files(directory: Path) -> None:
     """Bring every file in `directory`, and the directory itself, to the disk."""
     for path in directory.rglob("*"):
         if path.is_file():
-            with open(path, "rb") as handle:
-                os.fsync(handle.fileno())
+            _sync_file(path)
         elif path.is_dir():
             _sync_directory(path)
     _sync_directory(directory)
+
+
+def make_directory(directory: Path) -> None:
+    """Create `directory` where it is missing, with its parents, so that their names survive a power failure."""
+    missing = [path for path in (directory, *directory.parents) if not path.exists()]
+    directory.mkdir(parents=True, exist_ok=True)
+    for path in reversed(missing):
+        _sync_directory(path.parent)
+
+
+def _sync_file(path: Path) -> None:
+    with open(path, "rb") as file:
+        os.fsync(file.fileno())
 
 
 def _sync_directory(directory: Path) -> None:
@@ -127,7 +148,7 @@ def _sync_directory(directory: Path) -> None:
 
 
 def is_leftover(path: Path) -> bool:
-    """Whether the name is one that `atomic_directory` and `atomic_write_text` give to what is not complete."""
+    """Whether the name is one that `atomic_directory` and `atomic_file` give to what is not complete."""
     return bool(_LEFTOVER.fullmatch(path.name))
 
 

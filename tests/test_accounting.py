@@ -7,7 +7,7 @@ import json
 import pytest
 import torch
 from rich.console import Console
-from tiny import HIERARCHIES, photon_config, photon_model, tokens
+from tiny import GRAFTS, photon_config, photon_model, tokens
 from tiny_dense import FAMILY_NAMES, dense_config
 from transformers import AutoModelForCausalLM
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
@@ -16,7 +16,6 @@ from photon_train import accounting
 from photon_train.config import PRESETS, PhotonSettings, RunConfig
 from photon_train.conversion import presets
 from photon_train.linears import LINEARS
-from photon_train.models import PhotonForCausalLM
 from photon_train.training.lora import add_lora
 
 FAMILIES = [
@@ -31,13 +30,13 @@ def counted(model: torch.nn.Module, trainable: bool = False) -> int:
     return sum(p.numel() for p in model.parameters() if p.requires_grad or not trainable)
 
 
-def on_meta(config) -> PhotonForCausalLM:
+def on_meta(config):
     with torch.device("meta"):
-        return PhotonForCausalLM(config)
+        return presets.target_of(config).model()(config)
 
 
-def graft(dense, preset: str = "graft"):
-    return presets.photon_config(dense, RunConfig(preset=preset))
+def converted(dense, preset: str = "graft", **photon):
+    return presets.photon_config(dense, RunConfig(preset=preset, photon=PhotonSettings(**photon)))
 
 
 # --- parameters ---
@@ -49,70 +48,106 @@ def test_parameters_of_every_family(model_type, changes):
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(dense)
     assert accounting.dense_parameters(dense) == accounting.dense_parameters(dense.to_dict()) == counted(model)
-    assert accounting.photon_parameters(graft(dense)) == counted(on_meta(graft(dense)))
+    assert accounting.photon_parameters(converted(dense)) == counted(on_meta(converted(dense)))
 
 
 @pytest.mark.parametrize("preset", PRESETS)
 def test_parameters_of_every_preset(preset):
-    config = graft(dense_config(num_hidden_layers=8), preset)
+    config = converted(dense_config(num_hidden_layers=8), preset)
     assert accounting.photon_parameters(config) == counted(on_meta(config))
 
 
-@pytest.mark.parametrize("name", HIERARCHIES)
-def test_parameters_of_every_hierarchy(name):
+@pytest.mark.parametrize("name", GRAFTS)
+def test_parameters_of_every_graft(name):
     config = photon_config(name)
     model = on_meta(config)
     assert accounting.photon_parameters(config) == counted(model)
     new = sum(counted(model.get_submodule(module)) for module in model.new_module_names())
     assert accounting.new_parameters(config) == new
+    assert (new > 0) == ("memory" in name)
 
 
 @pytest.mark.parametrize("target_modules", [["q_proj", "down_proj"], list(LINEARS), ["v_proj", "lm_head"]])
-def test_what_lora_trains(target_modules):
+@pytest.mark.parametrize("preset", PRESETS)
+def test_what_lora_trains(target_modules, preset):
     settings = RunConfig().lora
     settings.rank, settings.target_modules = 3, target_modules
-    for name in ("block-2", "residual-2-decoder", "memory-2-sinks"):
-        config = photon_config(name)
-        model = add_lora(PhotonForCausalLM(config), settings)
-        assert accounting.trainable_parameters(config, 3, target_modules) == counted(model, trainable=True)
-        assert accounting.trainable_parameters(config, 0) == accounting.photon_parameters(config)
-        # What `training_memory` counts as held: the originals of the new modules stay beside their copies.
-        setup = accounting.TrainingSetup(1, 1, 3, tuple(target_modules), weight_bytes=4, precision="no")
-        assert accounting.training_memory(config, setup).weights == 4 * counted(model)
+    config = converted(dense_config(), preset)
+    model = add_lora(presets.target_of(config).model()(config), settings)
+    assert accounting.trainable_parameters(config, 3, target_modules) == counted(model, trainable=True)
+    assert accounting.trainable_parameters(config, 0) == accounting.photon_parameters(config)
+    # What `training_memory` counts as held: the originals of the new modules stay beside their copies.
+    setup = accounting.TrainingSetup(1, 1, 3, tuple(target_modules), weight_bytes=4, precision="no")
+    assert accounting.training_memory(config, setup).weights == 4 * counted(model)
 
 
 # --- caches ---
 
 
+def held(cache) -> dict[str, int]:
+    """What the cache itself says, `buffers` of open chunks among what is constant."""
+    found = cache.kv_bytes()
+    return {"growing": found["growing"], "constant": found["constant"] + found.get("buffers", 0)}
+
+
+def expected(config, length: int) -> dict[str, int]:
+    found = accounting.cache_bytes(config, length, 4)
+    return {"growing": found.growing, "constant": found.constant}
+
+
 @pytest.mark.parametrize("length", [1, 11, 40])
-@pytest.mark.parametrize("name", HIERARCHIES)
+@pytest.mark.parametrize("name", GRAFTS)
 def test_cache_bytes_are_those_of_the_cache(name, length):
     model = photon_model(name)
     cache = model(tokens(1, length), use_cache=True).past_key_values
-    expected = accounting.cache_bytes(model.config, length, 4)
-    assert cache.kv_bytes() == {
-        "growing": expected.growing,
-        "constant": expected.constant,
-        "buffers": expected.buffers,
-    }
+    assert held(cache) == expected(model.config, length)
+    # Three equal rows hold three times as much.
+    rows = model(tokens(1, length).expand(3, -1), use_cache=True).past_key_values
+    assert held(rows) == {key: 3 * value for key, value in held(cache).items()}
 
 
-@pytest.mark.parametrize("name", ["memory-2-sinks", "slots-3", "block-2"])
+@pytest.mark.parametrize("name", GRAFTS)
 def test_cache_bytes_hold_after_decoding(name):
     model = photon_model(name)
     cache = model(tokens(1, 5), use_cache=True).past_key_values
     for step in range(5, 38):
         model(tokens(1, 1, seed=step), past_key_values=cache)
-    assert cache.kv_bytes()["growing"] == accounting.cache_bytes(model.config, 38, 4).growing
-    assert sum(cache.kv_bytes().values()) == accounting.cache_bytes(model.config, 38, 4).total
+        assert held(cache) == expected(model.config, step + 1)
 
 
-@pytest.mark.parametrize("name", HIERARCHIES)
+def test_layers_that_the_family_keeps_local_hold_their_own_window():
+    local = {"use_sliding_window": True, "sliding_window": 16, "max_window_layers": 1}
+    model = photon_model("memory", "qwen2", memory_layers=[0], **local)
+    assert [model.config.is_local(layer) for layer in range(3)] == [False, True, True]
+    cache = model(tokens(1, 40), use_cache=True).past_key_values
+    assert held(cache) == expected(model.config, 40)
+    near, far = (accounting.photon_flops(model.config, length) for length in (61, 121))
+    # 60 tokens more under units, which 4 heads meet through a latent of 32 numbers: nothing else grows.
+    assert far - near == 4 * 4 * 32 * 60
+
+
+@pytest.mark.parametrize("preset", ["split", "paper"])
+@pytest.mark.parametrize("length", [1, 11, 40])
+def test_cache_bytes_of_a_hierarchy_are_those_of_its_cache(preset, length):
+    config = converted(dense_config(), preset)
+    model = presets.target_of(config).model()(config).eval()
+    cache = model(tokens(1, length), use_cache=True).past_key_values
+    assert held(cache) == expected(config, length)
+
+
+@pytest.mark.parametrize("name", GRAFTS)
 def test_the_slope_is_what_is_added_per_token(name):
     config = photon_config(name)
     near, far = (accounting.cache_bytes(config, 144 * n) for n in (1, 11))
     assert accounting.growing_bytes_per_token(config) == pytest.approx((far.growing - near.growing) / 1440)
-    assert (far.constant, far.buffers) == (near.constant, near.buffers)
+    assert far.constant == near.constant
+
+
+@pytest.mark.parametrize("preset", ["split", "paper"])
+def test_the_slope_of_a_hierarchy(preset):
+    config = converted(dense_config(), preset)
+    near, far = (accounting.cache_bytes(config, 16 * n) for n in (10, 90))
+    assert accounting.growing_bytes_per_token(config) == pytest.approx((far.growing - near.growing) / 1280)
 
 
 @pytest.mark.parametrize(
@@ -131,30 +166,29 @@ def test_the_dense_cache(model_type, changes):
 # --- work ---
 
 
-@pytest.mark.parametrize("name", HIERARCHIES)
-def test_layer_positions_are_those_that_run(name):
-    config = photon_config(name)
-    model = photon_model(name)
+@pytest.mark.parametrize("preset", PRESETS)
+def test_layer_positions_are_those_that_run(preset):
+    config = converted(dense_config(num_hidden_layers=8), preset)
+    model = presets.target_of(config).model()(config).eval()
     ran = []
     for module in model.modules():
         if isinstance(module, LlamaDecoderLayer):
             module.register_forward_pre_hook(lambda _, inputs: ran.append(inputs[0].shape[0] * inputs[0].shape[1]))
-    # The forward pass pads to the end of the open meta-context: compare the slope.
-    counts = []
-    for length in (10 * config.top_span, 20 * config.top_span):
+    # The forward pass may pad to the end of the open top unit: compare the slope.
+    counts, unit = [], accounting.costs_of(config).unit
+    for length in (10 * unit, 20 * unit):
         ran.clear()
-        model(tokens(1, length))
+        model(tokens(1, length), use_cache=False)
         counts.append(sum(ran))
-    assert accounting.layer_positions(config) * 10 * config.top_span == pytest.approx(counts[1] - counts[0])
+    assert accounting.layer_positions(config) * 10 * unit == pytest.approx(counts[1] - counts[0])
 
 
 def test_the_presets_cost_what_the_design_says():
     dense = dense_config(num_hidden_layers=8)
-    positions = {preset: accounting.layer_positions(graft(dense, preset)) for preset in PRESETS}
+    positions = {preset: accounting.layer_positions(converted(dense, preset)) for preset in PRESETS}
     assert positions["graft"] == 8
-    assert positions["hourglass"] == 4 + 4 / 4
     assert positions["split"] < positions["paper"] < 8
-    growing = accounting.growing_bytes_per_token(graft(dense))
+    growing = accounting.growing_bytes_per_token(converted(dense))
     assert growing / (accounting.dense_cache_bytes(dense, 1)) == pytest.approx(1 / (8 * 4))
 
 
@@ -164,25 +198,43 @@ def test_flops_of_the_dense_model_by_hand():
     assert accounting.dense_flops(dense, 100) == 2 * (2 * linear + 64 * 32) + 4 * 2 * 100 * 32
 
 
-def test_flops_of_graft_grow_with_its_units_only():
-    dense = dense_config(num_hidden_layers=8)
-    config = presets.photon_config(dense, RunConfig(photon=PhotonSettings(memory_pooling="mean")))
-    near, far = (accounting.photon_flops(config, n) for n in (1600, 3200))
-    # Per token: 4 memory layers see 100 units more, the top encoder's layer too, but once in 16 tokens.
-    assert far - near == pytest.approx(4 * 32 * (4 * 100 + 100 / 16))
-    assert accounting.dense_flops(dense, 3200) - accounting.dense_flops(dense, 1600) == 4 * 32 * 8 * 1600
-
-
 @pytest.mark.parametrize("parts", [1, 2])
-def test_flops_of_a_latent_memory_count_the_tokens_under_units(parts):
-    photon = PhotonSettings(num_levels=1, memory_layers=[1, 4, 7], memory_pooling="latent", memory_latents=1)
-    photon.memory_latent_parts = parts
+def test_flops_of_a_memory_count_the_tokens_under_units(parts):
     dense = dense_config(num_hidden_layers=8)
-    config = presets.photon_config(dense, RunConfig(photon=photon))
+    config = converted(dense, memory_layers=[1, 4, 7], latents_per_unit=parts)
     near, far = (accounting.photon_flops(config, n) for n in (1600, 3200))
     # Per token: 3 layers meet 1600 tokens more, each of 4 heads through a latent of 2 * 2 * 8 numbers, or half.
     assert far - near == pytest.approx(4 * (3 * 4 * 32 / parts * 1600))
-    assert accounting.growing_bytes_per_token(config, 2) == pytest.approx(32 * 2 / 4)
+    assert accounting.growing_bytes_per_token(config, 2) == pytest.approx(3 * 32 * 2 / 4)
+    assert accounting.dense_flops(dense, 3200) - accounting.dense_flops(dense, 1600) == 4 * 32 * 8 * 1600
+
+
+def test_flops_of_layers_at_full_attention():
+    dense = dense_config(num_hidden_layers=8)
+    config = converted(dense, memory_layers=[7], full_attention_layers=[0, 1])
+    with_memory_alone = converted(dense, memory_layers=[7])
+    grown = [accounting.photon_flops(c, 3200) - accounting.photon_flops(c, 1600) for c in (config, with_memory_alone)]
+    assert grown[0] - grown[1] == 4 * 32 * 2 * 1600
+
+
+def test_a_7b_model_without_grouped_heads_is_converted_in_24_gib():
+    """Its latents are the widest: 8,192 numbers, packed in two parts."""
+    heads = {"num_attention_heads": 32, "num_key_value_heads": 32, "head_dim": 128, "hidden_size": 4096}
+    dense = dense_config(**heads, intermediate_size=11008, num_hidden_layers=32, vocab_size=32000)
+    config = converted(dense)
+    assert config.latents_per_unit == 2 and len(config.memory_layers) == 4
+    costs = accounting.costs_of(config)
+    square = (4 * 4096) ** 2
+    assert costs.fit_at_once == 1 and costs.fit_bytes == 16 * square + 24 * square
+    result = accounting.estimate(dense, config, accounting.TrainingSetup(2048))
+    assert 2 * accounting.photon_parameters(config) < result.conversion_bytes < 24 * 2**30
+
+
+def test_the_fit_of_small_models_holds_all_moments_at_once():
+    config = converted(dense_config(num_hidden_layers=16))
+    square = (4 * 32) ** 2
+    assert accounting.costs_of(config).fit_bytes == 2 * 16 * square + 24 * square
+    assert accounting.costs_of(converted(dense_config(), memory_layers=[])).fit_bytes == 0
 
 
 # --- all of it ---
@@ -191,7 +243,7 @@ def test_flops_of_a_latent_memory_count_the_tokens_under_units(parts):
 def test_the_estimate_is_shown_and_saved():
     dense = dense_config(num_hidden_layers=8)
     setup = accounting.TrainingSetup(2048, 2, zero_stage=3, num_processes=2)
-    result = accounting.estimate(dense, graft(dense), setup, gpu_bytes=2**30)
+    result = accounting.estimate(dense, converted(dense), setup, gpu_bytes=2**30)
     content = json.loads(json.dumps(result.to_dict()))
     assert content["dense_parameters"] == accounting.dense_parameters(dense)
     assert content["added_parameters"] == content["photon_parameters"] - content["dense_parameters"] > 0
@@ -209,7 +261,7 @@ def test_the_estimate_is_shown_and_saved():
 
 def test_without_a_gpu_nothing_is_recommended():
     dense = dense_config(num_hidden_layers=8)
-    assert accounting.estimate(dense, graft(dense), accounting.TrainingSetup(64)).to_dict()["fit"] is None
+    assert accounting.estimate(dense, converted(dense), accounting.TrainingSetup(64)).to_dict()["fit"] is None
 
 
 @pytest.mark.parametrize(("count", "text"), [(0, "0 B"), (1023, "1023 B"), (1536, "1.50 KiB"), (3 * 2**40, "3.00 TiB")])

@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 from pathlib import Path
 
 import pytest
 
 from photon_train.errors import PhotonError
-from photon_train.files import atomic_directory, atomic_write_text, hidden_sibling, parse_size, remove_leftovers
+from photon_train.files import (
+    atomic_directory,
+    atomic_write_text,
+    check_can_write,
+    hidden_sibling,
+    parse_size,
+    remove_leftovers,
+)
 
 
 def names(directory: Path) -> list[str]:
@@ -55,6 +64,39 @@ def test_failed_directory_leaves_the_old(tmp_path: Path) -> None:
             raise KeyboardInterrupt
     assert (tmp_path / "stage" / "file").read_text() == "old"
     assert names(tmp_path) == ["stage"]
+
+
+def test_a_directory_that_cannot_take_its_place_leaves_the_old(tmp_path: Path, monkeypatch) -> None:
+    with atomic_directory(tmp_path / "stage") as temporary:
+        (temporary / "file").write_text("old")
+    replace = os.replace
+
+    def refuse(source, target):
+        if Path(target).name == "stage" and (Path(source) / "new").exists():
+            raise OSError("refused")
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", refuse)
+    with pytest.raises(OSError, match="refused"):
+        with atomic_directory(tmp_path / "stage") as temporary:
+            (temporary / "new").write_text("new")
+    assert (tmp_path / "stage" / "file").read_text() == "old"
+    assert names(tmp_path) == ["stage"]
+
+
+def test_what_can_be_known_before_writing(tmp_path: Path, monkeypatch) -> None:
+    """Room for what is to be written and 64 MiB besides; a directory that is not there or empty."""
+    free = shutil.disk_usage(tmp_path)._replace(free=2**30)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: free)
+    (tmp_path / "empty").mkdir()
+    for directory in (tmp_path / "empty", tmp_path / "deep" / "new"):
+        check_can_write(directory, 2**30 - 2**26, "the model")
+        with pytest.raises(PhotonError, match="1.1 GB free, the model needs 1.1 GB"):
+            check_can_write(directory, 2**30 - 2**26 + 1, "the model")
+    (tmp_path / "file").write_text("")
+    for path in (tmp_path, tmp_path / "file"):
+        with pytest.raises(PhotonError, match="is not empty"):
+            check_can_write(path, 1, "the model")
 
 
 def test_leftovers_of_killed_processes_and_nothing_else_are_removed(tmp_path: Path) -> None:

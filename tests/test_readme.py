@@ -1,19 +1,31 @@
-"""The README and the guides: commands that parse, links that lead somewhere, numbers that were measured."""
+"""The README and the guides: commands that parse, links that lead somewhere, numbers that were measured.
+
+Every number of a page has an entry in `quoted_numbers.yaml`; a sentence or table that changes needs its entry changed.
+A claim is a piece of the page with an expression over the records in braces where a number stands; claims are separated
+by an empty line, line breaks do not matter: ``recovers {100 * latent.where(name='latent').mean('recovered')}% of``.
+A value must agree with the printed digits (``{> ...}``: be below the printed number; also ``<``, ``>=``, ``<=``).
+A table has one expression per column over `rows`, which its first cells select (`name`, `cells`); two numbers: ``;``.
+Settings, targets and the like stand under `not_measured`, by reason, with the words around them; commands, inline code,
+versions and names (`fp32`, `ZeRO-3`) need nothing. A number that no record supports is not printed.
+"""
 
 from __future__ import annotations
 
 import importlib
-import json
 import re
 import shlex
 from pathlib import Path
 
 import pytest
+import yaml
+from quoted_numbers import check, load_records
 
+from photon_train.commands.convert import read_settings
 from photon_train.config import load_config
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", ROOT / "kernels" / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+REGISTRY = ROOT / "tests" / "quoted_numbers.yaml"
 # They read a RunConfig.
 CONFIGURED = {"convert.py", "convert_llama.py", "convert_qwen.py", "finetune.py", "pretokenize.py"}
 
@@ -83,9 +95,28 @@ def test_accelerate_configs_and_make_targets_exist():
             assert (ROOT / words[words.index("--config_file") + 1]).is_file(), page
 
 
-def test_the_demos_table_is_the_benchmarks():
-    record = json.loads((ROOT / "benchmarks" / "demo.json").read_text(encoding="utf-8"))
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
-    for row in record["held_out"]:
-        assert f"| {row['cross_entropy']:.4f} |" in text, row["label"]
-    assert f"({record['kv_ratio']:.1%})" in text
+def test_every_number_is_what_its_record_says():
+    registry = yaml.safe_load(REGISTRY.read_text(encoding="utf-8"))
+    records = load_records(registry["records"], registry["definitions"])
+    texts = {page.relative_to(ROOT).as_posix(): page.read_text(encoding="utf-8") for page in PAGES}
+    problems = [f"{page} is not a page" for page in registry["pages"].keys() - texts.keys()]
+    for page, text in texts.items():
+        entries = registry["pages"].get(page, {})
+        problems += [f"{page}, {problem}" for problem in check(text, entries, registry["rules"], records)]
+    assert not problems, "\n".join(["numbers and tests/quoted_numbers.yaml disagree:", *problems])
+
+
+def test_every_name_and_rule_of_the_registry_is_used():
+    text = REGISTRY.read_text(encoding="utf-8")
+    registry = yaml.safe_load(text)
+    for name in (*registry["records"], *registry["definitions"]):
+        assert len(re.findall(rf"\b{name}\b", text)) > 1, f"{name} is used by nothing"
+    pages = "\n".join(page.read_text(encoding="utf-8") for page in PAGES)
+    for reason, pattern in registry["rules"].items():
+        assert re.search(pattern, pages), f"the rule {reason!r} matches nothing"
+
+
+def test_the_settings_of_the_demo_are_what_the_command_reads():
+    """Without a model the command takes the demo's YAML, with one the defaults."""
+    demo, plain = read_settings([]), read_settings(["--model", "somewhere"])
+    assert demo.train.max_steps < plain.train.max_steps

@@ -1,12 +1,14 @@
 """Decode with PHOTON's engine and with a dense model of the same shapes, in one process, and write the ratios.
 
-python tools/bench_inference.py --profile cpu            # small shapes, a few minutes, ratios only
+python tools/bench_inference.py --profile cpu            # small shapes; then prefill at SmolLM2's shape; ratios only
 python tools/bench_inference.py --profile gpu --shape 1b # Llama-3.2-1B shapes, random weights, bf16
 
-A prompt is encoded once; its cache is copied to every row of the batch (PHOTON: its own pages in each row, except in
+A prompt is encoded once; its cache is copied to every row of the batch (PHOTON: its own blocks in each row, except in
 mode `multi-query`, where the continuations share them). On a CPU all systems then decode in turns of a few tokens, so
-that other work on the machine slows them alike; on a GPU each is measured alone, with the whole memory. Before anything
-is timed, every system's logits are compared with one pass over the whole text.
+that other work on the machine slows them alike, and the CPU time of one thread is taken; on a GPU each is measured
+alone, with the whole memory. Before anything is timed, every system's logits are compared with one pass over the whole
+text. On a CPU the prefill of long prompts follows (`prefill` in the result), also in turns: a graft's over the dense
+model's; how long it will take is said beforehand.
 
 `decode_ratio` is a system's decoded tokens per second over those of the faster dense model with full attention (dynamic
 or static cache, transformers' `generate`, not compiled), the median over the turns; `ratios` has the other figures over
@@ -22,7 +24,7 @@ import math
 import statistics
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -30,63 +32,19 @@ import torch
 from transformers import LlamaForCausalLM
 
 from lib import baselines
+from lib.cases import CASES, NEW_TOKENS, PREFILLS, Case
 from lib.plots import plot_inference
-from lib.shapes import SHAPES, dense_shape, photon_shape
+from lib.prefill import PrefillBench
+from lib.shapes import SHAPES, SYSTEMS, dense_shape, photon_shape
 from lib.systems import DenseSystem, PhotonSystem, System, copy_bandwidth
 from lib.vllm_system import VllmSystem
 from photon_train.cli import main_wrapper
+from photon_train.conversion.presets import target_of
 from photon_train.errors import PhotonError
 from photon_train.evaluation.report import write_rows
-from photon_train.models import PhotonForCausalLM
 
 FULL = ("dense-dynamic", "dense-static")  # full attention: what ratios refer to
 GIB = 2**30
-
-
-@dataclass(frozen=True)
-class Case:
-    """One measurement: `context` tokens in, `batch` rows (None: each system's best), turns of `steps` tokens."""
-
-    mode: str
-    context: int
-    batch: int | None
-    steps: int
-    turns: int = 3
-
-
-# The lengths of the issue on a GPU; shorter ones of the same kinds on a CPU.
-CASES = {
-    "smoke": [
-        Case("long", 70, None, 1, 1),
-        Case("multi-query", 70, 3, 2, 1),
-        Case("decode-heavy", 33, 1, 1, 1),
-    ],
-    "cpu": [
-        Case("decode-heavy", 128, 8, 8, 2),
-        Case("prefill-heavy", 1024, 8, 4, 2),
-        Case("multi-query", 2048, 9, 4, 2),
-        Case("long", 2048, 1, 16, 2),
-        Case("long", 2048, 8, 4, 2),
-        Case("long", 4096, 8, 4, 2),
-        Case("long", 8192, 8, 4, 2),
-    ],
-    # By context, so that the dense model encodes each once.
-    "gpu": [
-        Case("long", 4096, None, 32),
-        Case("long", 4096, 32, 32),
-        Case("long", 4096, 1, 32),
-        Case("multi-query", 4096, 9, 32),
-        Case("multi-query", 4096, 64, 32),
-        Case("long", 32_768, None, 32),
-        Case("long", 32_768, 8, 32),
-        Case("long", 32_768, 1, 32),
-        Case("long", 131_072, None, 16),
-        Case("long", 131_072, 1, 32),
-        Case("prefill-heavy", 2048, 32, 32),
-        Case("decode-heavy", 128, 32, 32),
-    ],
-}
-NEW_TOKENS = {"prefill-heavy": 128, "decode-heavy": 2048}  # of an answer, for end-to-end figures; else 256
 MOST_ROWS = 1024
 MEMORY_SHARE = 0.9  # of a GPU's, for weights and cache; the rest is for activations
 
@@ -96,11 +54,15 @@ class Bench:
 
     def __init__(self, options: argparse.Namespace, device: torch.device, dtype: torch.dtype) -> None:
         self.options, self.device, self.dtype = options, device, dtype
-        self.cases = [case for case in CASES[options.profile] if options.only in (None, case.context)]
+        cases = [] if options.no_decode else CASES[options.profile]
+        self.cases = [case for case in cases if options.only in (None, case.context)]
+        self.prefill = self._prefill()
         self.began = time.perf_counter()
         self.measured: list[tuple[Case, dict[str, Any], list[float]]] = []
         self.record: dict[str, Any] = {"shape": options.shape, "window": options.window, "backend": options.backend}
-        self.record |= {"claims": "absolute and ratios" if device.type == "cuda" else "ratios only"}
+        gpu = device.type == "cuda"
+        self.record |= {"claims": "absolute and ratios" if gpu else "ratios only"}
+        self.record |= {"clock": "wall time" if gpu else "CPU time of one thread"}
         self.record |= {"order": options.order, "cuda_graphs": options.cuda_graphs, "relative_errors": {}}
         self.record |= {"copy_bytes_per_s": copy_bandwidth(device), "skipped": []}
         self.output = options.output or Path(f"benchmarks/inference/{options.profile}-{options.shape}.json")
@@ -125,7 +87,7 @@ class Bench:
 
     def _photon(self, name: str) -> System:
         config = photon_shape(dense_shape(self.options.shape), name, self.options.window)
-        model = self._place(lambda: PhotonForCausalLM(config))
+        model = self._place(lambda: target_of(config).model()(config))
         model.set_backend(self.options.backend)
         return PhotonSystem(name, model, self.options.cuda_graphs)
 
@@ -152,6 +114,21 @@ class Bench:
         if not error < max(system.tolerance, 5e-2 if self.dtype == torch.bfloat16 else 0.0):
             raise PhotonError(f"{system.name} computes something else: relative error {error:.2g}")
         print(f"{system.name}: relative error {error:.1g}", flush=True)
+
+    def _prefill(self) -> PrefillBench | None:
+        """The prefill of the profile, after its check; says how long it will take."""
+        case = None if self.options.no_prefill else PREFILLS.get(self.options.profile)
+        if case is None:
+            return None
+        contexts = tuple(context for context in case.contexts if self.options.only in (None, context))
+        if not contexts:
+            return None
+        bench = PrefillBench(replace(case, contexts=contexts, layers=self.options.prefill_layers or case.layers))
+        bench.check()
+        times = " and ".join(f"{context:,}" for context in contexts)
+        minutes = bench.expected_seconds() / 60
+        print(f"prefill: {case.turns} turns of {times} tokens will take {minutes:.1f} CPU minutes", flush=True)
+        return bench
 
     # --- the two orders ---
 
@@ -308,7 +285,8 @@ class Bench:
 
     def write(self) -> None:
         """Write what there is so far."""
-        write_rows(self.output, self.rows(), **self.record)
+        prefill = {"prefill": self.prefill.record()} if self.prefill else {}
+        write_rows(self.output, self.rows(), **self.record, **prefill)
 
 
 def ratios(row: dict, rates: list[float], dense: dict, dense_rates: list[float]) -> dict[str, Any]:
@@ -326,7 +304,7 @@ def steps_of(system: System, case: Case) -> int:
 
 
 def by_phase(system: PhotonSystem, turns: list[list[float]]) -> list[float]:
-    """Median seconds of a token by its place in the meta-context, of one row; the last place closes all levels."""
+    """Median seconds of a token by its place in the largest unit, of one row."""
     start, places = system.phase, [[] for _ in range(system.period)]
     for number, seconds in enumerate(step for turn in turns for step in turn):  # turns are whole periods
         places[(start + number) % system.period].append(seconds)
@@ -337,12 +315,7 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--profile", choices=sorted(CASES), default="cpu", help="which cases, on which device")
     parser.add_argument("--shape", choices=sorted(SHAPES), default=None, help="default: demo, 1b with profile gpu")
-    parser.add_argument(
-        "--presets",
-        nargs="+",
-        default=["graft-residual", "split", "graft"],
-        help="preset, or preset-conditioning; default: graft-residual split graft",
-    )
+    parser.add_argument("--presets", nargs="+", choices=SYSTEMS, default=["graft", "graft-apart", "split"])
     parser.add_argument("--dense", nargs="*", choices=baselines.KINDS, default=list(baselines.KINDS))
     parser.add_argument("--vllm", action="store_true", help="also the dense model under vLLM, which must be installed")
     parser.add_argument("--window", type=int, default=64, help="window of PHOTON and of the dense window system")
@@ -356,7 +329,12 @@ def arguments() -> argparse.Namespace:
         default=None,
         help="fill the dense model's cache at random for prompts of this many tokens (then without ttft_s)",
     )
-    parser.add_argument("--budget-seconds", type=float, default=280, help="start nothing after this")
+    parser.add_argument("--no-decode", action="store_true", help="measure prefill alone")
+    parser.add_argument("--no-prefill", action="store_true", help="measure decoding alone")
+    parser.add_argument("--prefill-layers", type=int, default=None, help="layers of the shape to prefill; default: all")
+    parser.add_argument(
+        "--budget-seconds", type=float, default=None, help="start no decoding after this; default: 280 with profile gpu"
+    )
     parser.add_argument(
         "--output", type=Path, default=None, help="default: benchmarks/inference/<profile>-<shape>.json"
     )
@@ -365,24 +343,34 @@ def arguments() -> argparse.Namespace:
 
 @torch.no_grad()
 def main() -> None:
-    options, gpu = arguments(), False
-    if options.profile == "gpu":
-        gpu = True
-        if not torch.cuda.is_available():
-            raise PhotonError("--profile gpu needs a GPU: use --profile cpu here")
+    options = arguments()
+    gpu = options.profile == "gpu"
+    if gpu and not torch.cuda.is_available():
+        raise PhotonError("--profile gpu needs a GPU: use --profile cpu here")
+    if options.no_decode and (options.no_prefill or gpu):
+        raise PhotonError("--no-decode leaves nothing to measure: drop it, or take --profile cpu without --no-prefill")
     if options.vllm and (not gpu or options.order == "turns"):
         raise PhotonError("--vllm reserves the memory of a GPU: use it with --profile gpu and --order alone")
     options.shape = options.shape or ("1b" if gpu else "demo")
     options.backend = options.backend or ("triton" if gpu else "torch")
     options.order = options.order or ("alone" if gpu else "turns")
+    options.budget_seconds = options.budget_seconds or (280.0 if gpu else math.inf)
+    if not gpu:
+        torch.set_num_threads(1)
     bench = Bench(options, torch.device("cuda" if gpu else "cpu"), torch.bfloat16 if gpu else torch.float32)
-    (bench.run_alone if options.order == "alone" else bench.run_in_turns)()
+    if bench.cases:
+        (bench.run_alone if options.order == "alone" else bench.run_in_turns)()
+    if bench.prefill:
+        bench.prefill.run(on_rows=bench.write)
     bench.write()
     rows = bench.rows()
     for row in rows:
         ratio = "-" if row["decode_ratio"] is None else f"{row['decode_ratio']:.2f}"
         print(f"{row['mode']:14} {row['context']:7} x {row['batch']:4} ({row['batches']:5}) {row['system']:16} {ratio}")
-    plot_inference(rows, bench.output.with_suffix(".png"))
+    for row in bench.prefill.rows if bench.prefill else ():
+        print(f"{'prefill':14} {row['context']:7} x    1         {row['system']:16} {row['prefill_ratio']:.2f}")
+    if rows:
+        plot_inference(rows, bench.output.with_suffix(".png"))
     print(f"{bench.output} ({time.perf_counter() - bench.began:.0f} s)")
 
 

@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -31,11 +32,10 @@ if not torch.cuda.is_available():
 
 from photon_kernels import (  # noqa: E402
     Append,
-    Window,
     cache_append,
     gather_chunk_project,
     latent_decode,
-    summary_decode_attention,
+    paged_decode_attention,
     window_decode_attention,
 )
 from photon_kernels._tiles import candidates, device_name, trial  # noqa: E402
@@ -43,7 +43,8 @@ from photon_train.cli import main_wrapper  # noqa: E402
 from photon_train.errors import PhotonError  # noqa: E402
 from photon_train.evaluation.report import write_rows  # noqa: E402
 from photon_train.files import atomic_write_text  # noqa: E402
-from photon_train.models.attention_photon import BandSpan  # noqa: E402
+from photon_train.models.attention_photon import NewElements  # noqa: E402
+from photon_train.models.segments_photon import WindowSegment  # noqa: E402
 
 # Norm of the error, relative to the result's; rounding to bfloat16 alone gives about 2e-3.
 TOLERANCE = 1e-2
@@ -96,96 +97,82 @@ def nbytes(*tensors: Tensor) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
-def window_case(batch: int, heads: tuple[int, int, int], entries: int, positions: int = 1) -> Case:
-    """A full ring, in shuffled order: a window, or an isolated chunk of R + C entries."""
+def window_case(batch: int, heads: tuple[int, int, int], slots: int, positions: int = 1) -> Case:
+    """A full ring, in shuffled order: a window, or an isolated chunk of R + C elements."""
     num_heads, kv_heads, dim = heads
     q = random(batch, num_heads, positions, dim)
-    ring = make_ring(batch, kv_heads, entries, dim, positions)
-    run = partial(window_decode_attention, q, *ring[:5], dim**-0.5, backend="triton")
-    double = (ring.k.double(), ring.v.double(), *ring[2:5])
-    expected = partial(window_decode_attention, q.double(), *double, dim**-0.5)
-    grouped = num_heads != kv_heads
-    dense = partial(F.scaled_dot_product_attention, q, ring.k, ring.v, enable_gqa=grouped)
-    shape = f"B={batch} heads={num_heads}/{kv_heads} D={dim} N={entries} Q={positions}"
-    return Case(
-        "window_decode", shape, run, expected, 2 * nbytes(q) + nbytes(ring.k, ring.v), references={"sdpa": dense}
-    )
-
-
-def make_ring(batch: int, kv_heads: int, entries: int, dim: int, positions: int = 1) -> Window:
-    """A ring whose entries are all visible to every query."""
-    k, v = random(batch, kv_heads, entries, dim), random(batch, kv_heads, entries, dim)
-    order = torch.stack([torch.randperm(entries, device=device()) for _ in range(batch)])
+    k, v = (random(batch, kv_heads, slots, dim) for _ in range(2))
+    index = torch.stack([torch.randperm(slots, device=device()) for _ in range(batch)])
     first = torch.zeros(batch, dtype=torch.long, device=device())
-    return Window(k, v, order, first, torch.full((batch, positions), entries, device=device()))
+    arguments = index, first, torch.full((batch, positions), slots, device=device()), dim**-0.5
+    run = partial(window_decode_attention, q, k, v, *arguments, backend="triton")
+    expected = partial(window_decode_attention, q.double(), k.double(), v.double(), *arguments)
+    dense = partial(F.scaled_dot_product_attention, q, k, v, enable_gqa=num_heads != kv_heads)
+    shape = f"B={batch} heads={num_heads}/{kv_heads} D={dim} N={slots} Q={positions}"
+    return Case("window_decode", shape, run, expected, 2 * nbytes(q) + nbytes(k, v), references={"sdpa": dense})
 
 
-def summary_case(batch: int, heads: tuple[int, int, int], units: int, per_page: int, window: int) -> Case:
-    """A paged stream beside a ring of `window` entries (0: none, as in a full-attention layer)."""
+def paged_case(batch: int, heads: tuple[int, int, int], length: int, per_block: int) -> Case:
+    """One query per row over the keys of `length` tokens, in shuffled blocks."""
     num_heads, kv_heads, dim = heads
-    pages = torch.randperm(batch * units // per_page, device=device()).view(batch, -1)
+    table = torch.randperm(batch * length // per_block, device=device()).view(batch, -1)
     q = random(batch, num_heads, 1, dim)
-    k, v = (random(pages.numel(), kv_heads, per_page, dim) for _ in range(2))
-    lengths = torch.full((batch, 1), units, device=device())
-    ring = make_ring(batch, kv_heads, window, dim) if window else None
-    bias = torch.full((units,), 2.77, device=device())
-    settings = {"unit_bias": bias, "pages": pages}
-    run = partial(summary_decode_attention, q, k, v, lengths, dim**-0.5, window=ring, backend="triton", **settings)
-    double = ring and ring._replace(k=ring.k.double(), v=ring.v.double())
-    states = (q.double(), k.double(), v.double())
-    expected = partial(summary_decode_attention, *states, lengths, dim**-0.5, window=double, **settings)
-    # The stream alone and in one piece: less than the kernel does.
-    rows = [states[pages].transpose(1, 2).flatten(2, 3) for states in (k, v)]
+    k, v = (random(table.numel(), kv_heads, per_block, dim) for _ in range(2))
+    arguments = torch.full((batch, 1), length, device=device()), dim**-0.5, None, table
+    run = partial(paged_decode_attention, q, k, v, *arguments, backend="triton")
+    expected = partial(paged_decode_attention, q.double(), k.double(), v.double(), *arguments)
+    # In one piece: less than the kernel does.
+    rows = [states[table].transpose(1, 2).flatten(2, 3) for states in (k, v)]
     dense = partial(F.scaled_dot_product_attention, q, *rows, enable_gqa=num_heads != kv_heads)
-    moved = 2 * nbytes(q) + nbytes(k, v, pages) + (nbytes(ring.k, ring.v) if ring else 0)
-    shape = f"B={batch} heads={num_heads}/{kv_heads} D={dim} U={units} page={per_page} window={window}"
-    return Case("summary_decode", shape, run, expected, moved, references={"sdpa, contiguous, no window": dense})
+    moved = 2 * nbytes(q) + nbytes(k, v, table)
+    shape = f"B={batch} heads={num_heads}/{kv_heads} D={dim} N={length} block={per_block}"
+    return Case("paged_decode", shape, run, expected, moved, references={"sdpa, contiguous": dense})
 
 
-def latent_case(batch: int, heads: tuple[int, int, int], units: int, per_page: int, places: int = 4) -> Case:
-    """Folded queries over paged latents; in torch the pages are gathered, and all scores held."""
+def latent_case(batch: int, heads: tuple[int, int, int], units: int, per_block: int, chunk: int = 4) -> Case:
+    """Folded queries over latents in blocks; in torch these are gathered, and all scores held."""
     num_heads, kv_heads, dim = heads
     width = 2 * kv_heads * dim
-    pages = torch.randperm(batch * units // per_page, device=device()).view(batch, -1)
-    folded = (torch.randn(batch, num_heads, places, width, device=device()) * width**-0.5).to(DTYPE)
-    bias = torch.randn(batch, num_heads, places, device=device())
-    keys, values = (random(pages.numel(), kv_heads, per_page, dim) for _ in range(2))
+    table = torch.randperm(batch * units // per_block, device=device()).view(batch, -1)
+    folded = (torch.randn(batch, num_heads, chunk, width, device=device()) * width**-0.5).to(DTYPE)
+    bias = torch.randn(batch, num_heads, chunk, device=device())
+    keys, values = (random(table.numel(), kv_heads, per_block, dim) for _ in range(2))
     visible = torch.full((batch,), units, device=device())
-    settings = {"scale": 1.0, "first_token": 4, "pages": pages}
+    settings = {"scale": 1.0, "first_token": 4, "block_table": table}
     run = partial(latent_decode, folded, bias, keys, values, visible, backend="triton", **settings)
     double = (each.double() for each in (folded, bias, keys, values))
     expected = partial(latent_decode, *double, visible, **settings)
     plain = partial(latent_decode, folded, bias, keys, values, visible, **settings)
     return Case(
         "latent_decode",
-        f"B={batch} heads={num_heads}/{kv_heads} D={dim} S={places} U={units} page={per_page}",
+        f"B={batch} heads={num_heads}/{kv_heads} D={dim} S={chunk} U={units} block={per_block}",
         run=lambda: run().mixed,
         expected=lambda: expected().mixed,
-        nbytes=nbytes(keys, values, pages) + 2 * nbytes(folded),
-        flops=4 * batch * num_heads * places * units * width,
+        nbytes=nbytes(keys, values, table) + 2 * nbytes(folded),
+        flops=4 * batch * num_heads * chunk * units * width,
         references={"gathered, in torch": plain},
     )
 
 
-def append_case(batch: int, kv_heads: int, dim: int, entries: int) -> Case:
+def append_case(batch: int, kv_heads: int, dim: int, slots: int) -> Case:
     """Keys and values of one token per row into a ring."""
     sources = [random(batch, kv_heads, 1, dim) for _ in range(2)]
-    targets = [torch.zeros(batch, kv_heads, entries, dim, device=device(), dtype=DTYPE) for _ in range(2)]
-    rows, place = torch.randperm(batch, device=device()), torch.randint(0, entries, (batch, 1), device=device())
-    appends = [Append(states, target, rows, place) for states, target in zip(sources, targets, strict=True)]
+    targets = [torch.zeros(batch, kv_heads, slots, dim, device=device(), dtype=DTYPE) for _ in range(2)]
+    rows, slot = torch.randperm(batch, device=device()), torch.randint(0, slots, (batch, 1), device=device())
+    appends = [Append(states, target, rows, slot) for states, target in zip(sources, targets, strict=True)]
 
     def index_put() -> None:
         for states, target in zip(sources, targets, strict=True):
-            target[rows[:, None], :, place] = states.transpose(1, 2)
+            target[rows[:, None], :, slot] = states.transpose(1, 2)
 
     def expected() -> Tensor:
-        double = [Append(states.double(), torch.zeros_like(kept).double(), rows, place) for states, kept, *_ in appends]
+        double = [Append(states.double(), torch.zeros_like(kept).double(), rows, slot) for states, kept, *_ in appends]
         cache_append(double)
         return torch.stack([append.target for append in double])
 
     return Case(
         "cache_append",
-        f"B={batch} heads={kv_heads} D={dim} N={entries}",
+        f"B={batch} heads={kv_heads} D={dim} N={slots}",
         run=partial(cache_append, appends, backend="triton"),
         expected=expected,
         nbytes=2 * nbytes(*sources),
@@ -207,25 +194,30 @@ def chunker_case(rows: int, width: int, chunk: int) -> Case:
 
 
 def band_case(length: int, heads: tuple[int, int, int], window: int, backward: bool) -> Case:
-    """A window with sinks over a whole sequence: flex_attention against blocks in SDPA."""
+    """A window with sinks over a whole sequence: flex_attention against the same block by block."""
     num_heads, kv_heads, dim = heads
     states = [random(1, count, length, dim).requires_grad_(backward) for count in (num_heads, kv_heads, kv_heads)]
-    positions = torch.arange(length, device=device())
-    spans = {name: BandSpan(positions, window, window, sinks=positions[:4], fused=name) for name in ("yes", "no")}
+    index, layer = torch.arange(length, device=device())[None], SimpleNamespace(layer_idx=0)
+    settings = {"start": index - window + 1, "reach": window - 1, "num_sinks": 4}
 
-    def run(name: str) -> Tensor:
-        out = spans[name].attend(0, *states, dim**-0.5, 0.0, None)
-        return torch.autograd.grad(out, states, torch.ones_like(out))[0] if backward else out
+    def attend(name: str, states: list[Tensor]) -> Tensor:
+        segment = WindowSegment(NewElements(1, index, base=0), **settings, fused=name)
+        with torch.set_grad_enabled(backward):
+            out = segment.attend(layer, *states, dim**-0.5)
+            return torch.autograd.grad(out, states, torch.ones_like(out))[0] if backward else out
 
     def expected() -> Tensor:
-        double = [each.detach().double().requires_grad_(backward) for each in states]
-        with torch.enable_grad():
-            out = spans["no"].attend(0, *double, dim**-0.5, 0.0, None)
-            return torch.autograd.grad(out, double, torch.ones_like(out))[0] if backward else out
+        return attend("no", [each.detach().double().requires_grad_(backward) for each in states])
 
     name = "band, forward and backward" if backward else "band, forward"
     shape = f"T={length} heads={num_heads}/{kv_heads} D={dim} W={window}"
-    return Case(name, shape, partial(run, "yes"), expected, references={"blocks in sdpa": partial(run, "no")})
+    return Case(
+        name,
+        shape,
+        partial(attend, "yes", states),
+        expected,
+        references={"block by block": partial(attend, "no", states)},
+    )
 
 
 def cases(small: bool) -> Iterator[Callable[[], Case]]:
@@ -234,27 +226,27 @@ def cases(small: bool) -> Iterator[Callable[[], Case]]:
         heads = (4, 2, 16)
         yield partial(window_case, 2, heads, 8)
         yield partial(window_case, 2, heads, 40, positions=3)
-        yield partial(summary_case, 2, heads, 32, per_page=8, window=20)
-        yield partial(summary_case, 2, heads, 64, per_page=64, window=0)
-        yield partial(latent_case, 2, heads, 24, per_page=8)
+        yield partial(paged_case, 2, heads, 32, per_block=8)
+        yield partial(paged_case, 2, heads, 64, per_block=64)
+        yield partial(latent_case, 2, heads, 24, per_block=8)
         yield partial(append_case, 3, 2, 16, 12)
         yield partial(chunker_case, 3, 32, 4)
         yield partial(band_case, 150, heads, 16, backward=False)
         return
     small_heads, large_heads = (32, 8, 64), (32, 8, 128)
     for heads in (small_heads, large_heads):
-        yield partial(summary_case, 32, heads, 8192, per_page=16, window=84)
-        yield partial(summary_case, 256, heads, 256, per_page=16, window=84)
-        yield partial(latent_case, 8, heads, 8192, per_page=64)
+        yield partial(paged_case, 32, heads, 8192, per_block=256)
+        yield partial(paged_case, 256, heads, 256, per_block=16)
+        yield partial(latent_case, 8, heads, 8192, per_block=64)
         yield partial(window_case, 4096, heads, 8)
         yield partial(window_case, 1024, heads, 72)
         yield partial(window_case, 256, heads, 84)
         yield partial(window_case, 256, heads, 276)
         yield partial(append_case, 256, 8, heads[2], 84)
-    yield partial(summary_case, 1, small_heads, 8192, per_page=16, window=84)
-    yield partial(summary_case, 8, small_heads, 32768, per_page=256, window=0)
-    yield partial(latent_case, 64, small_heads, 1024, per_page=64)
-    yield partial(latent_case, 2, small_heads, 32768, per_page=64)
+    yield partial(paged_case, 1, small_heads, 8192, per_block=256)
+    yield partial(paged_case, 8, small_heads, 32768, per_block=256)
+    yield partial(latent_case, 64, small_heads, 1024, per_block=64)
+    yield partial(latent_case, 2, small_heads, 32768, per_block=64)
     yield partial(window_case, 1024, small_heads, 8, positions=4)
     for rows, width in ((8, 2048), (64, 2048), (8, 4096), (64, 4096)):
         yield partial(chunker_case, rows, width, 4)

@@ -32,7 +32,7 @@ from lib.peak_memory import PeakMemory
 from lib.plots import plot_training
 from photon_train.accounting import dense_flops, photon_flops
 from photon_train.cli import main_wrapper
-from photon_train.config import MEMORY_POOLINGS, LoraSettings, PhotonSettings, RunConfig, TrainSettings
+from photon_train.config import LoraSettings, RunConfig, TrainSettings
 from photon_train.conversion.presets import photon_config
 from photon_train.data.pretrain import fast_dtype
 from photon_train.errors import PhotonError
@@ -67,20 +67,17 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--batch-size", type=int, default=1)
     parser.add_argument("--turns", type=int, default=5, help="timed steps of each model at the shortest context")
     parser.add_argument("--gradient-checkpointing", action="store_true")
-    parser.add_argument("--memory-pooling", choices=MEMORY_POOLINGS, default=None, help="default: the preset's")
     return parser.parse_args()
 
 
 def make_models(config: LlamaConfig, run: RunConfig) -> dict[str, PreTrainedModel]:
-    """The dense model, and PHOTON around copies of its layers; fp32."""
+    """The dense model, and the graft with copies of its weights; fp32."""
     torch.manual_seed(0)
     dense = LlamaForCausalLM(config)
     photon = PhotonForCausalLM(photon_config(config, run))
-    token_decoder = photon.model.levels[0].decoder
-    token_decoder.layers.load_state_dict(dense.model.layers.state_dict())
-    for name in ("embed_tokens", "norm"):
-        getattr(photon.model, name).load_state_dict(getattr(dense.model, name).state_dict())
-    photon.lm_head.load_state_dict(dense.lm_head.state_dict())
+    missing, unexpected = photon.load_state_dict(dense.state_dict(), strict=False)
+    if unexpected or not all(".memory." in name for name in missing):
+        raise PhotonError(f"the graft's weights do not have the dense model's names: {[*unexpected, *missing][0]}")
     return {"dense": dense, "photon": photon}
 
 
@@ -91,10 +88,11 @@ def check_function(models: dict[str, PreTrainedModel], ids: torch.Tensor) -> flo
     Raises:
         PhotonError: if it is more than the tolerance.
     """
-    ids = ids[:, :_CHECKED_TOKENS]
-    dense = models["dense"](ids).logits
-    found = models["photon"](ids, window=ids.shape[1]).logits
-    difference = float((found - dense).abs().max())
+    ids, config = ids[:, :_CHECKED_TOKENS], models["photon"].config
+    dense, own = models["dense"](ids).logits, config.window
+    config.window = max(own, ids.shape[1])
+    difference = float((models["photon"](ids).logits - dense).abs().max())
+    config.window = own
     if not difference <= _TOLERANCE:
         raise PhotonError(f"PHOTON with a window of the whole text differs from the dense model by {difference:.2g}")
     return difference
@@ -192,8 +190,7 @@ def main() -> None:
     torch.set_num_threads(1)
     longest = max(options.contexts)
     config = LlamaConfig(**SHAPES[options.shape] | {"max_position_embeddings": longest})
-    memory = PhotonSettings(memory_pooling=options.memory_pooling)
-    run = RunConfig(photon=memory, train=TrainSettings(seq_len=longest), lora=LoraSettings())
+    run = RunConfig(train=TrainSettings(seq_len=longest), lora=LoraSettings())
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(config.vocab_size, (options.batch_size, longest), generator=generator).to(device)
     models = {name: model.to(device) for name, model in make_models(config, run).items()}
@@ -239,7 +236,7 @@ def main() -> None:
             rows.append(row)
             print(json.dumps(row), flush=True)
         shape = {"name": options.shape, **SHAPES[options.shape], "window": photon.window, "sinks": photon.num_sinks}
-        shape |= {"memory_layers": photon.memory_layers, "memory_pooling": photon.memory_pooling}
+        shape |= {"memory_layers": photon.memory_layers, "chunk_size": photon.chunk_size}
         write_rows(options.output, rows, shape=shape, lora=dataclasses.asdict(run.lora), checks=checks)
     plot_training(rows, options.output.with_suffix(".png"))
 

@@ -24,12 +24,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 from lib.quality import periodic
 from lib.study_text import study_documents
 from photon_train.accounting import cache_bytes, dense_cache_bytes
+from photon_train.checkpoints import read_config
 from photon_train.cli import main_wrapper
 from photon_train.data.corpora import split_documents
 from photon_train.data.packing import pack
 from photon_train.errors import PhotonError
 from photon_train.evaluation.report import write_rows
-from photon_train.models import PhotonForCausalLM
 
 PRESSES = (
     "StreamingLLMPress",
@@ -100,7 +100,8 @@ def main() -> None:
     add("dense", full, partial(continuation_loss, dense))
     budgets = set()
     for directory in options.photon:
-        photon = PhotonForCausalLM.from_pretrained(directory, dtype="auto").eval()
+        config = read_config(directory)
+        photon = AutoModelForCausalLM.from_pretrained(directory, config=config, dtype="auto").eval()
         size = cache_bytes(photon.config, options.prefix)
         budgets.add(size.growing + size.constant)
         name = f"{directory.parent.name}/{directory.name}"

@@ -22,7 +22,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from accelerate import Accelerator
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
@@ -32,20 +31,18 @@ from lib.quality import Quality, measure_quality
 from lib.repeats import Repeats
 from lib.study import add_recovered, fit_budgets, markdown_table
 from lib.study_text import study_documents
-from photon_train.accounting import TrainingSetup, dense_flops, dense_parameters, estimate
+from photon_train.accounting import TrainingSetup, costs_of, dense_flops, dense_parameters, estimate
 from photon_train.cli import main_wrapper
 from photon_train.config import RunConfig, load_config, read_yaml
 from photon_train.conversion.apply import convert
 from photon_train.conversion.calibrate import calibrate_directory, calibration_batches
-from photon_train.conversion.plan import make_plan
-from photon_train.conversion.presets import layer_map, photon_config
+from photon_train.conversion.presets import make_plan, photon_config
 from photon_train.conversion.source import DenseCheckpoint
 from photon_train.data.corpora import split_documents
 from photon_train.data.packing import PackedDataset, pack
 from photon_train.errors import PhotonError
 from photon_train.evaluation.report import write_rows
 from photon_train.files import atomic_write_text
-from photon_train.models import PhotonForCausalLM
 from photon_train.training.accelerator import make_accelerator
 from photon_train.training.loop import train
 from photon_train.training.lora import add_lora, merge_lora
@@ -53,9 +50,7 @@ from photon_train.training.lora import add_lora, merge_lora
 BEYOND = 256  # positions with more tokens before them count as beyond the window, in every row
 STUDY_FILE = "study.json"  # recipe of `pretrain_dense.py`: which text is held out
 _SHOWN = ("name", "seed", "ce", "ce_beyond_window", "ce_repeated", "copy_gain", "recovered_repeated", "seconds")
-# Window and sinks with no hierarchy: the added path's gate is zero and is not trained.
-WINDOW_ONLY = {"preset": "graft", "photon.conditioning": "residual", "photon.num_levels": 1}
-WINDOW_ONLY |= {"photon.levels.0.encoder_layers": 0, "photon.calibrate": False}
+WINDOW_ONLY = {"preset": "graft", "photon.memory_layers": []}
 
 
 def arguments() -> argparse.Namespace:
@@ -107,22 +102,13 @@ def settings_of(plan: dict[str, Any], common: dict[str, Any], seed: int) -> RunC
     return load_config(argv, prog="compare_plans.py", description="")
 
 
-def convert_plan(study: Study, config: RunConfig, directory: Path) -> PhotonForCausalLM:
+def convert_plan(study: Study, config: RunConfig, directory: Path) -> PreTrainedModel:
     """The converted model of a plan, before training."""
     checkpoint = DenseCheckpoint.open(str(study.dense))
     target = photon_config(checkpoint.config, config)
-    plan = make_plan(checkpoint, target, layer_map(checkpoint.config, config), seed=config.seed)
     calibration = partial(calibrate_directory, batches=calibration_batches(study.train_set))
-    on_written = calibration if config.photon.calibrate else None
-    convert(checkpoint, plan, target, directory, progress=False, on_written=on_written)
-    return PhotonForCausalLM.from_pretrained(directory, dtype="auto")
-
-
-def freeze_new_modules(model: PreTrainedModel) -> None:
-    """Leave the adapters alone to be trained."""
-    for name, parameter in model.named_parameters():
-        if ".modules_to_save." in name:
-            parameter.requires_grad_(False)
+    convert(checkpoint, make_plan(checkpoint, target), target, directory, progress=False, on_written=calibration)
+    return AutoModelForCausalLM.from_pretrained(directory, dtype="auto")
 
 
 def run_plan(study: Study, plan: dict[str, Any], config: RunConfig, save: Path | None = None) -> dict[str, Any]:
@@ -134,16 +120,11 @@ def run_plan(study: Study, plan: dict[str, Any], config: RunConfig, save: Path |
             model = AutoModelForCausalLM.from_pretrained(study.dense, dtype="auto")
         else:
             model = convert_plan(study, config, Path(scratch) / "converted")
-            if plan["plan"] == "dense-window":
-                with torch.no_grad():
-                    model.model.levels[0].converter.gate.zero_()
         sizes = _sizes(model, config, is_dense)
         initial = final = measure_quality(model, study.held_out, BEYOND)
         tokens = trainable = 0
         if trained:
             model = add_lora(model, config.lora, config.seed)
-            if plan["plan"] == "dense-window":
-                freeze_new_modules(model)
             trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
             result = train(
                 model, study.train_set, study.held_out, config, Path(scratch) / "run", accelerator=study.accelerator
@@ -182,7 +163,7 @@ def _sizes(model: PreTrainedModel, config: RunConfig, is_dense: bool) -> dict[st
             "layer_positions": layers,
             "flops_per_token": flops,
         }
-    numbers = estimate(model.config.base_config, model.config, TrainingSetup(config.train.seq_len))
+    numbers = estimate(costs_of(model.config).dense, model.config, TrainingSetup(config.train.seq_len))
     return {
         "parameters": numbers.photon_parameters,
         "kv_growing_percent": 100 * numbers.kv_ratio,

@@ -26,7 +26,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from transformers import AutoConfig
+from transformers import AutoConfig, PretrainedConfig
 
 from lib import shapes
 from lib.benchmark import read_rows
@@ -34,11 +34,10 @@ from lib.peak_memory import PeakMemory
 from photon_train.accounting import TrainingSetup, training_memory
 from photon_train.cli import main_wrapper
 from photon_train.config import DistillSettings, LoraSettings, RunConfig, TrackingSettings, TrainSettings
-from photon_train.conversion.presets import photon_config
+from photon_train.conversion.presets import photon_config, target_of
 from photon_train.data.packing import PackedDataset
 from photon_train.errors import PhotonError
 from photon_train.evaluation.report import write_rows
-from photon_train.models import PhotonConfig, PhotonForCausalLM
 from photon_train.pipeline.prepare import training_setup
 from photon_train.training.accelerator import make_accelerator
 from photon_train.training.loop import train
@@ -148,7 +147,7 @@ def random_text(count: int, seq_len: int, vocab_size: int) -> PackedDataset:
     return PackedDataset(ids.int(), torch.zeros(count, seq_len, dtype=torch.bool), num_documents=count)
 
 
-def estimated(point: Point, processes: int) -> tuple[PhotonConfig, TrainingSetup]:
+def estimated(point: Point, processes: int) -> tuple[PretrainedConfig, TrainingSetup]:
     """What the estimate of `point` is computed from, for the ZeRO stage of this launch."""
     settings = dict(SHAPES[point.shape])
     dense = AutoConfig.for_model(settings.pop("model_type"), **settings)
@@ -183,7 +182,7 @@ def measure(point: Point, output: Path, accelerator: Accelerator | None = None) 
     accelerator.free_memory()
     gc.collect()
     with PeakMemory(accelerator.device) as memory:
-        model = add_lora(PhotonForCausalLM(photon).to(getattr(torch, point.weights)), config.lora)
+        model = add_lora(target_of(photon).model()(photon).to(getattr(torch, point.weights)), config.lora)
 
         def on_step(step: int) -> None:
             if step == 1:

@@ -3,9 +3,8 @@
 python tools/roofline.py --output benchmarks/inference/roofline.json
 
 For every shape, context and batch: an upper bound on the tokens per second of the dense model and of PHOTON, and their
-ratio; `aligned` has the chunks of all rows close in the same steps. `best` takes each system's own best batch that fits
-into memory, at most 1024. Written down before anything is measured on a GPU, so that measurements can be held against
-it.
+ratio. `best` takes each system's own best batch that fits into memory, at most 1024. Written down before anything is
+measured on a GPU, so that measurements can be held against it.
 """
 
 from __future__ import annotations
@@ -18,12 +17,10 @@ from typing import Any
 
 from lib import roofline
 from lib.roofline import DEVICES, Bound
-from lib.shapes import SHAPES, dense_shape, photon_shape
+from lib.shapes import SHAPES, SYSTEMS, dense_shape, photon_shape
 from photon_train import accounting
 from photon_train.cli import main_wrapper
 from photon_train.evaluation.report import write_rows
-
-SYSTEMS = ("graft", "graft-apart", "graft-residual", "hourglass", "split", "paper")
 
 
 def rows_of(shape: str, device: str, context: int, batch: int | None, window: int, systems: list[str]) -> list[dict]:
@@ -35,9 +32,8 @@ def rows_of(shape: str, device: str, context: int, batch: int | None, window: in
     growing = {"dense": float(accounting.dense_cache_bytes(dense, 1))}
     for system in systems:
         photon = photon_shape(dense, system, window)
-        for name, aligned in ((system, False), (f"{system} aligned", True)):
-            bounds[name] = partial(roofline.photon_bound, photon, context, device=on, aligned=aligned)
-            growing[name] = accounting.growing_bytes_per_token(photon)
+        bounds[system] = partial(roofline.photon_bound, photon, context, device=on)
+        growing[system] = accounting.growing_bytes_per_token(photon)
     found = {
         name: roofline.best(bound(size) for size in ([batch] if batch else roofline.batches()))
         for name, bound in bounds.items()
@@ -72,7 +68,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--devices", nargs="+", choices=sorted(DEVICES), default=["H200", "H100"])
     parser.add_argument("--contexts", nargs="+", type=int, default=[4096, 32_768, 131_072])
     parser.add_argument("--batches", nargs="*", type=int, default=[1, 32, 256], help="equal batches beside the best")
-    parser.add_argument("--systems", nargs="+", default=list(SYSTEMS), help="preset, or preset-conditioning")
+    parser.add_argument("--systems", nargs="+", choices=SYSTEMS, default=list(SYSTEMS))
     parser.add_argument("--window", type=int, default=64)
     parser.add_argument("--output", type=Path, default=None, help="JSON to write")
     return parser.parse_args()
@@ -92,7 +88,7 @@ def main() -> None:
         if row["batches"] == "best":
             ratio = f"x{row['decode_ratio']:.1f}" if row["decode_ratio"] else "dense does not fit"
             print(
-                f"{row['device']} {row['shape']} {row['context']:7} {row['system']:23} batch {row['batch']:5} "
+                f"{row['device']} {row['shape']} {row['context']:7} {row['system']:12} batch {row['batch']:5} "
                 f"{row['tokens_per_s']:10.0f} tokens/s {ratio:8} bound by {row['limit']}"
             )
     if options.output:

@@ -8,17 +8,16 @@ from __future__ import annotations
 from photon_kernels.cache_append import Append, cache_append
 from photon_kernels.chunker import gather_chunk_project
 from photon_kernels.latent_decode import LatentMix, latent_decode, latent_decode_bytes
-from photon_kernels.summary_decode import Window, summary_decode_attention
+from photon_kernels.paged_decode import paged_decode_attention
 from photon_kernels.window_decode import window_decode_attention
 
 __all__ = [
     "Append",
     "LatentMix",
-    "Window",
     "cache_append",
     "gather_chunk_project",
     "latent_decode",
     "latent_decode_bytes",
-    "summary_decode_attention",
+    "paged_decode_attention",
     "window_decode_attention",
 ]

@@ -51,7 +51,7 @@ def trial(table: Table) -> Iterator[dict[str, Any]]:
 
 
 def candidates(default: Config) -> Iterator[dict[str, int]]:
-    """What is worth a trial: half and twice the entries per tile, other numbers of warps and pipeline stages."""
+    """What is worth a trial: half and twice the keys per tile, other numbers of warps and pipeline stages."""
     for block_n, num_warps, num_stages in itertools.product(
         (default.block_n // 2, default.block_n, 2 * default.block_n), (4, 8), (2, 3, 4)
     ):

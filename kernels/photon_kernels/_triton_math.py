@@ -23,12 +23,12 @@ def dot(a, b, acc):
 
 @triton.jit
 def attend_tile(queries, keys, values, offset, scale_log2, peak, total, acc):
-    """One step of the online softmax over a tile of entries.
+    """One step of the online softmax over a tile of keys and values.
 
     Args:
         queries: ``[M, D]``.
-        keys, values: ``[N, D]``, finite everywhere: zero where no query sees the entry.
-        offset: float32 ``[M, N]`` added to the logits in base 2; -inf where the query does not see the entry.
+        keys, values: ``[N, D]``, finite everywhere: zero where no query sees them.
+        offset: float32 ``[M, N]`` added to the logits in base 2; -inf where the query does not see the key.
         scale_log2: Factor on the dot products, times log2(e).
         peak, total: float32 ``[M]``, the largest logit so far and the sum of ``2 ** (logit - peak)``.
         acc: float32 ``[M, D]``, the weighted sum of values so far.
@@ -50,7 +50,7 @@ def attend_tile(queries, keys, values, offset, scale_log2, peak, total, acc):
 
 @triton.jit
 def finish_softmax(peak, total, acc):
-    """Output ``[M, D]`` and natural log-sum-exp ``[M]``; 0 and -inf where no entry was seen."""
+    """Output ``[M, D]`` and natural log-sum-exp ``[M]``; 0 and -inf where nothing was seen."""
     # The peak is still -inf where the total is 0, and so is their log-sum-exp.
     divisor = tl.where(total == 0.0, 1.0, total)
     return acc / divisor[:, None], (peak + tl.log2(divisor)) * LN_2

@@ -59,11 +59,11 @@ def all_cases() -> Iterator[CompileCase]:
     from photon_kernels.cache_append.triton import compile_cases as append_cases
     from photon_kernels.chunker.triton import compile_cases as chunker_cases
     from photon_kernels.latent_decode.triton import compile_cases as latent_cases
-    from photon_kernels.summary_decode.triton import compile_cases as summary_cases
+    from photon_kernels.paged_decode.triton import compile_cases as paged_cases
     from photon_kernels.window_decode.triton import compile_cases as window_cases
 
     yield from window_cases()
-    yield from summary_cases()
+    yield from paged_cases()
     yield from latent_cases()
     yield from chunker_cases()
     yield from append_cases()

@@ -5,11 +5,8 @@ from photon_train.accounting.fit import Fit, Option, find_fit, format_bytes
 from photon_train.accounting.memory import TrainingMemory, TrainingSetup, activation_bytes, training_memory
 from photon_train.accounting.model import (
     CacheBytes,
-    Shape,
     cache_bytes,
-    dense_cache_bytes,
-    dense_flops,
-    dense_parameters,
+    costs_of,
     growing_bytes_per_token,
     layer_positions,
     lora_parameters,
@@ -17,8 +14,8 @@ from photon_train.accounting.model import (
     photon_flops,
     photon_parameters,
     trainable_parameters,
-    widest_positions,
 )
+from photon_train.accounting.shape import Shape, dense_cache_bytes, dense_flops, dense_parameters
 
 __all__ = [
     "CacheBytes",
@@ -30,6 +27,7 @@ __all__ = [
     "TrainingSetup",
     "activation_bytes",
     "cache_bytes",
+    "costs_of",
     "dense_cache_bytes",
     "dense_flops",
     "dense_parameters",
@@ -44,5 +42,4 @@ __all__ = [
     "photon_parameters",
     "trainable_parameters",
     "training_memory",
-    "widest_positions",
 ]

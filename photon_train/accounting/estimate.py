@@ -10,11 +10,8 @@ from rich.table import Table
 from photon_train.accounting.fit import Fit, find_fit, format_bytes
 from photon_train.accounting.memory import TrainingMemory, TrainingSetup, training_memory
 from photon_train.accounting.model import (
-    Shape,
     cache_bytes,
-    dense_cache_bytes,
-    dense_flops,
-    dense_parameters,
+    costs_of,
     growing_bytes_per_token,
     layer_positions,
     new_parameters,
@@ -22,6 +19,7 @@ from photon_train.accounting.model import (
     photon_parameters,
     trainable_parameters,
 )
+from photon_train.accounting.shape import Shape, dense_cache_bytes, dense_flops, dense_parameters
 
 
 @dataclass(frozen=True)
@@ -34,10 +32,11 @@ class Estimate:
         context: Tokens at which the caches and FLOPs below are taken.
         dense_kv_per_token: Bytes that each token adds to the dense model's cache.
         photon_kv_per_token: Bytes that each token adds to PHOTON's.
-        photon_kv_constant: Bytes of PHOTON's bounded caches and buffers.
+        photon_kv_constant: Bytes of PHOTON's bounded caches.
         dense_kv, photon_kv: Bytes at `context`.
         dense_layer_positions, photon_layer_positions: Positions through a layer per token.
         dense_flops, photon_flops: Forward FLOPs per token at `context`.
+        conversion_bytes: What the conversion holds on one device while it fits new modules to text: weights and fit.
         memory: Training memory per process.
         setup: What `memory` was computed for.
         fit: Which accelerate configs fit a GPU; None where no GPU is known.
@@ -58,6 +57,7 @@ class Estimate:
     photon_layer_positions: float
     dense_flops: float
     photon_flops: float
+    conversion_bytes: int
     memory: TrainingMemory
     setup: TrainingSetup
     fit: Fit | None
@@ -103,6 +103,7 @@ class Estimate:
         compare(f"Cache {at}", self.dense_kv, self.photon_kv, format_bytes)
         compare("Layer positions per token", self.dense_layer_positions, self.photon_layer_positions, "{:.2f}".format)
         compare(f"FLOPs per token {at}", self.dense_flops, self.photon_flops, "{:.3g}".format)
+        single("Conversion's memory", format_bytes(self.conversion_bytes))
         count, stage = self.setup.num_processes, self.setup.zero_stage
         processes = f"{count} process{'es' if count > 1 else ''}, ZeRO stage {stage}, {self.setup.precision} precision"
         single(f"Training memory per process ({processes})", format_bytes(self.memory.device))
@@ -137,13 +138,14 @@ def estimate(dense: Any, photon: Any, setup: TrainingSetup, gpu_bytes: int | Non
         context=seq_len,
         dense_kv_per_token=sum(window is None for window in shape.windows) * shape.kv * dtype_bytes,
         photon_kv_per_token=growing_bytes_per_token(photon, dtype_bytes),
-        photon_kv_constant=at_context.constant + at_context.buffers,
+        photon_kv_constant=at_context.constant,
         dense_kv=dense_cache_bytes(dense, seq_len, dtype_bytes),
         photon_kv=at_context.total,
         dense_layer_positions=shape.layers,
         photon_layer_positions=layer_positions(photon),
         dense_flops=dense_flops(dense, seq_len),
         photon_flops=photon_flops(photon, seq_len),
+        conversion_bytes=photon_parameters(photon) * dtype_bytes + costs_of(photon).fit_bytes,
         memory=training_memory(photon, setup),
         setup=setup,
         fit=None if gpu_bytes is None else find_fit(photon, setup, gpu_bytes),

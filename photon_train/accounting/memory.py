@@ -9,13 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from photon_train.accounting.model import (
-    Shape,
-    layer_positions,
-    photon_parameters,
-    trainable_parameters,
-    widest_positions,
-)
+from photon_train.accounting.model import costs_of, photon_parameters, trainable_parameters
 from photon_train.linears import FUSED, LINEARS
 
 ZERO_STAGES = (0, 1, 2, 3)
@@ -102,8 +96,8 @@ class TrainingSetup:
 
     @property
     def stream_bytes(self) -> int:
-        """Bytes of a residual stream's element: under autocast the fp32 scales of the new modules make it fp32."""
-        return 4 if self.autocast else self.frozen_bytes
+        """Bytes of a residual stream's element: it has the embedding's type, which is fp32 where that is trained."""
+        return 4 if self.autocast and not self.rank else self.frozen_bytes
 
 
 @dataclass(frozen=True)
@@ -137,14 +131,14 @@ class TrainingMemory:
         return self.weights + self.optimizer + self.buffers + max(backward, self.gradients + self.step)
 
 
-def _layer_bytes(photon: Any, setup: TrainingSetup) -> float:
+def _layer_bytes(costs: Any, setup: TrainingSetup) -> float:
     """Bytes that autograd keeps of a decoder layer per position.
 
-    The inputs of the norms in fp32; what the projections' adapters read; queries, keys and values after rotation and
-    the attention's output (keys gathered for a band are not kept); three inner states of the MLP and their product.
-    Without autocast adapters share one input; under autocast each keeps a cast of its own.
+    The inputs of the norms in fp32; what the projections' adapters read; queries, keys and values after rotation, the
+    attention's output and log-sum-exp; three inner states of the MLP and their product. Without autocast adapters share
+    one input; under autocast each keeps a cast of its own.
     """
-    shape, targets = Shape.of(photon.base_config), set(setup.target_modules)
+    shape, targets, stream = costs.shape, set(setup.target_modules), setup.stream_bytes
     if not setup.rank:
         targets = set(shape.linears)
     inner, queries, keys = shape.linears["up_proj"][0], shape.linears["q_proj"][0], shape.kv // 2
@@ -154,38 +148,25 @@ def _layer_bytes(photon: Any, setup: TrainingSetup) -> float:
         count = len(targets & names)
         if setup.autocast:
             return count * shape.hidden * compute
-        return min(count, 1) * shape.hidden * setup.stream_bytes
+        return min(count, 1) * shape.hidden * stream
 
     kept = 2 * 4 * shape.hidden + inputs(set(FUSED["qkv_proj"])) + inputs(set(FUSED["gate_up_proj"]))
     if shape.head_norms:
         kept += 4 * (queries + keys)
     if not setup.rank:  # trained norms keep what they scale
-        kept += 2 * setup.stream_bytes * shape.hidden
+        kept += 2 * stream * shape.hidden
     kept += compute * (2 * queries + 2 * keys + 3 * inner + ("down_proj" in targets) * inner)
-    return kept + compute * setup.rank * len(targets & set(shape.linears))
+    return kept + 4 * shape.heads + compute * setup.rank * len(targets & set(shape.linears))
 
 
-def _cast_weights(photon: Any, setup: TrainingSetup) -> tuple[int, int]:
+def _cast_weights(photon: Any, costs: Any, setup: TrainingSetup) -> tuple[int, int]:
     """Bytes of fp32 weights' 16-bit casts, kept until the backward pass: of all layers, and of everything else."""
     if not setup.autocast:
         return 0, 0
-    shape, trained = Shape.of(photon.base_config), trainable_parameters(photon, setup.rank, setup.target_modules)
+    shape, trained = costs.shape, trainable_parameters(photon, setup.rank, setup.target_modules)
     if setup.weight_bytes < 4 and setup.rank:
         return 0, 2 * trained
-    return 2 * photon.num_layers * shape.layer_matrices, 2 * (shape.vocab * shape.hidden + trained * bool(setup.rank))
-
-
-def _latent_bytes(photon: Any, setup: TrainingSetup) -> float:
-    """Bytes that a latent memory layer keeps per position beside what every layer keeps.
-
-    Keys and values near each block are gathered: twice a block and the sinks for each of its positions; those of the
-    far tokens are unpacked once, from latents that were packed from the unrotated ones. Queries are kept rotated by
-    block, and unrotated.
-    """
-    shape, block = Shape.of(photon.base_config), photon.window + photon.window_alignment - 1
-    gathered = (2 * block + photon.num_sinks) / block
-    queries = shape.linears["q_proj"][0]
-    return setup.compute_bytes * (shape.kv * (gathered + 2) + 2 * queries)
+    return 2 * costs.num_layers * shape.layer_matrices, 2 * (shape.vocab * shape.hidden + trained * bool(setup.rank))
 
 
 def activation_bytes(photon: Any, setup: TrainingSetup) -> int:
@@ -194,35 +175,32 @@ def activation_bytes(photon: Any, setup: TrainingSetup) -> int:
     That is when the backward pass begins. Kept are all layers, or with checkpointing their inputs; beside them stands
     the larger of the vocabulary's loss over one chunk and of the topmost layer's backward pass (recomputed first).
     """
-    shape, tokens = Shape.of(photon.base_config), setup.tokens
-    stream, compute, hidden = setup.stream_bytes, setup.compute_bytes, shape.hidden
-    inner = shape.linears["up_proj"][0]
-    # The padded embeddings that the hierarchy reads, the final norm's fp32 input and its output.
-    kept = tokens * hidden * (2 * stream + 4 + (compute if setup.autocast else 0))
-    if photon.layout == "stream":  # the masks of the window and of the memory layers
-        kept += 2 * setup.seq_len * 2 * photon.window
-    cast_layers, cast_others = _cast_weights(photon, setup)
+    costs, tokens = costs_of(photon), setup.tokens
+    shape, stream, compute = costs.shape, setup.stream_bytes, setup.compute_bytes
+    hidden, inner = shape.hidden, shape.linears["up_proj"][0]
+    # What the first layers read, the final norm's fp32 input and its output.
+    kept = tokens * hidden * (costs.inputs * stream + 4 + (compute if setup.autocast else 0))
+    cast_layers, cast_others = _cast_weights(photon, costs, setup)
     head = min(tokens * shape.vocab, LOGIT_CHUNK) * (_DISTILLATION if setup.distill else _CROSS_ENTROPY)
     if setup.distill or setup.distill_hidden:  # the dense model's states, and the student's difference from them
         kept += tokens * hidden * stream * (2 if setup.distill_hidden else 1)
-    positions, layer = tokens * layer_positions(photon), _layer_bytes(photon, setup)
-    widest = tokens * widest_positions(photon)
+    positions, layer = tokens * costs.layer_positions, _layer_bytes(costs, setup)
+    widest = tokens * costs.widest
     backward = widest * (3 * inner * compute + 2 * hidden * stream)
-    latents = len(photon.memory_layers) if photon.memory_pooling == "latent" else 0
-    latent = tokens * _latent_bytes(photon, setup)
+    memories, memory = costs.memory_states
+    memory *= tokens * compute
     if setup.gradient_checkpointing:
         kept += positions * hidden * stream
-        backward += min(latents, 1) * latent
+        backward += min(memories, 1) * memory
         shared = 4 * hidden if stream == 4 else 0  # the layer's input is the first norm's
-        backward += widest * (layer - shared) + cast_layers // photon.num_layers
+        backward += widest * (layer - shared) + cast_layers // costs.num_layers
     else:
-        kept += positions * layer + latents * latent + cast_layers
+        kept += positions * layer + memories * memory + cast_layers
     return int(kept + cast_others + max(head, backward))
 
 
 def training_memory(photon: Any, setup: TrainingSetup) -> TrainingMemory:
     """Memory of one training process."""
-    shape = Shape.of(photon.base_config)
     trained = trainable_parameters(photon, setup.rank, setup.target_modules)
     total = photon_parameters(photon) + (trained if setup.rank else 0)
     frozen = total - trained
@@ -238,7 +216,7 @@ def training_memory(photon: Any, setup: TrainingSetup) -> TrainingMemory:
         has_masters = size < 4 or stage < 3
         optimizer = shard * (12 if has_masters else 8)
         gradients, step = (shard if stage >= 2 else trained) * size, 2 * shard * 4
-        buffers = shape.hidden**2 * size  # the reduce bucket
+        buffers = costs_of(photon).shape.hidden ** 2 * size  # the reduce bucket
         weights = total * size
         if stage == 3:
             weights = -(-total // processes) * size

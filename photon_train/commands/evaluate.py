@@ -45,6 +45,8 @@ def main(argv: list[str] | None = None, prog: str = "photon-train evaluate") -> 
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     import photon_train.models  # noqa: F401  registers PHOTON with the Auto classes
+    from photon_train.checkpoints import first_line
+    from photon_train.errors import PhotonError
     from photon_train.evaluation.harness import harness_scores, open_tasks
     from photon_train.evaluation.report import write_rows
 
@@ -53,7 +55,10 @@ def main(argv: list[str] | None = None, prog: str = "photon-train evaluate") -> 
     settings = (options.tasks, manager, options.num_fewshot, options.limit, options.batch_size)
     rows, table = [], Table("Task", "Metric", *options.model)
     for name in options.model:
-        model = AutoModelForCausalLM.from_pretrained(name, dtype=options.dtype).to(device).eval()
+        try:
+            model = AutoModelForCausalLM.from_pretrained(name, dtype=options.dtype).to(device).eval()
+        except (ValueError, OSError) as error:
+            raise PhotonError(f"--model {name}: {first_line(error)}") from error
         scores = harness_scores(model, AutoTokenizer.from_pretrained(name), *settings)
         rows += [{"model": name, "task": task, **metrics} for task, metrics in scores.items()]
     for task in scores:

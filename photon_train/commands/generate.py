@@ -20,7 +20,7 @@ def make_parser(prog: str = "photon-train generate") -> argparse.ArgumentParser:
     parser.add_argument("--model", required=True, help="directory of an exported checkpoint")
     parser.add_argument("--prompt", required=True, nargs="+", help="one or more prompts, continued as one batch")
     parser.add_argument("--backend", default="torch", help="torch, or triton (a GPU, or TRITON_INTERPRET=1 on the CPU)")
-    parser.add_argument("--protocol", default="hiergen", help="hiergen, or the paper's recgen (preset paper)")
+    parser.add_argument("--protocol", help="presets split and paper: hiergen (default), or the paper's recgen")
     parser.add_argument("--max-new-tokens", type=int, default=128, help="new tokens per prompt")
     parser.add_argument("--temperature", type=float, default=0.0, help="sampling temperature; 0 is greedy")
     parser.add_argument("--top-p", type=float, default=1.0, help="nucleus of the sampling")
@@ -50,10 +50,13 @@ def main(argv: list[str] | None = None, prog: str = "photon-train generate") -> 
     if not 0 <= options.seed < 2**32:
         raise PhotonError(f"--seed {options.seed} is not between 0 and 2^32 - 1")
     model, tokenizer = load_for_inference(options.model, options.backend, options.device, options.dtype)
-    try:
-        model.set_protocol(options.protocol)
-    except ValueError as error:
-        raise PhotonError(f"--protocol: {error}") from error
+    if options.protocol is not None:
+        if not hasattr(model, "set_protocol"):
+            raise PhotonError("--protocol is for models of presets split and paper: leave it out")
+        try:
+            model.set_protocol(options.protocol)
+        except ValueError as error:
+            raise PhotonError(f"--protocol: {error}") from error
     set_seed(options.seed)
     sampling = {"do_sample": not settings.greedy}
     if not settings.greedy:

@@ -31,7 +31,6 @@ def make_parser(prog: str = "photon-train serve") -> argparse.ArgumentParser:
     parser.add_argument("--max-sequences", type=int, default=64, help="sequences that run at a time")
     parser.add_argument("--max-length", type=int, default=None, help="longest sequence; default: the model's")
     parser.add_argument("--max-prefixes", type=int, default=8, help="beginnings of prompts that are kept")
-    parser.add_argument("--align-phases", action="store_true", help="close the chunks of all sequences together")
     parser.add_argument("--cuda-graphs", default="auto", help="auto or off")
     return parser
 
@@ -64,7 +63,6 @@ def main(argv: list[str] | None = None, prog: str = "photon-train serve") -> Non
         max_sequences=options.max_sequences,
         max_length=options.max_length,
         max_prefixes=options.max_prefixes,
-        align_phases=options.align_phases,
         cuda_graphs=options.cuda_graphs,
     )
     app = create_app(Engine(model, tokenizer, settings), options.name or Path(options.model).resolve().name)

@@ -2,7 +2,6 @@
 
 from photon_train.config.load import load_config
 from photon_train.config.schema import (
-    MEMORY_POOLINGS,
     PRESETS,
     WANDB_MODES,
     ConsistencySettings,
@@ -21,7 +20,6 @@ from photon_train.config.schema import (
 from photon_train.config.yaml import read_yaml, to_dict, to_yaml
 
 __all__ = [
-    "MEMORY_POOLINGS",
     "PRESETS",
     "WANDB_MODES",
     "ConsistencySettings",

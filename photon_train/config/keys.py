@@ -77,6 +77,7 @@ def unknown_key(key: str, source: str) -> PhotonError:
     leaf = key.rpartition(".")[2]
     same_leaf = [known for known in keys if known.rpartition(".")[2] == leaf]
     groups = sorted({known.rpartition(".")[0] for known in keys} - {""})
-    close = same_leaf or difflib.get_close_matches(key, keys + groups, n=1)
+    close = difflib.get_close_matches(key, same_leaf, n=1, cutoff=0.0) if same_leaf else None
+    close = close or difflib.get_close_matches(key, keys + groups, n=1)
     hint = f"did you mean {close[0]!r}?" if close else "--help lists them all"
     return PhotonError(f"unknown setting {key!r} {source}: {hint}")

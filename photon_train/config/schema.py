@@ -56,13 +56,9 @@ NonEmpty = Annotated[str, MinLen(1), _expected("text that is not empty")]
 Size = Annotated[str, AfterValidator(_size), _expected("a size such as 5GB or 80GiB")]
 Layers = Annotated[list[Natural], AfterValidator(_once), _expected("a list of layers, each a whole number, given once")]
 
-Preset = Literal["graft", "hourglass", "split", "paper"]
-Layout = Literal["stream", "block"]
-Conditioning = Literal["slots", "residual", "memory"]
-MemoryPooling = Literal["mean", "linear", "latent"]
-UnitPositions = Literal["index", "scaled"]
+Preset = Literal["graft", "split", "paper"]
 WandbMode = Literal["auto", "online", "offline", "disabled"]
-PRESETS, MEMORY_POOLINGS, WANDB_MODES = get_args(Preset), get_args(MemoryPooling), get_args(WandbMode)
+PRESETS, WANDB_MODES = get_args(Preset), get_args(WandbMode)
 
 # What may differ between a run and its continuation: where things lie and what is shown, never what is computed.
 FREE: dict[str, Any] = {"on_resume": "free"}
@@ -89,47 +85,31 @@ class LevelOverrides:
 
 @dataclass(config=_CHECKED)
 class PhotonSettings:
-    """The hierarchy. Unset fields take the preset's choice."""
+    """The window, and what stands in for what lies outside it. Unset fields take the preset's choice."""
 
-    num_levels: Count | None = None
-    """Levels above the tokens."""
-    levels: list[LevelOverrides] = Field(default_factory=list)
-    """Settings per level, from the lowest up."""
-    layout: Layout | None = None
-    """Token decoder: `stream` (sliding window over the tokens) or `block` (isolated chunks)."""
-    conditioning: Conditioning | None = None
-    """How the hierarchy reaches the tokens."""
     window: Count | None = None
-    """Tokens that the stream decoder looks back on; at least the span of the top unit."""
+    """Tokens that a windowed layer looks back on (`graft`, and the token stream of `split`)."""
     num_sinks: Natural | None = None
-    """First tokens of each sequence that stay visible beside the window."""
-    branch_layer: Natural | None = None
-    """Token-decoder layers below the point where the hierarchy reads and writes."""
+    """First tokens of each sequence that stay visible beside the window (`graft`, `split`)."""
+    chunk_size: Count | None = None
+    """`graft`: tokens under one memory unit."""
     memory_layers: Layers | None = None
-    """Token-decoder layers that also attend to completed units (`memory`)."""
+    """`graft`: layers that also read the units outside the window; the empty list leaves window and sinks alone."""
     choose_layers: Literal["preset", "probe"] | None = None
-    """How `memory_layers` are chosen where they are unset: `preset` (by their number alone), or `probe`: where far
-    attention is missed most by the dense model on the run's own text. Unset probes where the preset keeps every dense
-    layer and the sequences are longer than the window."""
+    """`graft`: how `memory_layers` are chosen where they are unset: `preset` (by their number alone), or `probe`: where
+    far attention is missed most by the dense model on the run's own text. Unset probes where the sequences are longer
+    than the window."""
     num_memory_layers: Count | None = None
-    """Memory layers to choose; unset takes as many as the preset."""
-    memory_level: Count | None = None
-    """Level (1 is the lowest) whose units the memory layers attend to."""
-    memory_pooling: MemoryPooling | None = None
-    """How a unit's key and value are made of its tokens': `mean`, `linear` (a matrix per place), or `latent`: packed,
-    and unpacked to a key and value per token where they are read."""
-    memory_latents: Count | None = None
-    """With `latent`, how many latents a unit has: so many groups of consecutive memory layers share one (made by the
-    group's first layer); unset gives each memory layer its own."""
-    memory_latent_parts: Annotated[int, Strict(), Ge(1), Le(2), _NUMBER] | None = None
-    """With `latent`, 1 packs keys and values together, 2 apart: half the arithmetic of reading and half the parameters;
-    unset takes 2 where a token's keys and values are more than 4,096 numbers."""
+    """`graft`: memory layers to choose; unset takes an eighth of all layers."""
+    latents_per_unit: Annotated[int, Strict(), Ge(1), Le(2), _NUMBER] | None = None
+    """`graft`: 1 packs keys and values together, 2 apart: half the arithmetic of reading and half the parameters; unset
+    takes 2 where a token's keys and values are more than 4,096 numbers."""
     full_attention_layers: Layers = Field(default_factory=list)
-    """Token-decoder layers kept at full attention (growing KV each)."""
-    unit_positions: UnitPositions = "index"
-    """Rotary positions of units: `index`, or `scaled` by the tokens under a unit."""
-    calibrate: Flag = True
-    """Set the scales of new paths from norms measured on text at conversion."""
+    """`graft`: layers kept at full attention (growing KV each)."""
+    num_levels: Count | None = None
+    """`split` and `paper`: levels above the tokens."""
+    levels: list[LevelOverrides] = Field(default_factory=list)
+    """`split` and `paper`: settings per level, from the lowest up."""
 
     @model_validator(mode="after")
     def _agrees(self) -> PhotonSettings:
@@ -180,8 +160,8 @@ class DataSettings:
     max_documents: Count | None = None
     """Read at most this many documents; unset reads all."""
     align_documents: Flag = True
-    """Start every document on a boundary of the top unit, so that no chunk holds the end of one document and the start
-    of the next."""
+    """Start every document where a unit begins, so that no unit holds the end of one document and the start of the
+    next."""
     num_workers: Natural = Field(0, json_schema_extra=FREE)
     """Processes that tokenise with `stream`; 0 tokenises in the main one."""
 
@@ -201,18 +181,12 @@ class TrainSettings:
     learning_rate: Positive = 2e-4
     """Peak learning rate of the LoRA parameters."""
     new_modules_learning_rate: Positive = 1e-4
-    """Peak learning rate of the modules trained in full. A latent memory starts from fitted matrices, which a high rate
+    """Peak learning rate of the modules trained in full. A memory starts from fitted matrices, which a high rate
     destroys; the wider the model, the lower."""
     weight_decay: NotNegative = 0.0
     """AdamW weight decay (matrices only)."""
     warmup_steps: Natural = 20
     """Linear warm-up steps; a cosine to 10% follows."""
-    freeze_base_steps: Natural = 0
-    """Steps at the start in which the new modules learn alone; the rest of the model then begins with a warm-up of its
-    own."""
-    window_anneal_steps: Natural = 0
-    """Steps over which the token window shrinks from nearly `seq_len` to its final size, halving each time; evaluations
-    use the final one throughout. Memory is that of the widest window. 0 does not anneal."""
     max_grad_norm: Positive = 1.0
     """Gradient clipping by global norm."""
     spike_sigma: NotNegative = 6.0

@@ -13,16 +13,16 @@ import torch
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from transformers import GenerationConfig
+from transformers import GenerationConfig, PretrainedConfig
 
 from photon_train.conversion.operators import OPERATORS
 from photon_train.conversion.plan import ConversionPlan, TensorPlan
+from photon_train.conversion.presets import target_of
 from photon_train.conversion.safetensors_io import ShardWriter
 from photon_train.conversion.source import INDEX, TOKENIZER_FILES, DenseCheckpoint
 from photon_train.errors import PhotonError
-from photon_train.files import atomic_directory, check_can_write, parse_size
+from photon_train.files import atomic_directory, atomic_file, check_can_write, parse_size
 from photon_train.manifest import write_manifest
-from photon_train.models.configuration_photon import PhotonConfig
 
 PLAN = "plan.json"
 
@@ -30,7 +30,7 @@ PLAN = "plan.json"
 def convert(
     checkpoint: DenseCheckpoint,
     plan: ConversionPlan,
-    config: PhotonConfig,
+    config: PretrainedConfig,
     output_dir: Path,
     max_shard_size: str | int = "5GB",
     progress: bool = True,
@@ -44,7 +44,7 @@ def convert(
 
     Args:
         checkpoint: The dense model.
-        plan: From `plan.make_plan`.
+        plan: From `presets.make_plan`.
         config: The PHOTON configuration that the plan was made for.
         output_dir: Directory to create; it appears when everything is written, and only then.
         max_shard_size: Bytes of a weight file, or a text such as ``5GB``.
@@ -80,7 +80,7 @@ def _is_new(entry: TensorPlan) -> bool:
 
 
 def _shards(plan: ConversionPlan, max_bytes: int) -> list[list[TensorPlan]]:
-    """Dense copies in shards of at most `max_bytes` (or one tensor), then one shard with the new tensors."""
+    """Dense copies in shards of at most `max_bytes` (or one tensor), then one shard with the new tensors, if any."""
     itemsize = plan.torch_dtype.itemsize
     shards: list[list[TensorPlan]] = []
     room = 0
@@ -93,10 +93,11 @@ def _shards(plan: ConversionPlan, max_bytes: int) -> list[list[TensorPlan]]:
             room = max_bytes
         shards[-1].append(entry)
         room -= size
-    return [*shards, [entry for entry in plan.tensors if _is_new(entry)]]
+    new = [entry for entry in plan.tensors if _is_new(entry)]
+    return [*shards, new] if new else shards
 
 
-def _check_tied_head(checkpoint: DenseCheckpoint, config: PhotonConfig) -> None:
+def _check_tied_head(checkpoint: DenseCheckpoint, config: PretrainedConfig) -> None:
     """A stored head that config.json calls tied must be the embedding."""
     if not config.tie_word_embeddings or "lm_head.weight" not in checkpoint.tensors:
         return
@@ -133,9 +134,9 @@ def _write_weights(
 
 
 def _write_small_files(
-    checkpoint: DenseCheckpoint, plan: ConversionPlan, config: PhotonConfig, directory: Path
+    checkpoint: DenseCheckpoint, plan: ConversionPlan, config: PretrainedConfig, directory: Path
 ) -> None:
-    config.architectures = ["PhotonForCausalLM"]
+    config.architectures = [target_of(config).model().__name__]
     config.dtype = plan.torch_dtype
     config.save_pretrained(directory)
     (directory / PLAN).write_text(plan.to_json(), encoding="utf-8")
@@ -165,9 +166,5 @@ def rewrite_new_tensors(directory: Path, values: dict[str, torch.Tensor]) -> Non
         if name not in tensors or tensors[name].shape != value.shape:
             raise PhotonError(f"{directory / last} holds no tensor {name} of shape {list(value.shape)}")
         tensors[name] = value.detach().to("cpu", tensors[name].dtype).contiguous()
-    temporary = directory / f".{last}"
-    try:
+    with atomic_file(directory / last) as temporary:
         save_file(tensors, temporary, metadata={"format": "pt"})
-        temporary.replace(directory / last)
-    finally:
-        temporary.unlink(missing_ok=True)

@@ -1,74 +1,18 @@
-"""Scales of the new paths, from norms measured on text (DESIGN 4).
-
-The mean of C states is shorter than the states, and a decoder copied from upper dense layers expects states of another
-norm than the embeddings it is fed. Norms are compared by their medians: a few positions of a trained model, mostly the
-first of a text, carry norms a hundred times larger and would decide a mean.
-"""
+"""Starting values that text gives to the new modules of a converted model."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from functools import partial
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import AutoConfig
 
 from photon_train.conversion.apply import rewrite_new_tensors
-from photon_train.conversion.latents import fit_latents
-from photon_train.errors import PhotonError
-from photon_train.models import PhotonForCausalLM
+from photon_train.conversion.presets import target_of
 
-Norms = dict[str, list[torch.Tensor]]
 _SEQUENCES, _BATCH, _BATCH_TOKENS = 64, 4, 2**14
-# Presets whose decoders are copies of upper dense layers; elsewhere the token decoder reads embeddings as before.
-_SCALES_INPUT = ("split", "paper")
-
-
-@torch.no_grad()
-def calibrate(model: PhotonForCausalLM, batches: Iterable[torch.Tensor]) -> dict[str, float]:
-    """Set the scales of a freshly converted model, level by level, bottom-up and then top-down.
-
-    A chunker's scale makes the median norm of its units that of the states they summarise. For ``split`` and ``paper``,
-    a decoder's input scale makes what it reads from below as long as its slots (with ``memory``, as the top encoder's
-    states). Each measurement sees the scales that were set before it.
-
-    Args:
-        model: The converted model; changed in place.
-        batches: Token ids ``[B, T]``, real text without padding, at least two top units long.
-
-    Returns:
-        Name of each parameter that was set -> its value.
-
-    Raises:
-        PhotonError: if the text is too short, or a norm is zero or not finite.
-    """
-    batches = [batch.to(model.device) for batch in batches]
-    span = model.config.top_span
-    if not batches or min(batch.shape[1] for batch in batches) < 2 * span:
-        raise PhotonError(
-            f"calibration needs text of at least {2 * span} tokens (two top units): give longer sequences"
-        )
-    was_training = model.training
-    model.eval()
-    scales: dict[str, float] = {}
-    levels = model.model.levels
-    for index, level in enumerate(levels):
-        measure = partial(_watch_chunker, level.chunker, model.config.span(index + 1))
-        scales[f"model.levels.{index}.chunker.scale"] = _rescale(model, batches, level.chunker.scale, measure, index)
-    if model.config.preset in _SCALES_INPUT:
-        for index in reversed(range(len(levels))):
-            decoder = levels[index].decoder
-            if decoder is None:
-                continue
-            converter = levels[index].converter
-            reference = levels[-1].encoder if converter is None else converter
-            reference_span = span if converter is None else model.config.span(index + 1)
-            measure = partial(_watch_decoder, decoder.input_scale, model.config.span(index), reference, reference_span)
-            name = f"model.levels.{index}.decoder.input_scale.weight"
-            scales[name] = _rescale(model, batches, decoder.input_scale.weight, measure, index)
-    model.train(was_training)
-    return scales
 
 
 def calibration_batches(dataset: Any, most: int = _SEQUENCES) -> list[torch.Tensor]:
@@ -83,77 +27,20 @@ def calibration_batches(dataset: Any, most: int = _SEQUENCES) -> list[torch.Tens
 
 def calibrate_directory(
     directory: Path, batches: Iterable[torch.Tensor], device: str | torch.device = "cpu"
-) -> dict[str, float]:
-    """Calibrate the checkpoint in `directory`: load it, `calibrate`, `fit_latents`, rewrite the shard of new tensors.
+) -> list[str]:
+    """Fit the new modules of the checkpoint in `directory` to text, and rewrite the shard that holds them.
 
-    Made for `convert`'s `on_written`, where the manifest is still to come. The first of `batches` gives the norms, all
-    of them the latents.
+    Made for `convert`'s `on_written`, where the manifest is still to come.
+
+    Returns:
+        Names of the parameters that were set.
 
     Raises:
-        PhotonError: as in `calibrate`.
+        PhotonError: if the text is too short, or gives no value.
     """
-    model = PhotonForCausalLM.from_pretrained(directory, dtype="auto").to(device)
-    batches = list(batches)
-    scales = calibrate(model, batches[:1])
-    fitted = fit_latents(model, batches)
+    target = target_of(AutoConfig.from_pretrained(directory))
+    model = target.model().from_pretrained(directory, dtype="auto").to(device)
+    names = target.fit(model, list(batches))
     parameters = dict(model.named_parameters())
-    rewrite_new_tensors(directory, {name: parameters[name] for name in (*scales, *fitted)})
-    return scales
-
-
-def _rescale(
-    model: PhotonForCausalLM,
-    batches: Sequence[torch.Tensor],
-    scale: torch.nn.Parameter,
-    measure: Callable[[Norms, int], list],
-    index: int,
-) -> float:
-    """Multiply `scale` by wanted / actual median norm, and return it."""
-    norms: Norms = {"wanted": [], "actual": []}
-    for batch in batches:
-        handles = measure(norms, batch.shape[1])
-        try:
-            model.model(model.model.embed_tokens(batch))
-        finally:
-            for handle in handles:
-                handle.remove()
-    wanted, actual = (torch.cat(norms[key]).median() for key in ("wanted", "actual"))
-    ratio = (wanted / actual).item()
-    if not 0 < ratio < float("inf"):
-        raise PhotonError(
-            f"calibration of level {index + 1}: median norms {wanted:.3g} (wanted) and {actual:.3g} give no scale; "
-            "use a sound checkpoint, or set photon.calibrate to false"
-        )
-    scale.mul_(ratio)
-    return scale.item()
-
-
-def _record(norms: Norms, key: str, states: torch.Tensor) -> None:
-    norms[key].append(states.float().norm(dim=-1).flatten())
-
-
-def _watch_chunker(chunker: torch.nn.Module, span: int, norms: Norms, length: int) -> list:
-    def hook(module, inputs, output):
-        # What lies beyond the text is padding up to the end of the meta-context.
-        _record(norms, "wanted", inputs[0][:, : length // span])
-        _record(norms, "actual", output[:, : length // span])
-
-    return [chunker.register_forward_hook(hook)]
-
-
-def _watch_decoder(
-    input_scale: torch.nn.Module,
-    span: int,
-    reference: torch.nn.Module,
-    reference_span: int,
-    norms: Norms,
-    length: int,
-) -> list:
-    def wanted(module, inputs, output):
-        # The first is conditioned by the start state, which is zero.
-        _record(norms, "wanted", output[:, 1 : length // reference_span])
-
-    def actual(module, inputs, output):
-        _record(norms, "actual", output[:, : length // span])
-
-    return [reference.register_forward_hook(wanted), input_scale.register_forward_hook(actual)]
+    rewrite_new_tensors(directory, {name: parameters[name] for name in names})
+    return names

@@ -13,7 +13,7 @@ from typing import Any
 
 from transformers import AutoConfig, PretrainedConfig
 
-from photon_train.accounting.model import Shape
+from photon_train.accounting.shape import Shape
 from photon_train.errors import PhotonError
 from photon_train.linears import ATTENTION, FUSED, MLP
 
@@ -33,9 +33,7 @@ class Family:
         biases: Linear layers that always have a bias.
         biases_by_key: Linear layers that have a bias when the named key of the config is true.
         head_norms: Whether queries and keys are normalised per head (``q_norm``, ``k_norm``).
-        sliding_window: Which layers look back on ``sliding_window`` tokens only: ``none``, ``all``
-            (whenever the key is set) or ``layer_types`` (those that the key of that name marks).
-        layers: Family whose decoder layers the PHOTON stacks are made of, where it is another one.
+        layers: Family whose classes the PHOTON model is made of, where it is another one.
         is_fused: Whether linear layers are stored stacked (``qkv_proj``, ``gate_up_proj``).
     """
 
@@ -43,7 +41,6 @@ class Family:
     biases: tuple[str, ...] = ()
     biases_by_key: Mapping[str, tuple[str, ...]] = field(default_factory=lambda: MappingProxyType({}))
     head_norms: bool = False
-    sliding_window: str = "none"
     layers: str | None = None
     is_fused: bool = False
 
@@ -52,11 +49,11 @@ FAMILIES: dict[str, Family] = {
     family.model_type: family
     for family in (
         Family("llama", biases_by_key={"attention_bias": ATTENTION, "mlp_bias": MLP}),
-        Family("mistral", sliding_window="all"),
-        Family("qwen2", biases=FUSED["qkv_proj"], sliding_window="layer_types"),
-        Family("qwen3", biases_by_key={"attention_bias": ATTENTION}, head_norms=True, sliding_window="layer_types"),
+        Family("mistral"),
+        Family("qwen2", biases=FUSED["qkv_proj"]),
+        Family("qwen3", biases_by_key={"attention_bias": ATTENTION}, head_norms=True),
         # Mistral's function from stacked matrices.
-        Family("phi3", sliding_window="all", layers="mistral", is_fused=True),
+        Family("phi3", layers="mistral", is_fused=True),
     )
 }
 
@@ -78,16 +75,8 @@ def family_of(config: Any) -> Family:
     return FAMILIES[model_type]
 
 
-def attention_span(config: Any) -> int | None:
-    """Tokens that the narrowest layer of a dense model looks back on, or None at full attention."""
-    rule = family_of(config).sliding_window
-    if rule == "none" or (rule == "layer_types" and "sliding_attention" not in (config.layer_types or ())):
-        return None
-    return config.sliding_window
-
-
 def layer_config(config: PretrainedConfig, seq_len: int) -> dict[str, Any]:
-    """The configuration of the layers that PHOTON stacks are made of, with their ``model_type``.
+    """The configuration of the family whose classes the PHOTON model is made of, with its ``model_type``.
 
     A rotation that depends on the length of the text (``longrope``) is fixed to what it is at `seq_len`: keys that lie
     in a cache cannot be rotated again, and a PHOTON model is one function at any length.

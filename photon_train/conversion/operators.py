@@ -45,13 +45,6 @@ def constant(shape: Sequence[int], arguments: dict[str, Any], sources: Sequence[
         yield torch.full((count,), float(arguments["value"]))
 
 
-def normal(shape: Sequence[int], arguments: dict[str, Any], sources: Sequence[Pieces]) -> Pieces:
-    """Normal values of standard deviation ``arguments["std"]``, drawn from ``arguments["seed"]``."""
-    generator = torch.Generator().manual_seed(arguments["seed"])
-    for count in _counts(math.prod(shape)):
-        yield torch.randn(count, generator=generator) * arguments["std"]
-
-
 def mean_chunk(shape: Sequence[int], arguments: dict[str, Any], sources: Sequence[Pieces]) -> Pieces:
     """A chunker ``[d, C * d]`` that returns the mean of its C inputs: C blocks I / C side by side."""
     hidden, columns = shape
@@ -86,5 +79,5 @@ def _rows(total: int, columns: int) -> Iterator[tuple[int, int]]:
 
 
 OPERATORS: dict[str, Operator] = {
-    operator.__name__: operator for operator in (copy, split, constant, normal, mean_chunk, identity_slots)
+    operator.__name__: operator for operator in (copy, split, constant, mean_chunk, identity_slots)
 }

@@ -5,21 +5,15 @@ from __future__ import annotations
 import json
 import math
 import re
-import zlib
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
 from rich.table import Table
-from transformers import PretrainedConfig
 
-from photon_train.conversion.families import stored_as
 from photon_train.conversion.operators import OPERATORS
-from photon_train.conversion.presets import LayerMap
-from photon_train.conversion.source import DenseCheckpoint
 from photon_train.errors import PhotonError
-from photon_train.models.configuration_photon import PhotonConfig
 
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -31,8 +25,8 @@ class TensorPlan:
     Attributes:
         target: Its name in the PHOTON checkpoint.
         operator: A name of `operators.OPERATORS`.
-        role: What it belongs to (``embedding``, ``token decoder``, ``encoder``, ``chunker``, ...).
-        level: The level of the hierarchy, 1 being the lowest; 0 for what the tokens share.
+        role: What it belongs to (``embedding``, ``layers``, ``memory chunker``, ``encoder``, ...).
+        level: The level of a hierarchical model, 1 being the lowest; 0 for what belongs to none.
         shape: Its shape.
         sources: Dense tensors that the operator reads.
         arguments: The operator's settings.
@@ -116,15 +110,15 @@ class ConversionPlan:
             )
             for name in entry.sources:
                 _need(name in sources, f"target {entry.target} reads {name}, which the checkpoint lacks")
-                found, wanted = tuple(sources[name]), tuple(entry.shape)
-                row = entry.arguments["row"] if entry.operator == "split" else 0
-                if entry.operator == "split" and row + wanted[0] <= found[0]:
-                    found = (wanted[0], *found[1:])
+                found, wanted, begin = tuple(sources[name]), tuple(entry.shape), ""
+                if entry.operator == "split":
+                    row = entry.arguments["row"]
                     split_rows.setdefault(name, set()).update(range(row, row + wanted[0]))
+                    begin = f" and begins at row {row}"
+                    found = (min(wanted[0], found[0] - row), *found[1:])
                 _need(
                     found == wanted,
-                    f"target {entry.target} has shape {list(wanted)}, its source {name} {list(sources[name])}"
-                    + (f" and begins at row {row}" if row else ""),
+                    f"target {entry.target} has shape {list(wanted)}, its source {name} {list(sources[name])}{begin}",
                 )
                 used.add(name)
         left = [name for name in targets if name not in written]
@@ -196,12 +190,12 @@ def _need(condition: bool, message: str) -> None:
 
 
 def _label(entry: TensorPlan) -> str:
-    shown = [f"{value:g}" for key, value in entry.arguments.items() if key not in ("seed", "row")]
+    shown = [f"{value:g}" for key, value in entry.arguments.items() if key != "row"]
     return " ".join([entry.operator, *shown])
 
 
 def _layer_numbers(names: Iterable[str]) -> list[int]:
-    found = (re.search(r"\.(?:layers|memory|latent)\.(\d+)\.", name) for name in names)
+    found = (re.search(r"\.layers\.(\d+)\.", name) for name in names)
     return sorted({int(match[1]) for match in found if match})
 
 
@@ -217,108 +211,3 @@ def _ranges(numbers: list[int]) -> str:
         else:
             runs.append([number])
     return ", ".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)
-
-
-def target_tensors(config: PhotonConfig) -> dict[str, tuple[int, ...]]:
-    """Name and shape of every tensor that a checkpoint of `config` stores.
-
-    A head that shares the embedding's weight is not stored.
-    """
-    from photon_train.models.modeling_photon import PhotonForCausalLM
-
-    with torch.device("meta"):
-        model = PhotonForCausalLM(config)
-    shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    if config.tie_word_embeddings:
-        shapes.pop("lm_head.weight", None)
-    return shapes
-
-
-def resolve_dtype(checkpoint: DenseCheckpoint, dtype: str) -> torch.dtype:
-    """The type to write: `dtype`, or the checkpoint's for ``auto``."""
-    return checkpoint.dtype if dtype == "auto" else getattr(torch, dtype)
-
-
-def make_plan(
-    checkpoint: DenseCheckpoint, config: PhotonConfig, layers: LayerMap, dtype: str = "auto", seed: int = 0
-) -> ConversionPlan:
-    """Plan the conversion of a checkpoint, and check the plan.
-
-    Args:
-        checkpoint: The dense model.
-        config: The target, from `presets.photon_config`.
-        layers: Which dense layer each target layer copies, from `presets.layer_map`.
-        dtype: Type of the weights: ``auto`` is the checkpoint's.
-        seed: Seed of what is drawn.
-
-    Raises:
-        PhotonError: if the plan does not fit the checkpoint or the model.
-    """
-    targets = target_tensors(config)
-    tensors = tuple(
-        _plan_tensor(name, shape, checkpoint.config, config, layers, seed) for name, shape in targets.items()
-    )
-    used = {source for entry in tensors for source in entry.sources}
-    dropped = tuple(Dropped(name, _drop_reason(name, config)) for name in checkpoint.tensors if name not in used)
-    plan = ConversionPlan(
-        preset=config.preset,
-        family=checkpoint.config.model_type,
-        dtype=str(resolve_dtype(checkpoint, dtype)).removeprefix("torch."),
-        preserves_dense=config.preset == "graft" and config.conditioning in ("memory", "residual"),
-        tensors=tensors,
-        dropped=dropped,
-    )
-    plan.check(targets, {name: info.shape for name, info in checkpoint.tensors.items()})
-    return plan
-
-
-def _drop_reason(name: str, config: PhotonConfig) -> str:
-    """Why a dense tensor has no place; empty (which the check refuses) if there is no known reason."""
-    if name == "lm_head.weight" and config.tie_word_embeddings:
-        return "the head shares the embedding's weight"
-    if name.endswith("rotary_emb.inv_freq"):
-        return "computed from the configuration"
-    return ""
-
-
-_COPIED = {"model.embed_tokens.weight": "embedding", "model.norm.weight": "final norm", "lm_head.weight": "head"}
-_STACK = re.compile(r"model\.levels\.(\d+)\.(encoder|decoder)\.layers\.(\d+)\.(.+)")
-_NEW = re.compile(r"model\.levels\.(\d+)\.(?:decoder\.)?(chunker|converter|input_scale|memory|latent)\.(.+)")
-
-
-def _plan_tensor(
-    name: str, shape: tuple[int, ...], dense: PretrainedConfig, config: PhotonConfig, layers: LayerMap, seed: int
-) -> TensorPlan:
-    if name in _COPIED:
-        return TensorPlan(name, "copy", _COPIED[name], 0, shape, (name,))
-    if match := _STACK.fullmatch(name):
-        level, stack, layer = int(match[1]), match[2], int(match[3])
-        role = "token decoder" if stack == "decoder" and level == 0 else stack
-        copied = (layers.encoders if stack == "encoder" else layers.decoders)[level][layer]
-        source, row = stored_as(dense, f"model.layers.{copied}.{match[4]}")
-        operator, arguments = ("copy", {}) if row is None else ("split", {"row": row})
-        return TensorPlan(name, operator, role, level + 1, shape, (source,), arguments)
-    if name == "model.start.state":
-        return TensorPlan(name, "constant", "start state", config.num_levels, shape, (), {"value": 0.0})
-    match = _NEW.fullmatch(name)
-    _need(match is not None, f"target {name}: no rule makes it")
-    level, role, rest = int(match[1]) + 1, match[2].replace("_", " "), match[3]
-    operator, arguments = _new_values(name, role, rest, config, seed)
-    return TensorPlan(name, operator, role, level, shape, (), arguments)
-
-
-def _new_values(name: str, role: str, rest: str, config: PhotonConfig, seed: int) -> tuple[str, dict[str, Any]]:
-    """Operator and arguments of a tensor that no dense model has."""
-    if ".parts." in rest and rest.endswith(".weight"):
-        return ("mean_chunk" if role == "latent" else "identity_slots"), {}
-    if rest == "proj.weight":
-        return ("mean_chunk" if role == "chunker" else "identity_slots"), {}
-    if rest == "gate":  # the hourglass's change is what its middle layers did: it enters in full
-        return "constant", {"value": 0.0 if config.preset == "graft" else 1.0}
-    if role in ("memory", "latent"):
-        if rest.endswith("_proj.weight"):
-            # Small, not zero: behind a zero gate, a zero projection would get no gradient.
-            own_seed = zlib.crc32(f"{seed}:{name}".encode())
-            return "normal", {"std": config.initializer_range, "seed": own_seed}
-        return "constant", {"value": 0.0}
-    return "constant", {"value": 1.0}

@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from rich.table import Table
-from transformers import AttentionMaskInterface, PreTrainedModel
+from transformers import PreTrainedModel
 
 from photon_train.accounting.memory import LOGIT_CHUNK
+from photon_train.conversion.dense_attention import DenseAttention
 from photon_train.errors import PhotonError
-from photon_train.models.attention_photon import ATTENTION_NAME, BandSpan, FullSpan, Span
-
-# Spans say what is visible; transformers need not make a mask.
-AttentionMaskInterface.register(ATTENTION_NAME, lambda *args, **kwargs: None)
 
 
 @dataclass(frozen=True)
@@ -65,16 +62,6 @@ class LayerProbe:
         return table
 
 
-@dataclass
-class _ByLayer:
-    """A span that is another one for every layer."""
-
-    spans: Sequence[Span]
-
-    def attend(self, layer, query, key, value, scale, dropout, sliding_window):
-        return self.spans[layer].attend(layer, query, key, value, scale, dropout, sliding_window)
-
-
 @torch.no_grad()
 def probe_layers(
     model: PreTrainedModel,
@@ -113,15 +100,15 @@ def probe_layers(
     return LayerProbe(window, num_sinks, losses[0], losses[1], tuple(losses[2 : 2 + count]), tuple(losses[2 + count :]))
 
 
-def _loss(model, batches: list[torch.Tensor], window: int, num_sinks: int, restricted: Iterable[int]) -> float:
+def _loss(model, batches: list[torch.Tensor], window: int, num_sinks: int, restricted: Collection[int]) -> float:
     total = count = 0
     head = model.get_output_embeddings()
     rows = max(1, LOGIT_CHUNK // model.config.vocab_size)  # the logits of whole sequences are never held
     for tokens in batches:
-        positions = torch.arange(tokens.shape[1], device=tokens.device)
-        near = BandSpan(positions, window, window, sinks=positions[:num_sinks] if num_sinks else None)
-        spans = [near if layer in restricted else FullSpan() for layer in range(model.config.num_hidden_layers)]
-        states = model.base_model(input_ids=tokens, use_cache=False, photon_span=_ByLayer(spans)).last_hidden_state
+        attention = DenseAttention(tokens)
+        full, near = attention.full(), attention.window(window, num_sinks)
+        segments = [near if layer in restricted else full for layer in range(model.config.num_hidden_layers)]
+        states = model.base_model(input_ids=tokens, use_cache=False, photon_segments=segments).last_hidden_state
         far, targets = states[:, window:-1].flatten(0, 1), tokens[:, window + 1 :].flatten()
         for piece, target in zip(far.split(rows), targets.split(rows), strict=True):
             total += F.cross_entropy(head(piece).float(), target, reduction="sum").item()

@@ -64,7 +64,7 @@ class DenseCheckpoint:
                 downloaded, a directory may hold none, and `tensors` then has what the configuration implies.
 
         Raises:
-            PhotonError: naming the file and the mend, if the model cannot be found, is not a safetensors
+            PhotonError: naming the file and the fix, if the model cannot be found, is not a safetensors
                 checkpoint of a supported family, or has missing, truncated, corrupt or contradictory files.
         """
         directory, local = _resolve(model, revision, token, weights)

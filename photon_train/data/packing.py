@@ -85,7 +85,7 @@ def pack(
         documents: The text.
         tokenizer: Any Hugging Face tokenizer.
         seq_len: Tokens per sequence.
-        align: Span of the top unit, or 1 for no alignment.
+        align: Tokens under the largest unit, or 1 for no alignment.
         eos_id: Token that ends a document.
         pad_id: Token on filler positions; None takes `eos_id`. Their label is -100 in any case.
         pad_last: Fill the last sequence up (evaluation) instead of dropping it (training). If not one sequence is
@@ -122,7 +122,7 @@ def pack(
     filler = np.zeros(length, dtype=bool)
     for start, stop in filler_ranges:
         filler[start:stop] = True
-    masked = filler.copy() if read_only else None
+    masked = np.zeros(length, dtype=bool) if read_only else None
     for start, unlearned in read_only:
         masked[start : start + len(unlearned)] = unlearned
     full = length // seq_len * seq_len
@@ -134,15 +134,16 @@ def pack(
 
 
 def check_alignment(seq_len: int, align: int) -> None:
-    """Check that sequences are made of whole top units.
+    """Check that sequences are made of whole units.
 
     Raises:
         PhotonError: if `seq_len` is not a multiple of `align`.
     """
     if align < 1 or seq_len < 1 or seq_len % align:
+        unit = max(1, align)
         raise PhotonError(
-            f"train.seq_len = {seq_len} must be a multiple of the top unit's span, {align} tokens: "
-            f"take {max(1, seq_len // align) * align}, or set dataset.align_documents to false"
+            f"train.seq_len = {seq_len} must be a multiple of the {align} tokens under a unit: "
+            f"take {max(1, seq_len // unit) * unit}, or set dataset.align_documents to false"
         )
 
 

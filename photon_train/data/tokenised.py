@@ -35,7 +35,7 @@ from photon_train.data.chat import prepare_chat
 from photon_train.data.corpora import Document, hash_point, read_documents, split_threshold
 from photon_train.data.packing import IGNORED_LABEL, check_alignment, tokenize_documents
 from photon_train.errors import PhotonError
-from photon_train.files import atomic_directory, atomic_write_text, remove_leftovers
+from photon_train.files import atomic_directory, atomic_write_text, make_directory, remove_leftovers
 
 CORPUS_FILE = "corpus.json"
 _SHARD_FILE = "shard.json"
@@ -74,7 +74,7 @@ def write_corpus(
     made_of = _made_of(source, settings, tokenizer, documents_per_shard, max_characters)
     if _is_complete(directory, made_of):
         return
-    directory.mkdir(parents=True, exist_ok=True)
+    make_directory(directory)
     remove_leftovers(directory)
     documents = read_documents(source, settings, max_characters)
     shards: list[dict[str, Any]] = []

@@ -6,6 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from photon_train.files import atomic_file
+
 
 def plot_losses(metrics: Path, output: Path) -> None:
     """Draw the training loss and the held-out cross-entropy of every training of a run against its steps.
@@ -41,6 +43,5 @@ def new_figure(width: float, height: float) -> Any:
 
 def save_figure(figure: Any, output: Path) -> None:
     """Write the figure as PNG; the file appears when it is complete."""
-    temporary = output.with_name(f".{output.name}")
-    figure.savefig(temporary, format="png", dpi=120)
-    temporary.replace(output)
+    with atomic_file(output) as temporary:
+        figure.savefig(temporary, format="png", dpi=120)

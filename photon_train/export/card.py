@@ -32,20 +32,29 @@ def model_card(report: Mapping[str, Any]) -> str:
     parts = [
         f"---\n{yaml.safe_dump(front, sort_keys=False)}---",
         f"# PHOTON model made from {Path(model).name if model else 'a dense language model'}",
-        _WHAT + (f" Conversion preset: `{preset}`." if preset else ""),
+        " ".join(part for part in (_WHAT.get(preset), _MADE) if part),
         _quality(report),
         _cache(report),
         _LOADING,
-        _LIMITS,
+        _limits(preset),
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
-_WHAT = """\
-A causal language model with a hierarchy (PHOTON, [arXiv 2512.20687](https://arxiv.org/abs/2512.20687)): chunks of
-tokens are summarised bottom-up, and decoders with a bounded attention span write the tokens. Most of its key-value
-cache does not grow with the context. It was converted from a dense model by photon-train and fine-tuned; adapters are
-merged."""
+_PAPER = "[arXiv 2512.20687](https://arxiv.org/abs/2512.20687)"
+_HIERARCHY = f"""\
+A causal language model with a hierarchy (PHOTON, {_PAPER}): chunks of tokens are summarised bottom-up, and decoders
+with a bounded attention write the tokens. Most of its key-value cache does not grow with the context."""
+# By preset.
+_WHAT = {
+    "graft": f"""\
+The dense model with its attention replaced (PHOTON, {_PAPER}): its layers see a sliding window and the first tokens,
+and some of them a memory, in which each unit of tokens outside the window is packed into one latent. Most of its
+key-value cache does not grow with the context.""",
+    "split": _HIERARCHY,
+    "paper": _HIERARCHY,
+}
+_MADE = "It was converted from a dense model by photon-train and fine-tuned; adapters are merged."
 
 _LOADING = """\
 ## Loading
@@ -71,13 +80,23 @@ model = AutoModelForCausalLM.from_pretrained("PATH", dtype="auto").to("cuda")
 model.set_backend("triton")
 ```"""
 
-_LIMITS = """\
+# What of a text is not seen as it is, by preset.
+_SEEN = {
+    "graft": "What lies outside the window is seen through a compressed memory, and by the memory layers alone",
+    "split": "What lies outside the token decoder's window is seen through summaries",
+    "paper": "What lies outside a token's own chunk is seen through summaries",
+}
+
+
+def _limits(preset: str | None) -> str:
+    seen = _SEEN.get(preset, "Distant text is seen in compressed form")
+    unsupported = "continuous batching is" if preset == "graft" else "assisted decoding and continuous batching are"
+    return f"""\
 ## Limits
 
-- What lies outside the token decoder's window is seen through summaries: exact recall of distant text can be worse
-  than the dense model's. Measure it on your task.
+- {seen}: exact recall of distant text can be worse than the dense model's. Measure it on your task.
 - The dense model's limits, biases and licence apply.
-- Assisted decoding and continuous batching of transformers are not supported; `generate()` is.
+- Of transformers, `generate()` is supported; {unsupported} not.
 - `manifest.json` lists the sha256 of every file, the settings and the versions of the run."""
 
 

@@ -13,13 +13,18 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from torch import nn
-from transformers import GenerationConfig, PreTrainedTokenizerBase
+from transformers import (
+    AutoModelForCausalLM,
+    GenerationConfig,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from photon_train.config import ExportSettings
 from photon_train.errors import PhotonError
 from photon_train.files import atomic_directory, check_can_write, parse_size
 from photon_train.manifest import write_manifest
-from photon_train.models import PhotonConfig, PhotonForCausalLM
 
 STAGE = "export"
 
@@ -41,7 +46,7 @@ def export_model(
     With several processes only the main one calls this, with the state dict that all of them gathered.
 
     Args:
-        model: A `PhotonForCausalLM` without adapters. With `state_dict`, any module whose ``config`` is the model's
+        model: A PHOTON model without adapters. With `state_dict`, any module whose ``config`` is the model's
             (wrapped, sharded or with adapters): its weights are then not read.
         tokenizer: The dense model's tokenizer.
         output_dir: Directory to create; it appears when everything is written, and only then.
@@ -49,7 +54,7 @@ def export_model(
             was loaded in another type than the checkpoint's (``dtype=``) states that one: name the type then.
         card: Text of README.md (`card.model_card`).
         generation_config: Default is the model's own.
-        state_dict: All weights by the names of `PhotonForCausalLM`, adapters merged
+        state_dict: All weights by the names of the model without adapters, these merged
             (`photon_train.training.collect.gather_full_model`). The dict is emptied tensor by tensor, so that a change
             of type needs no second copy of the model.
         run_config: The run's settings, for the manifest; default is `settings`.
@@ -83,20 +88,27 @@ def export_model(
     return output_dir
 
 
-def num_bytes(model: PhotonForCausalLM) -> int:
+def num_bytes(model: PreTrainedModel) -> int:
     """Bytes of the weights on disk, in the model's type; a tied head counts once."""
     return sum(math.prod(parameter.shape) * parameter.element_size() for parameter in model.parameters())
 
 
-def _skeleton(config: PhotonConfig, dtype: str) -> PhotonForCausalLM:
+def _skeleton(config: PretrainedConfig, dtype: str) -> PreTrainedModel:
     """The model without weights, in the type that is written."""
     if dtype == "auto":
         dtype = str(config.dtype or "float32").removeprefix("torch.")
     with torch.device("meta"):
-        return PhotonForCausalLM(copy.deepcopy(config)).to(getattr(torch, dtype))
+        model = AutoModelForCausalLM.from_config(copy.deepcopy(config)).to(getattr(torch, dtype))
+    # Saving adds the class itself, and the configuration's.
+    model.config.auto_map = {"AutoModel": _code_reference(type(model.model))}
+    return model
 
 
-def _cast_weights(skeleton: PhotonForCausalLM, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+def _code_reference(model_class: type) -> str:
+    return f"{model_class.__module__.rpartition('.')[2]}.{model_class.__name__}"
+
+
+def _cast_weights(skeleton: PreTrainedModel, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """The weights that are stored, on the CPU and in the skeleton's type; `state` is emptied."""
     expected = skeleton.state_dict()
     for tied in skeleton.all_tied_weights_keys:

@@ -10,10 +10,12 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import nn
+from transformers import AutoModelForCausalLM
 
+from photon_train.accounting import costs_of
+from photon_train.checkpoints import read_config
 from photon_train.errors import PhotonError
 from photon_train.manifest import verify_manifest
-from photon_train.models import PhotonForCausalLM
 
 # DESIGN 3.4: two computations of one function in fp32.
 MAX_DIFFERENCE = 2e-4
@@ -50,7 +52,7 @@ def validate_export(
 ) -> ExportCheck:
     """Check the files of an export against its manifest, load it, and compare it with the model it was made from.
 
-    Both models run on two random sequences that hold more than three meta-contexts. In fp32 their logits must agree
+    Both models run on two random sequences that reach three units beyond the window. In fp32 their logits must agree
     up to 2e-4 (relative to the largest logit where that exceeds 1); in 16 bit the difference is only reported.
 
     Args:
@@ -65,12 +67,16 @@ def validate_export(
     """
     directory = Path(directory)
     verify_manifest(directory)
-    model, loading = PhotonForCausalLM.from_pretrained(directory, dtype="auto", output_loading_info=True)
+    config = read_config(directory)
+    model, loading = AutoModelForCausalLM.from_pretrained(
+        directory, config=config, dtype="auto", output_loading_info=True
+    )
     if problems := [key for key in ("missing_keys", "unexpected_keys", "mismatched_keys") if loading.get(key)]:
         raise PhotonError(f"{directory}: the weights do not fit config.json ({', '.join(problems)}): export again")
     model = model.to(device).eval()
-    config, generator = model.config, torch.Generator().manual_seed(seed)
-    tokens = torch.randint(config.vocab_size, (2, 3 * config.top_span + 3), generator=generator)
+    generator = torch.Generator().manual_seed(seed)
+    length = (config.window or 0) + 3 * costs_of(config).unit + 3
+    tokens = torch.randint(config.vocab_size, (2, length), generator=generator)
     logits = _logits(model, tokens)
     if not bool(logits.isfinite().all()):
         raise PhotonError(f"{directory}: the exported model's logits are not finite: set export.dtype to a wider type")

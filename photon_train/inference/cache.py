@@ -1,8 +1,7 @@
-"""`PagedCache`: `PhotonCache` for many sequences that come and go.
+"""`PagedCache`: a model's cache for many sequences that come and go.
 
-What grows (unbounded encoders, memory layers' units, full-attention layers) lies in pages; what is bounded (rings,
-open chunks, slots, bounded encoders) in one fixed row per sequence. A row and a page have the bytes that `accounting`
-states.
+What grows (latents of memory layers, full-attention layers, unbounded encoders) lies in blocks; what is bounded (rings,
+buffers) in one fixed row per sequence. A row and a block have the bytes that `accounting` states.
 """
 
 from __future__ import annotations
@@ -13,14 +12,13 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
+from transformers import PreTrainedModel
 
 from photon_train import accounting
 from photon_train.errors import PhotonError
-from photon_train.inference.pages import Held, PagedStack, PagePool, PageTable, Saved
-from photon_train.models import PhotonCache, PhotonConfig, PhotonForCausalLM
-from photon_train.models.cache_photon import StackCache
+from photon_train.inference.blocks import Allocation, BlockPool, BlockStore, BlockTable, SwappedState
 
-PAGE_TOKENS = 256
+BLOCK_SIZE = 256
 
 
 @dataclass(frozen=True)
@@ -29,105 +27,79 @@ class CacheLayout:
 
     Attributes:
         num_rows: Sequences (running ones and kept prefixes) that it holds at a time.
-        num_pages: Pages of all of them.
-        page_tokens: Tokens that a page covers, a multiple of the meta-context.
-        row_bytes, page_bytes: Bytes of one row and one page, from `accounting`.
+        num_blocks: Blocks of all of them.
+        block_size: Tokens that a block covers, a multiple of the tokens under every unit.
+        row_bytes, block_bytes: Bytes of one row and one block, from `accounting`.
     """
 
     num_rows: int
-    num_pages: int
-    page_tokens: int
+    num_blocks: int
+    block_size: int
     row_bytes: int
-    page_bytes: int
+    block_bytes: int
 
     @classmethod
     def fit(
         cls,
-        config: PhotonConfig,
+        model: PreTrainedModel,
         memory_bytes: int,
         num_rows: int,
-        dtype_bytes: int,
-        page_tokens: int | None = None,
+        block_size: int | None = None,
         max_length: int | None = None,
     ) -> CacheLayout:
-        """Rows first, then as many pages as `memory_bytes` leaves, but no more than rows of `max_length` can use.
+        """Rows first, then as many blocks as `memory_bytes` leaves, but no more than rows of `max_length` can use.
 
         Raises:
-            PhotonError: if the memory does not hold the rows and one page, or `page_tokens` cuts a meta-context.
+            PhotonError: if the memory does not hold the rows and one block, or `block_size` cuts a unit.
         """
-        span = config.top_span
-        page_tokens = page_tokens or math.ceil(PAGE_TOKENS / span) * span
-        if page_tokens % span:
-            raise PhotonError(f"page_tokens={page_tokens} is not a multiple of the {span} tokens of a meta-context")
+        config, dtype_bytes = model.config, model.get_input_embeddings().weight.element_size()
+        unit_tokens = math.lcm(*(store.unit_tokens for store in model.new_cache().growing() if store.layers))
+        block_size = block_size or math.ceil(BLOCK_SIZE / unit_tokens) * unit_tokens
+        if block_size % unit_tokens:
+            raise PhotonError(f"block_size={block_size} is not a multiple of the {unit_tokens} tokens under a unit")
         empty = accounting.cache_bytes(config, 0, dtype_bytes)
-        row_bytes = empty.constant + empty.buffers
-        page_bytes = accounting.cache_bytes(config, page_tokens, dtype_bytes).growing
-        most = num_rows * math.ceil((max_length or config.max_position_embeddings) / page_tokens)
+        row_bytes = empty.constant
+        block_bytes = round(accounting.growing_bytes_per_token(config, dtype_bytes) * block_size)
+        most = num_rows * math.ceil((max_length or config.max_position_embeddings) / block_size)
         left = memory_bytes - num_rows * row_bytes
-        num_pages = min(most, left // page_bytes) if page_bytes else most
-        if left < 0 or num_pages < 1:
-            need = num_rows * row_bytes + page_bytes
+        num_blocks = min(most, left // block_bytes) if block_bytes else most
+        if left < 0 or num_blocks < 1:
+            need = num_rows * row_bytes + block_bytes
             raise PhotonError(
-                f"memory={memory_bytes} does not hold {num_rows} sequences of {row_bytes} bytes and a page of "
-                f"{page_bytes} bytes: give at least {need}, or lower max_sequences or max_prefixes"
+                f"memory={memory_bytes} does not hold {num_rows} sequences of {row_bytes} bytes and a block of "
+                f"{block_bytes} bytes: give at least {need}, or lower max_sequences or max_prefixes"
             )
-        return cls(num_rows, num_pages, page_tokens, row_bytes, page_bytes)
+        return cls(num_rows, num_blocks, block_size, row_bytes, block_bytes)
 
     @property
     def total_bytes(self) -> int:
         """Bytes of keys, values and buffers."""
-        return self.num_rows * self.row_bytes + self.num_pages * self.page_bytes
+        return self.num_rows * self.row_bytes + self.num_blocks * self.block_bytes
 
-    def pages_for(self, tokens: int) -> int:
-        """Pages of a sequence of `tokens`."""
-        return math.ceil(tokens / self.page_tokens)
+    def blocks_for(self, tokens: int) -> int:
+        """Blocks of a sequence of `tokens`."""
+        return math.ceil(tokens / self.block_size)
 
 
-class PagedCache(PhotonCache):
-    """A pool of rows and pages; sequences are `Held` handles.
+class PagedCache:
+    """A pool of rows and blocks; sequences are `Allocation` handles.
 
-    Decoding reads and writes it like a `PhotonCache` of `num_rows` rows; `begin` announces whose turn it is.
+    Attributes:
+        state: The model's own cache of `num_rows` rows, whose growing stores lie in blocks. `begin` chooses its rows
+            for the next pass.
     """
 
-    def __init__(self, model: PhotonForCausalLM, layout: CacheLayout) -> None:
-        super().__init__(model.config)
-        self.layout, self.pool = layout, PagePool(layout.num_pages)
-        self._free_rows = list(range(layout.num_rows))
+    def __init__(self, model: PreTrainedModel, layout: CacheLayout) -> None:
         like = model.get_input_embeddings().weight
-        self.table = PageTable(layout.num_rows, like.device)
-        self.lengths = torch.zeros(layout.num_rows, dtype=torch.long, device=like.device)
-        self._page_growing_stacks(like)
-        self._allocate_bounded(model, like)
+        self.layout, self.pool = layout, BlockPool(layout.num_blocks)
+        self.table = BlockTable(layout.num_rows, like.device)
+        self._free_rows = list(range(layout.num_rows))
 
-    def _page_growing_stacks(self, like: torch.Tensor) -> None:
-        config, tokens = self.config, self.layout.page_tokens
+        def store(layers: list[int], unit_tokens: int) -> BlockStore:
+            return BlockStore(layers, unit_tokens, self.table, layout.num_blocks, layout.block_size)
 
-        def paged(stack: StackCache, entries: int) -> PagedStack:
-            stack = PagedStack(stack.layers, self.table, entries)
-            stack.allocate(self.layout.num_pages, config.num_key_value_heads, config.head_dim, like)
-            return stack
-
-        self.encoders = [
-            paged(stack, tokens // config.span(index + 1)) if stack.capacity is None else stack
-            for index, stack in enumerate(self.encoders)
-        ]
-        self.full = paged(self.full, int(self.geometry.num_elements(torch.tensor(tokens))))
-        self.memory = {level: paged(stack, tokens // config.span(level)) for level, stack in self.memory.items()}
-        self._paged = [s for s in [*self.encoders, self.full, *self.memory.values()] if isinstance(s, PagedStack)]
-
-    def _allocate_bounded(self, model: PhotonForCausalLM, like: torch.Tensor) -> None:
-        config, rows = self.config, self.layout.num_rows
-        bounded = [*self.encoders, *self.groups, self.window]
-        self._bounded = [s for s in bounded if s is not None and not isinstance(s, PagedStack)]
-        for stack in self._bounded:
-            stack.allocate(rows, config.num_key_value_heads, config.head_dim, like)
-        self.open = [like.new_zeros(rows, level["chunk_size"], config.hidden_size) for level in config.levels]
-        self.slots = [None] * config.num_levels
-        self._start = None
-        if config.conditioning != "memory":
-            self.slots = [like.new_zeros(rows, lv["num_slots"], config.hidden_size) for lv in config.levels]
-            with torch.no_grad():
-                self._start = model.model.levels[-1].converter(model.model.start(1).to(like.dtype))[0]
+        self.state = model.new_cache(growing=store)
+        self.state.allocate(layout.num_rows, model.config.num_key_value_heads, model.config.head_dim, like)
 
     # --- sequences ---
 
@@ -135,132 +107,117 @@ class PagedCache(PhotonCache):
     def num_free_rows(self) -> int:
         return len(self._free_rows)
 
-    def open_sequence(self) -> Held | None:
+    def open_sequence(self) -> Allocation | None:
         """An empty sequence; None if no row is free."""
         if not self._free_rows:
             return None
         # The lowest row first: rows in use then lie together.
-        held = Held(heapq.heappop(self._free_rows))
-        row = torch.tensor([held.row], device=self.lengths.device)
-        self.lengths[row] = 0
-        for stack in [*self._bounded, *self._paged]:
-            stack.clear(row)
-        if self._start is not None:
-            self.slots[-1][row] = self._start
-        return held
+        allocation = Allocation(heapq.heappop(self._free_rows))
+        self.state.clear(allocation.row)
+        return allocation
 
-    def reserve(self, held: Held, tokens: int) -> bool:
-        """Make room for `tokens` tokens in all; False (and nothing changed) if there are too few free pages."""
-        had = len(held.pages)
-        pages = self.pool.take(max(0, self.layout.pages_for(tokens) - had))
-        if pages is None:
+    def reserve(self, allocation: Allocation, tokens: int) -> bool:
+        """Make room for `tokens` tokens in all; False (and nothing changed) if there are too few free blocks."""
+        had = len(allocation.blocks)
+        blocks = self.pool.take(max(0, self.layout.blocks_for(tokens) - had))
+        if blocks is None:
             return False
-        held.pages += pages
-        if pages:
-            self.table.set(held, had)
+        allocation.blocks += blocks
+        if blocks:
+            self.table.set(allocation, had)
+            # What another sequence left there, were it not finite, would outlive its mask: 0 x NaN is NaN.
+            for states in self._block_tensors():
+                states[torch.tensor(blocks, device=states.device)] = 0
         return True
 
-    def fork(self, held: Held, share: bool = True) -> Held | None:
-        """A second sequence in the same state: full pages are shared, the bounded row and an open page are copied.
+    def fork(self, allocation: Allocation, share: bool = True) -> Allocation | None:
+        """A second sequence in the same state: full blocks are shared, the bounded row and an open block are copied.
 
-        Returns None (and nothing changed) if there is no row or page for it.
+        Returns None (and nothing changed) if there is no row or block for it.
 
         Args:
-            held: The first sequence.
-            share: False copies full pages as well.
+            allocation: The first sequence.
+            share: False copies full blocks as well.
         """
-        used = self.layout.pages_for(held.length)
-        full = held.length // self.layout.page_tokens if share else 0
+        used = self.layout.blocks_for(allocation.length)
+        full = allocation.length // self.layout.block_size if share else 0
         if not self._free_rows or used - full > self.pool.num_free:
             return None
-        copy = Held(heapq.heappop(self._free_rows), held.pages[:full], held.length)
-        self.pool.share(copy.pages)
-        copy.pages = copy.pages + self.pool.take(used - full)
+        copy = Allocation(heapq.heappop(self._free_rows), allocation.blocks[:full], allocation.length)
+        self.pool.share(copy.blocks)
+        copy.blocks = copy.blocks + self.pool.take(used - full)
         if used > full:
-            old, new = (torch.tensor(one.pages[full:used], device=self.lengths.device) for one in (held, copy))
-            for states in self._page_tensors():
+            device = self.table.blocks.device
+            old, new = (torch.tensor(one.blocks[full:used], device=device) for one in (allocation, copy))
+            for states in self._block_tensors():
                 states[new] = states[old]
-        for states in self._row_tensors():
-            states[copy.row] = states[held.row]
+        for states in self.state.row_tensors():
+            states[copy.row] = states[allocation.row]
         self.table.set(copy)
         return copy
 
-    def close(self, held: Held) -> None:
-        """Give back a sequence's row and its part in its pages."""
-        self.pool.release(held.pages)
-        heapq.heappush(self._free_rows, held.row)
-        held.pages = []
+    def close(self, allocation: Allocation) -> None:
+        """Give back a sequence's row and its part in its blocks."""
+        self.pool.release(allocation.blocks)
+        heapq.heappush(self._free_rows, allocation.row)
+        allocation.blocks = []
 
-    def swap_out(self, held: Held) -> Saved:
+    def swap_out(self, allocation: Allocation) -> SwappedState:
         """Copy a sequence's state to main memory, bit by bit, and close it."""
-        used = self._used_pages(held)
-        saved = Saved(
-            [states[held.row].cpu().clone() for states in self._row_tensors()],
-            [states[used].cpu() for states in self._page_tensors()],
-            held.length,
+        used = self._used_blocks(allocation)
+        saved = SwappedState(
+            [states[allocation.row].cpu().clone() for states in self.state.row_tensors()],
+            [states[used].cpu() for states in self._block_tensors()],
+            allocation.length,
         )
-        self.close(held)
+        self.close(allocation)
         return saved
 
-    def swap_in(self, saved: Saved, tokens: int) -> Held | None:
-        """The sequence again, with room for `tokens`; None (and nothing changed) if there is no row or page for it."""
+    def swap_in(self, saved: SwappedState, tokens: int) -> Allocation | None:
+        """The sequence again, with room for `tokens`; None (and nothing changed) if there is no room for it."""
         if not self._free_rows:
             return None
-        held = Held(heapq.heappop(self._free_rows), [], saved.length)
-        if not self.reserve(held, tokens):
-            self.close(held)
+        allocation = Allocation(heapq.heappop(self._free_rows), [], saved.length)
+        if not self.reserve(allocation, tokens):
+            self.close(allocation)
             return None
-        for states, row in zip(self._row_tensors(), saved.row, strict=True):
-            states[held.row] = row.to(states.device)
-        used = self._used_pages(held)
-        for states, pages in zip(self._page_tensors(), saved.pages, strict=True):
-            states[used] = pages.to(states.device)
-        return held
+        for states, row in zip(self.state.row_tensors(), saved.row, strict=True):
+            states[allocation.row] = row.to(states.device)
+        used = self._used_blocks(allocation)
+        for states, blocks in zip(self._block_tensors(), saved.blocks, strict=True):
+            states[used] = blocks.to(states.device)
+        return allocation
 
-    def _used_pages(self, held: Held) -> torch.Tensor:
-        pages = held.pages[: self.layout.pages_for(held.length)]
-        return torch.tensor(pages, dtype=torch.long, device=self.lengths.device)
+    def _used_blocks(self, allocation: Allocation) -> torch.Tensor:
+        blocks = allocation.blocks[: self.layout.blocks_for(allocation.length)]
+        return torch.tensor(blocks, dtype=torch.long, device=self.table.blocks.device)
 
-    def begin(self, sequences: Iterable[Held]) -> None:
-        """Announce the sequences of the next pass."""
+    def begin(self, sequences: list[Allocation]) -> None:
+        """Choose the rows of the next pass, in this order."""
         self.table.begin(sequences)
+        self.state.host_lengths = [allocation.length for allocation in sequences]
+        self.state.rows = torch.tensor([allocation.row for allocation in sequences], device=self.table.blocks.device)
 
-    def fix_shapes(self, max_pages: int) -> None:
-        """Keep the shapes that passes see few: a page table of `max_pages` per row, and rounded numbers of pages.
+    def fix_shapes(self, max_blocks: int) -> None:
+        """Keep the shapes that passes see few: a table of `max_blocks` per row, and rounded numbers of blocks.
 
         Rows may then be given twice.
         """
-        self.table.widen(max_pages)
+        self.table.widen(max_blocks)
         self.table.rounded = True
-        for stack in self._bounded:
-            stack.all_in_order = False
 
     # --- bytes ---
 
-    def kv_bytes(self) -> dict[str, int]:
-        """Bytes allocated, as in `PhotonCache`: `growing` are the pages."""
-        buffers = [*self.open, *[slots for slots in self.slots if slots is not None]]
-        return {
-            "growing": sum(stack.nbytes() for stack in self._paged),
-            "constant": sum(stack.nbytes() for stack in self._bounded),
-            "buffers": sum(t.numel() * t.element_size() for t in buffers),
-        }
+    def allocated_bytes(self) -> int:
+        """Bytes of keys, values and buffers (lengths and indices of slots left aside)."""
+        stored = [*self.state.row_tensors(), *self._block_tensors()]
+        return sum(states.numel() * states.element_size() for states in stored if states.is_floating_point())
 
-    def used_bytes(self, sequences: Iterable[Held]) -> int:
-        """Bytes of the rows and pages that `sequences` hold; a shared page counts once."""
+    def used_bytes(self, sequences: Iterable[Allocation]) -> int:
+        """Bytes of the rows and blocks that `sequences` have; a shared block counts once."""
         sequences = list(sequences)
-        pages = {page for held in sequences for page in held.pages}
-        return len(sequences) * self.layout.row_bytes + len(pages) * self.layout.page_bytes
+        blocks = {block for allocation in sequences for block in allocation.blocks}
+        return len(sequences) * self.layout.row_bytes + len(blocks) * self.layout.block_bytes
 
-    def _row_tensors(self) -> list[torch.Tensor]:
-        stacks = [t for s in self._bounded for t in (s.order, *s.keys.values(), *s.values.values())]
-        slots = [slots for slots in self.slots if slots is not None]
-        return [self.lengths, *self.open, *slots, *stacks, *[stack.counts for stack in self._paged]]
-
-    def _page_tensors(self) -> list[torch.Tensor]:
-        return [states for stack in self._paged for kv in (stack.keys, stack.values) for states in kv.values()]
-
-    def select_nothing(self, *_: object) -> None:
-        raise NotImplementedError("rows of a PagedCache are forked and closed, not selected: use fork and close")
-
-    batch_select_indices = batch_repeat_interleave = reorder_cache = select_nothing
+    def _block_tensors(self) -> list[torch.Tensor]:
+        return [states for store in self.state.growing() for states in store.tensors()]

@@ -9,27 +9,25 @@ Every sequence gets the tokens it would get alone, whatever its neighbours are.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from itertools import count
 
 import torch
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from photon_train.errors import PhotonError
 from photon_train.files import parse_size
 from photon_train.inference.cache import CacheLayout, PagedCache
-from photon_train.inference.graphs import StaticParts
+from photon_train.inference.graphs import StaticCalls
 from photon_train.inference.prefix import PrefixCache, prefix_keys
 from photon_train.inference.request import Completion, Event, SamplingParams, Sequence
 from photon_train.inference.runner import Runner
 from photon_train.inference.sampler import Choice, sample
 from photon_train.inference.scheduler import Scheduler
 from photon_train.inference.streaming import TextStream
-from photon_train.models import PhotonForCausalLM
-from photon_train.models.decoding_photon import load_kernels
+from photon_train.models.attention_photon import load_kernels
 
 Prompt = str | list[int]
 GPU_SHARE = 0.9  # of the free memory; the rest is for activations
@@ -40,21 +38,18 @@ def free_memory(device: torch.device) -> int | None:
     return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else None
 
 
-def decode_bytes(model: PhotonForCausalLM, rows: int, tokens: int) -> int:
+def decode_bytes(model: PreTrainedModel, rows: int, tokens: int) -> int:
     """Bytes that grow with the text and that decoding takes beside the cache: the kernels' weights of latents.
 
     Args:
-        rows: Sequences that decode at a time; tokens: those of the longest, in whole pages.
+        rows: Sequences that decode at a time; tokens: those of the longest, in whole blocks.
     """
     config = model.config
-    if model.backend != "triton" or config.memory_pooling != "latent":
+    if model.backend != "triton" or not getattr(config, "memory_layers", None):
         return 0
-    spans = {config.span(level) for level in config.source_levels.values()}
     heads, element_size = config.num_attention_heads, model.get_input_embeddings().weight.element_size()
-    return max(
-        load_kernels().latent_decode_bytes(rows, heads, span, tokens // span, config.head_dim, element_size)
-        for span in spans
-    )
+    units = tokens // config.chunk_size
+    return load_kernels().latent_decode_bytes(rows, heads, config.chunk_size, units, config.head_dim, element_size)
 
 
 @dataclass(frozen=True)
@@ -68,11 +63,9 @@ class EngineSettings:
         max_sequences: Sequences that run at a time.
         max_prefixes: Prefixes of prompts that are kept; 0 keeps none.
         max_length: Longest sequence that memory is planned for; None: the model's longest position.
-        page_tokens: Tokens of a page; None: 256, rounded up to meta-contexts.
-        segment_tokens: Prompt tokens that a sequence is fed at once (rounded up to meta-contexts).
+        block_size: Tokens of a block; None: 256, rounded up to whole units.
+        segment_tokens: Prompt tokens that a sequence is fed at once.
         step_tokens: Prompt tokens fed between two decoding steps, of all sequences together.
-        align_phases: Let a sequence wait, at most S_L - 1 steps, until its chunks close when most others' do. Pays
-            where upper levels hold much of the weights (`split`) and the batch is not yet bound by arithmetic.
         cuda_graphs: Replay decoding steps as CUDA graphs: `auto` on a GPU, or `off`.
     """
 
@@ -80,10 +73,9 @@ class EngineSettings:
     max_sequences: int = 64
     max_prefixes: int = 8
     max_length: int | None = None
-    page_tokens: int | None = None
-    segment_tokens: int = 512
+    block_size: int | None = None
+    segment_tokens: int = 1024
     step_tokens: int = 2048
-    align_phases: bool = False
     cuda_graphs: str = "auto"
 
     def __post_init__(self) -> None:
@@ -109,48 +101,46 @@ class Engine:
 
     def __init__(
         self,
-        model: PhotonForCausalLM,
+        model: PreTrainedModel,
         tokenizer: PreTrainedTokenizerBase | None = None,
         settings: EngineSettings | None = None,
     ) -> None:
         settings = settings or EngineSettings()
-        if model.protocol != "hiergen":
-            raise PhotonError(f"the engine serves hiergen, not {model.protocol}: use generate(), or set_protocol")
+        protocol = getattr(model, "protocol", "hiergen")
+        if protocol != "hiergen":
+            raise PhotonError(f"the engine serves hiergen, not {protocol}: use generate(), or set_protocol")
         self.model, self.tokenizer, self.settings = model, tokenizer, settings
         self.cache = PagedCache(model, self._layout(settings))
         self.prefixes = PrefixCache(self.cache, settings.max_prefixes)
-        span = model.config.top_span
-        self.segment_tokens = math.ceil(settings.segment_tokens / span) * span
+        self.segment_tokens = settings.segment_tokens
         self.scheduler = Scheduler(
             self.cache,
             self.prefixes,
             settings.max_sequences,
             self.segment_tokens,
             settings.step_tokens,
-            settings.align_phases,
         )
         graphs = settings.cuda_graphs == "auto" and model.device.type == "cuda"
-        self.runner = Runner(model, self.cache, self.static_parts(capture=True) if graphs else None)
+        self.runner = Runner(model, self.cache, self.static_calls(capture=True) if graphs else None)
         self._numbers = count()
         self._open: dict[int, list[Sequence]] = {}
         self._done: dict[int, list[Completion]] = {}
         ends = model.generation_config.eos_token_id
         self._ends = set(ends if isinstance(ends, list) else [] if ends is None else [ends])
 
-    def static_parts(self, capture: bool) -> StaticParts:
-        """Parts of decoding steps at fixed shapes for this engine's sizes."""
+    def static_calls(self, capture: bool) -> StaticCalls:
+        """Decoding at fixed shapes for this engine's sizes."""
         layout = self.cache.layout
-        longest = layout.pages_for(self.settings.max_length or self.model.config.max_position_embeddings)
-        return StaticParts(self.cache, self.settings.max_sequences, min(longest, layout.num_pages), capture)
+        longest = layout.blocks_for(self.settings.max_length or self.model.config.max_position_embeddings)
+        return StaticCalls(self.cache, self.settings.max_sequences, min(longest, layout.num_blocks), capture)
 
     def _layout(self, settings: EngineSettings) -> CacheLayout:
         model, weights = self.model, self.model.get_input_embeddings().weight
         fit = partial(
             CacheLayout.fit,
-            model.config,
+            model,
             num_rows=settings.max_sequences + settings.max_prefixes,
-            dtype_bytes=weights.element_size(),
-            page_tokens=settings.page_tokens,
+            block_size=settings.block_size,
             max_length=settings.max_length,
         )
         if settings.memory is not None:
@@ -158,7 +148,7 @@ class Engine:
         most, free = fit(2**62), free_memory(weights.device)
         if free is None:
             return most
-        longest = most.pages_for(settings.max_length or model.config.max_position_embeddings) * most.page_tokens
+        longest = most.blocks_for(settings.max_length or model.config.max_position_embeddings) * most.block_size
         left = int(free * GPU_SHARE) - decode_bytes(model, settings.max_sequences, longest)
         if left < 0:
             raise PhotonError(
@@ -220,7 +210,7 @@ class Engine:
     def longest(self) -> int:
         """Tokens of the longest sequence: what memory holds of one alone, within the model's longest position."""
         layout = self.cache.layout
-        return min(layout.num_pages * layout.page_tokens, self.model.config.max_position_embeddings)
+        return min(layout.num_blocks * layout.block_size, self.model.config.max_position_embeddings)
 
     @property
     def has_work(self) -> bool:
@@ -290,7 +280,7 @@ class Engine:
             sequences.append(sequence)
             logits.append(known[None])
         if plan.decode:
-            work = [(sequence.held, sequence.output[-1]) for sequence in plan.decode]
+            work = [(sequence.allocation, sequence.output[-1]) for sequence in plan.decode]
             sequences += plan.decode
             logits.append(self.runner.decode(work))
         for sequence, row in self._prefill(plan.prefill):
@@ -305,14 +295,14 @@ class Engine:
         """Feed prompts; those that are through, with the logits of their first token."""
         if not work:
             return []
-        segments = [(s.held, s.prompt[s.held.length : s.held.length + number]) for s, number in work]
+        segments = [(s.allocation, s.prompt[s.allocation.length : s.allocation.length + number]) for s, number in work]
         logits, through = self.runner.prefill(segments), []
         for (sequence, _), row in zip(work, logits, strict=True):
-            key = dict(sequence.keys)[sequence.held.length]
+            key = dict(sequence.keys)[sequence.allocation.length]
             if sequence.in_prefill:
-                self.prefixes.keep(key, sequence.held)
+                self.prefixes.keep(key, sequence.allocation)
             else:
-                self.prefixes.keep(key, sequence.held, row)
+                self.prefixes.keep(key, sequence.allocation, row)
                 through.append((sequence, row))
         return through
 

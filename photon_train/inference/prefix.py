@@ -1,8 +1,8 @@
 """Prefixes of prompts that are kept, so that equal beginnings are encoded once.
 
-A prefix is found by the hash of its tokens. Kept are the state at the end of each prefill segment (a whole number of
-meta-contexts) and at the end of each prompt, the latter with the logits of what follows. A kept prefix is a sequence
-of the cache that nobody writes: whoever goes on from it shares its full pages and copies what is bounded.
+A prefix is found by the hash of its tokens. Kept are the state at the end of each prefill segment and at the end of
+each prompt, the latter with the logits of what follows. A kept prefix is a sequence of the cache that nobody writes:
+whoever goes on from it shares its full blocks and copies what is bounded.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from dataclasses import dataclass
 
 import torch
 
+from photon_train.inference.blocks import Allocation
 from photon_train.inference.cache import PagedCache
-from photon_train.inference.pages import Held
 
 _END = b"end of prompt"  # A prompt and the same tokens as the beginning of a longer one keep different things.
 
@@ -35,7 +35,7 @@ def prefix_keys(tokens: list[int], stride: int) -> list[tuple[int, bytes]]:
 class Prefix:
     """A kept state, and at a prompt's end the logits of its next token, ``[V]``."""
 
-    held: Held
+    allocation: Allocation
     logits: torch.Tensor | None
 
 
@@ -62,13 +62,13 @@ class PrefixCache:
                 return self._kept[key]
         return None
 
-    def keep(self, key: bytes, held: Held, logits: torch.Tensor | None = None) -> None:
+    def keep(self, key: bytes, allocation: Allocation, logits: torch.Tensor | None = None) -> None:
         """Keep a copy of a sequence's state, if there is room."""
         if self.max_prefixes == 0 or key in self._kept:
             return
         while len(self._kept) >= self.max_prefixes:
             self.evict()
-        copy = self.cache.fork(held)
+        copy = self.cache.fork(allocation)
         if copy is not None:
             self._kept[key] = Prefix(copy, None if logits is None else logits.clone())
 
@@ -77,5 +77,5 @@ class PrefixCache:
         if not self._kept:
             return False
         _, prefix = self._kept.popitem(last=False)
-        self.cache.close(prefix.held)
+        self.cache.close(prefix.allocation)
         return True

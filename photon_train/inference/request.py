@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass, field
 
 from photon_train.errors import PhotonError
-from photon_train.inference.pages import Held, Saved
+from photon_train.inference.blocks import Allocation, SwappedState
 from photon_train.inference.streaming import TextStream
 
 # Logits divided by less can overflow, and differences of 1e-3 already decide at this one.
@@ -85,7 +85,7 @@ class Sequence:
         prompt: Token ids of the prompt; `output`: those generated so far.
         logprobs: Log-probability of every output token; `top_logprobs`: the most probable tokens beside it.
         keys: Hashes of the prompt's prefixes, see `prefix.prefix_keys`.
-        held: Its place in the cache while it runs; `saved`: its state while it is swapped out.
+        allocation: What it has of the cache while it runs; `saved`: its state while it is swapped out.
         text: Its text, if the engine has a tokenizer.
         finish_reason: `stop` or `length` once it has ended.
     """
@@ -99,14 +99,14 @@ class Sequence:
     output: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
     top_logprobs: list[dict[int, float]] = field(default_factory=list)
-    held: Held | None = None
-    saved: Saved | None = None
+    allocation: Allocation | None = None
+    saved: SwappedState | None = None
     finish_reason: str | None = None
 
     @property
     def in_prefill(self) -> bool:
         """Whether some of the prompt has not been fed."""
-        return self.held is not None and self.held.length < len(self.prompt)
+        return self.allocation is not None and self.allocation.length < len(self.prompt)
 
 
 @dataclass(frozen=True)

@@ -1,19 +1,19 @@
 """Which sequences run in a step: admission by memory, chunked prefill, preemption.
 
-First come, first served. A sequence is admitted when a row and the pages of its whole prompt are free. When decoding
-needs a page and none is free, kept prefixes go first; then the youngest running sequence is swapped out: its state is
+First come, first served. A sequence is admitted when a row and the blocks of its whole prompt are free. When decoding
+needs a block and none is free, kept prefixes go first; then the youngest running sequence is swapped out: its state is
 copied to main memory bit by bit, so that nothing is lost or computed again (what PHOTON keeps per sequence is small).
 """
 
 from __future__ import annotations
 
-from collections import Counter, deque
+from collections import deque
 from dataclasses import dataclass, field
 
 import torch
 
+from photon_train.inference.blocks import Allocation
 from photon_train.inference.cache import PagedCache
-from photon_train.inference.pages import Held
 from photon_train.inference.prefix import PrefixCache
 from photon_train.inference.request import Sequence
 
@@ -37,13 +37,11 @@ class Scheduler:
     """Waiting and running sequences.
 
     Args:
-        cache: Rows and pages.
+        cache: Rows and blocks.
         prefixes: Kept prefixes.
         max_running: Sequences that run at a time.
         segment_tokens: Tokens of a prefill segment; segments end at multiples of it.
         step_tokens: Prompt tokens fed in one step, of all sequences together.
-        align_phases: Whether a sequence waits, at most S_L - 1 steps, until its chunks close when most others' do: the
-            weights of the upper levels are then read in few steps.
     """
 
     def __init__(
@@ -53,11 +51,9 @@ class Scheduler:
         max_running: int,
         segment_tokens: int,
         step_tokens: int,
-        align_phases: bool = False,
     ) -> None:
         self.cache, self.prefixes = cache, prefixes
         self.max_running, self.segment_tokens, self.step_tokens = max_running, segment_tokens, step_tokens
-        self.align_phases = align_phases
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []
         self.num_preemptions = 0
@@ -70,10 +66,10 @@ class Scheduler:
         """Take a sequence out, finished or not."""
         if sequence in self.running:
             self.running.remove(sequence)
-            self.cache.close(sequence.held)
+            self.cache.close(sequence.allocation)
         elif sequence in self.waiting:
             self.waiting.remove(sequence)
-        sequence.held = sequence.saved = None
+        sequence.allocation = sequence.saved = None
 
     def plan(self) -> Plan:
         """Choose the work of the next step, and make room for it."""
@@ -81,31 +77,20 @@ class Scheduler:
         for sequence in [s for s in self.running if not s.in_prefill]:
             if self._make_room(sequence):
                 plan.decode.append(sequence)
-        # Preempted after it was chosen: a younger one had to make room for an older one's page.
-        plan.decode = [sequence for sequence in plan.decode if sequence.held is not None]
         self._admit(plan)
-        if self.align_phases:
-            plan.decode = self._in_phase(plan.decode)
         left = self.step_tokens
         for sequence in self.running:
             if sequence.in_prefill and left > 0:
-                length = sequence.held.length
+                length = sequence.allocation.length
                 boundary = (length // self.segment_tokens + 1) * self.segment_tokens
                 plan.prefill.append((sequence, min(boundary, len(sequence.prompt)) - length))
                 left -= plan.prefill[-1][1]
         return plan
 
-    def _in_phase(self, sequences: list[Sequence]) -> list[Sequence]:
-        """Those at the most frequent place in the meta-context; the others wait until it has come round to theirs."""
-        span = self.cache.config.top_span
-        phases = Counter(sequence.held.length % span for sequence in sequences)
-        common = phases.most_common(1)
-        return [sequence for sequence in sequences if sequence.held.length % span == common[0][0]]
-
     def _make_room(self, sequence: Sequence) -> bool:
-        """Reserve the page of a running sequence's next token; False if it was swapped out."""
-        while sequence.held is not None:
-            if self.cache.reserve(sequence.held, sequence.held.length + 1):
+        """Reserve the block of a running sequence's next token; False if it was swapped out."""
+        while sequence.allocation is not None:
+            if self.cache.reserve(sequence.allocation, sequence.allocation.length + 1):
                 return True
             if not self.prefixes.evict():
                 self._preempt(self.running[-1])
@@ -113,7 +98,7 @@ class Scheduler:
 
     def _preempt(self, sequence: Sequence) -> None:
         self.running.remove(sequence)
-        sequence.saved, sequence.held = self.cache.swap_out(sequence.held), None
+        sequence.saved, sequence.allocation = self.cache.swap_out(sequence.allocation), None
         self.waiting.appendleft(sequence)
         self.num_preemptions += 1
 
@@ -136,23 +121,23 @@ class Scheduler:
         if sequence.saved is not None or self.prefixes.max_prefixes == 0:
             return False
         found = self.prefixes.find(sequence.keys)
-        known = found.held.length if found else 0
+        known = found.allocation.length if found else 0
         coming = {
             key
             for other in self.running
             if other.in_prefill
             for length, key in other.keys
-            if length > max(known, other.held.length)
+            if length > max(known, other.allocation.length)
         }
         return any(key in coming for _, key in sequence.keys)
 
     def _start(self, sequence: Sequence, plan: Plan) -> bool:
-        """Give a waiting sequence a row, its pages and the longest kept prefix; False if there is no room."""
+        """Give a waiting sequence a row, its blocks and the longest kept prefix; False if there is no room."""
         while True:
             if sequence.saved is not None:
                 room = max(sequence.saved.length + 1, len(sequence.prompt))
-                sequence.held = self.cache.swap_in(sequence.saved, room)
-                if sequence.held is not None:
+                sequence.allocation = self.cache.swap_in(sequence.saved, room)
+                if sequence.allocation is not None:
                     sequence.saved = None
                     if not sequence.in_prefill:
                         plan.decode.append(sequence)
@@ -164,14 +149,14 @@ class Scheduler:
 
     def _start_from_prefix(self, sequence: Sequence, plan: Plan) -> bool:
         prefix = self.prefixes.find(sequence.keys)
-        held: Held | None = self.cache.fork(prefix.held) if prefix else self.cache.open_sequence()
-        if held is None:
+        allocation: Allocation | None = self.cache.fork(prefix.allocation) if prefix else self.cache.open_sequence()
+        if allocation is None:
             return False
-        if not self.cache.reserve(held, len(sequence.prompt)):
-            self.cache.close(held)
+        if not self.cache.reserve(allocation, len(sequence.prompt)):
+            self.cache.close(allocation)
             return False
-        sequence.held = held
-        self.prefixes.hit_tokens += held.length
+        sequence.allocation = allocation
+        self.prefixes.hit_tokens += allocation.length
         if not sequence.in_prefill:
             plan.ready.append((sequence, prefix.logits))
         return True

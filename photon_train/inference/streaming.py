@@ -37,7 +37,7 @@ class TextStream:
 
     def take(self, finished: bool) -> str:
         """Text that has become final since the last call; all that is left if `finished`."""
-        if finished and self.end < len(self.tokens) and not self.stopped:
+        if finished and self.end < len(self.tokens):
             known = self._decode(self.tokens[self.begin : self.end])
             self.text += self._decode(self.tokens[self.begin :])[len(known) :]
             self.end = len(self.tokens)

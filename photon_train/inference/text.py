@@ -7,18 +7,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from photon_train.checkpoints import read_config
 from photon_train.errors import PhotonError
 from photon_train.manifest import FILE_NAME, verify_manifest
-from photon_train.models import PhotonConfig, PhotonForCausalLM
-from photon_train.models.decoding_photon import BACKENDS
+from photon_train.models.attention_photon import BACKENDS
 from photon_train.models.liger_photon import fuse_layers
 
 
 def load_for_inference(
     directory: str | Path, backend: str = "torch", device: str | None = None, dtype: str = "auto"
-) -> tuple[PhotonForCausalLM, PreTrainedTokenizerBase]:
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load an exported (or converted) PHOTON checkpoint and its tokenizer, ready to generate.
 
     Args:
@@ -31,8 +31,7 @@ def load_for_inference(
         PhotonError: naming what is missing, damaged or cannot run here.
     """
     directory = Path(directory)
-    if not (directory / "config.json").is_file():
-        raise PhotonError(f"{directory} holds no config.json: give the export/ directory of a run")
+    config = read_config(directory)
     if (directory / FILE_NAME).is_file():
         verify_manifest(directory)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -40,13 +39,7 @@ def load_for_inference(
     check_backend(backend, device)
     if dtype != "auto" and not isinstance(getattr(torch, dtype, None), torch.dtype):
         raise PhotonError(f"--dtype {dtype!r} is not auto, float32, bfloat16 or float16")
-    try:
-        config = PhotonConfig.from_pretrained(directory)
-    except ValueError as error:
-        raise PhotonError(f"{directory / 'config.json'}: {error}") from error
-    if PhotonConfig.get_config_dict(directory)[0].get("model_type") != PhotonConfig.model_type:
-        raise PhotonError(f"{directory} is no PHOTON model: convert it first with `photon-train convert`")
-    model = PhotonForCausalLM.from_pretrained(directory, config=config, dtype=dtype).to(device).eval()
+    model = AutoModelForCausalLM.from_pretrained(directory, config=config, dtype=dtype).to(device).eval()
     model.set_backend(backend)
     fuse_layers(model)
     return model, AutoTokenizer.from_pretrained(directory)
@@ -83,7 +76,7 @@ def check_backend(backend: str, device: str) -> None:
 
 @torch.no_grad()
 def generate_text(
-    model: PhotonForCausalLM,
+    model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     prompts: list[str],
     max_new_tokens: int = 128,

@@ -1,258 +1,253 @@
-"""`PhotonCache`: what incremental decoding keeps per row: rings for what is bounded, one growing stream per summary."""
+"""Keys and values of earlier tokens: bounded rings, growing stores, and `PhotonCache`, which holds those of a batch."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from transformers.cache_utils import Cache
 
-from .attention_photon import KeyValue, window_start
 from .configuration_photon import PhotonConfig
+
+KeyValue = tuple[torch.Tensor, torch.Tensor]
 
 
 @dataclass(frozen=True)
-class StreamGeometry:
-    """Where the elements (slots and tokens) of the token stream lie: in its sequence and in its ring.
-
-    An *element* is a position of the decoder's sequence: with slots, chunk h holds elements
-    ``h * (R + C) ... h * (R + C) + R + C - 1``, slots first; without, elements are tokens.
-    """
-
-    window: int
-    alignment: int
-    num_sinks: int
-    chunk_size: int
-    num_slots: int
-
-    @classmethod
-    def of(cls, config: PhotonConfig) -> StreamGeometry:
-        slots = config.levels[0]["num_slots"] if config.uses_slots else 0
-        chunk = config.levels[0]["chunk_size"] if slots else 1
-        return cls(config.window, config.window_alignment, config.num_sinks, chunk, slots)
-
-    @property
-    def ring_size(self) -> int:
-        """Entries of the ring: the longest window (after alignment) and the slots inside it."""
-        longest = self.window + self.alignment - 1
-        return longest + self.num_slots * math.ceil(longest / self.chunk_size)
-
-    @property
-    def capacity(self) -> int:
-        """Entries per row and layer: sinks first, then the ring."""
-        return self.num_sinks + self.ring_size
-
-    def element_of_token(self, position: torch.Tensor) -> torch.Tensor:
-        """Sequence index of the token at `position`."""
-        chunk = position // self.chunk_size
-        return chunk * (self.num_slots + self.chunk_size) + self.num_slots + position % self.chunk_size
-
-    def num_elements(self, length: torch.Tensor) -> torch.Tensor:
-        """Elements fed once `length` tokens have been: a chunk's slots come with its first token."""
-        return length + self.num_slots * ((length + self.chunk_size - 1) // self.chunk_size)
-
-    def is_sink(self, element: torch.Tensor) -> torch.Tensor:
-        """Whether an element is one of the first `num_sinks` tokens."""
-        period = self.num_slots + self.chunk_size
-        inside = element % period - self.num_slots
-        return (inside >= 0) & (element // period * self.chunk_size + inside < self.num_sinks)
-
-    def entry(self, element: torch.Tensor) -> torch.Tensor:
-        """Index in the cache of an element."""
-        period = self.num_slots + self.chunk_size
-        token = element // period * self.chunk_size + element % period - self.num_slots
-        return torch.where(self.is_sink(element), token, self.num_sinks + element % self.ring_size)
-
-    def first_visible(self, position: torch.Tensor) -> torch.Tensor:
-        """Sequence index of the oldest element that a query at token `position` sees (sinks aside)."""
-        start = window_start(position, self.window, self.alignment)
-        # A chunk's slots stand at its first token: they are visible only if that token is.
-        first_of_chunk = self.num_slots * (start % self.chunk_size == 0)
-        return self.element_of_token(start) - first_of_chunk
-
-    def held(self, length: torch.Tensor) -> torch.Tensor:
-        """Elements in a row's cache after `length` tokens, by entry: ``[B, capacity]``, -1 where empty."""
-        entries = torch.arange(self.ring_size, device=length.device)
-        last = (self.num_elements(length) - 1)[:, None]
-        element = last - (last - entries) % self.ring_size
-        element = torch.where(self.is_sink(element.clamp(min=0)), -1, element).clamp(min=-1)
-        token = torch.arange(self.num_sinks, device=length.device)
-        sinks = torch.where(token < length[:, None], self.element_of_token(token), -1)
-        return torch.cat([sinks, element], dim=1)
-
-
-class StackCache:
-    """Keys and values of some layers of one stack, ``[B, Hkv, N, D]`` each, with one shared table of elements.
+class SlotMapping:
+    """Which new elements go into which slots.
 
     Attributes:
-        order: Sequence index of the element in each entry, ``[B, N]``, -1 where empty.
-        capacity: Entries per row; None grows by what is written.
-        all_in_order: Whether as many rows as there are are all of them, ascending: they are then read as they lie.
+        rows: Rows of the cache, ``[n]``; None: row i of the pass is row i of the cache.
+        columns: Elements of the pass, ``[m]``.
+        slots: Their slots, ``[m]``.
+        batch: Row of the pass of each element, ``[m]``; None: every row stores all columns.
     """
 
-    def __init__(self, layers: Iterable[int], capacity: int | None) -> None:
-        self.layers = list(layers)
-        self.capacity = capacity
-        self.order: torch.Tensor | None = None
-        self.all_in_order = True
+    rows: torch.Tensor | None
+    columns: torch.Tensor
+    slots: torch.Tensor
+    batch: torch.Tensor | None = None
+
+    @property
+    def cache_rows(self) -> torch.Tensor:
+        """Row of the cache of each element, ``[m]``; with `batch` only."""
+        return self.batch if self.rows is None else self.rows[self.batch]
+
+    def put(self, stored: torch.Tensor, new: torch.Tensor) -> None:
+        """Store ``new [n, ..., T, (D)]`` in ``stored [rows, ..., N, (D)]``; slots are dimension 2, or 1 of two."""
+        new = new.detach().to(stored.dtype)
+        if stored.dim() == 2:
+            stored, new = stored[:, None, :, None], new[:, None, :, None]
+        if self.batch is not None:
+            stored[self.cache_rows, :, self.slots] = new[self.batch, :, self.columns]
+            return
+        if len(self.columns) != new.shape[2]:
+            new = new[:, :, self.columns]
+        if self.rows is None:
+            stored.index_copy_(2, self.slots, new)
+        else:
+            stored[self.rows[:, None], :, self.slots] = new.transpose(1, 2)
+
+
+class RingStore:
+    """Keys and values of windowed layers: a few sinks, then the latest elements, ``[rows, Hkv, sinks + ring, D]``.
+
+    Attributes:
+        layers: Layers that it holds.
+        num_sinks: Elements 0 ... num_sinks - 1 keep a slot of their own.
+        ring_size: Slots that later elements share in turn.
+        index: Sequence index of the element in each slot, ``[rows, N]``, -1 where empty.
+    """
+
+    def __init__(self, layers: Iterable[int], num_sinks: int, ring_size: int) -> None:
+        self.layers, self.num_sinks, self.ring_size = list(layers), num_sinks, ring_size
+        self.index: torch.Tensor | None = None
         self.keys: dict[int, torch.Tensor] = {}
         self.values: dict[int, torch.Tensor] = {}
 
-    def allocate(self, batch: int, heads: int, head_dim: int, like: torch.Tensor) -> None:
-        """Make `batch` empty rows of a bounded stack, with the type and device of `like`."""
-        self.order = torch.full((batch, self.capacity), -1, device=like.device)
+    @property
+    def capacity(self) -> int:
+        """Slots of a row."""
+        return self.num_sinks + self.ring_size
+
+    def allocate(self, rows: int, heads: int, head_dim: int, like: torch.Tensor) -> None:
+        """Make `rows` empty rows with the type and device of `like`."""
+        self.index = torch.full((rows, self.capacity), -1, device=like.device)
         for states in (self.keys, self.values):
             for layer in self.layers:
-                states[layer] = like.new_zeros(batch, heads, self.capacity, head_dim)
+                states[layer] = like.new_zeros(rows, heads, self.capacity, head_dim)
 
-    @property
-    def size(self) -> int:
-        """Entries per row that `read` returns."""
-        return self.order.shape[1]
+    def slot(self, index: torch.Tensor) -> torch.Tensor:
+        """Slot of an element."""
+        return torch.where(index < self.num_sinks, index, self.num_sinks + index % self.ring_size)
 
-    def held(self, rows: torch.Tensor) -> torch.Tensor:
-        """The elements in the entries of `rows` (ascending), ``[n, N]``, -1 where empty."""
-        return self._of(self.order, rows)
+    def read_index(self, rows: torch.Tensor | None) -> torch.Tensor:
+        """Elements in the slots, ``[n, N]``, -1 where empty; a copy."""
+        return self.index.clone() if rows is None else self.index[rows]
 
-    def read(self, layer: int, rows: torch.Tensor) -> KeyValue:
-        """Keys and values of `rows` (ascending), ``[n, Hkv, N, D]`` each."""
-        return self._of(self.keys[layer], rows), self._of(self.values[layer], rows)
+    def read(self, layer: int, rows: torch.Tensor | None) -> KeyValue:
+        """Keys and values, ``[n, Hkv, N, D]``."""
+        return tuple(states[layer] if rows is None else states[layer][rows] for states in (self.keys, self.values))
 
-    def operands(self, layer: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-        """What a kernel reads in place: keys, values, and the table of their pages (None: row r lies in row r)."""
+    def write(self, layer: int, slot_mapping: SlotMapping, key: torch.Tensor, value: torch.Tensor) -> None:
+        """Store ``key, value [n, Hkv, T, D]``."""
+        slot_mapping.put(self.keys[layer], key)
+        slot_mapping.put(self.values[layer], value)
+
+    def operands(self, layer: int) -> tuple[torch.Tensor, torch.Tensor, None]:
+        """What a kernel reads in place: keys, values, and no block table."""
         return self.keys[layer], self.values[layer], None
 
-    def _of(self, states: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
-        return states if self.all_in_order and rows.numel() == states.shape[0] else states[rows]
+    def forget(self, rows: torch.Tensor, lengths: torch.Tensor) -> None:
+        """Empty the slots of `rows` whose elements are not among the first ``lengths [n]``."""
+        index = self.index[rows]
+        self.index[rows] = index.masked_fill(index >= lengths[:, None], -1)
 
-    def fill(self, recorded: dict[int, KeyValue], order: torch.Tensor, source: torch.Tensor | None = None) -> None:
-        """Take over the keys and values of a whole-sequence pass.
-
-        Args:
-            recorded: Per layer, keys and values ``[B, Hkv, E, D]``.
-            order: The elements that each entry holds, ``[B, N]``, -1 where empty.
-            source: Position in `recorded` of each entry, ``[B, N]``; default: `order` itself.
-        """
-        self.order = order
-        index = (order if source is None else source).clamp(min=0)[:, None, :, None]
-        for layer in self.layers:
-            key, value = recorded[layer]
-            where = index.expand(-1, key.shape[1], -1, key.shape[3])
-            self.keys[layer] = key.detach().gather(2, where)
-            self.values[layer] = value.detach().gather(2, where)
-
-    def place(self, rows: torch.Tensor, entries: torch.Tensor, order: torch.Tensor) -> None:
-        """Announce new elements ``order [n, q]`` at ``entries [n, q]`` of ``rows [n]``; grow if need be."""
-        if self.capacity is None:  # a bounded stack has room; asking would make a GPU wait
-            self._grow(int(entries.max()) + 1 - self.order.shape[1])
-        self.order[rows[:, None], entries] = order
-
-    def _grow(self, missing: int) -> None:
-        if missing <= 0:
-            return
-        self.order = torch.nn.functional.pad(self.order, (0, missing), value=-1)
-        for states in (self.keys, self.values):
-            for layer in self.layers:
-                states[layer] = torch.nn.functional.pad(states[layer], (0, 0, 0, missing))
-
-    def write(self, layer: int, rows: torch.Tensor, entries: torch.Tensor, key: torch.Tensor, value: torch.Tensor):
-        """Store ``key, value [n, Hkv, q, D]`` at the announced entries."""
-        self.keys[layer][rows[:, None], :, entries] = key.detach().transpose(1, 2).to(self.keys[layer].dtype)
-        self.values[layer][rows[:, None], :, entries] = value.detach().transpose(1, 2).to(self.values[layer].dtype)
-
-    def assign(self, rows: torch.Tensor, other: StackCache) -> None:
-        """Let `rows` hold what the rows of `other` hold."""
-        self.order[rows] = other.order
-        for mine, others in ((self.keys, other.keys), (self.values, other.values)):
-            for layer in self.layers:
-                mine[layer][rows] = others[layer].to(mine[layer].dtype)
-
-    def clear(self, rows: torch.Tensor) -> None:
-        """Empty `rows`."""
-        self.order.index_fill_(0, rows, -1)
+    def tensors(self) -> list[torch.Tensor]:
+        """Everything that belongs to rows, rows first."""
+        return [] if self.index is None else [self.index, *self.keys.values(), *self.values.values()]
 
     def select(self, rows: torch.Tensor) -> None:
         """Keep `rows`, in that order."""
-        self.order = self.order.index_select(0, rows)
-        for states in (self.keys, self.values):
-            for layer in self.layers:
-                states[layer] = states[layer].index_select(0, rows)
+        if self.index is not None:
+            self.index = self.index.index_select(0, rows)
+            for states in (self.keys, self.values):
+                states.update({layer: states[layer].index_select(0, rows) for layer in self.layers})
 
     def nbytes(self) -> int:
         """Bytes of keys and values."""
-        return sum(t.numel() * t.element_size() for kv in (self.keys, self.values) for t in kv.values())
+        return sum(t.numel() * t.element_size() for t in (*self.keys.values(), *self.values.values()))
 
 
-class PhotonCache(Cache):
-    """State of incremental decoding; every row keeps its own length and chunk phase.
-
-    Grows with the context: unbounded encoders (one entry per unit), memory sources (one per unit), full-attention
-    layers (one per token). Everything else is constant. `accounting` has the formula.
+class GrowingStore:
+    """Keys and values of all elements of a row, in order, ``[rows, Hkv, capacity, D]``.
 
     Attributes:
-        lengths: Tokens that each row holds, ``[B]``.
-        columns: Input columns seen, padding included (what transformers calls the sequence length).
-        encoders: Per level, the encoder's cache.
-        groups: Per level, the cache of an isolated decoder over the open group, or None.
-        window, full, memory: The token stream: windowed layers, full-attention layers, units by level.
-        open: Per level, the states of the open chunk, ``[B, C, d]``.
-        slots: Per level, the slots in force, ``[B, R, d]``, or None with `memory`.
-        reconstructions: With `recgen`, per level below the top: what the decoder above makes of the open unit,
-            ``[B, d]``.
-
-    Args:
-        protocol: Generation protocol, `hiergen` or `recgen`; see `PhotonForCausalLM.set_protocol`.
+        layers: Layers that it holds.
+        unit_tokens: Tokens that one element stands for.
     """
 
-    def __init__(self, config: PhotonConfig, protocol: str = "hiergen") -> None:
+    def __init__(self, layers: Iterable[int], unit_tokens: int = 1) -> None:
+        self.layers, self.unit_tokens = list(layers), unit_tokens
+        self.keys: dict[int, torch.Tensor] = {}
+        self.values: dict[int, torch.Tensor] = {}
+
+    def allocate(self, rows: int, heads: int, head_dim: int, like: torch.Tensor) -> None:
+        """Make `rows` empty rows with the type and device of `like`."""
+        for states in (self.keys, self.values):
+            for layer in self.layers:
+                states[layer] = like.new_zeros(rows, heads, 0, head_dim)
+
+    def reserve(self, count: int) -> None:
+        """Make room for `count` elements of every row."""
+        if not self.layers:
+            return
+        have = self.keys[self.layers[0]].shape[2]
+        if count > have:
+            # A quarter more than needed: tokens that come one by one copy the store rarely.
+            missing = count - have + count // 4
+            for states in (self.keys, self.values):
+                for layer in self.layers:
+                    states[layer] = torch.nn.functional.pad(states[layer], (0, 0, 0, missing))
+
+    def read(self, layer: int, rows: torch.Tensor | None, count: int) -> KeyValue:
+        """Keys and values of at least the first `count` elements (as many as there are), ``[n, Hkv, >= count, D]``."""
+        parts = (states[layer][:, :, :count] for states in (self.keys, self.values))
+        return tuple(part if rows is None else part[rows] for part in parts)
+
+    def write(self, layer: int, slot_mapping: SlotMapping, key: torch.Tensor, value: torch.Tensor) -> None:
+        """Store ``key, value [n, Hkv, T, D]``; a slot is an element's index."""
+        slot_mapping.put(self.keys[layer], key)
+        slot_mapping.put(self.values[layer], value)
+
+    def operands(self, layer: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        """What a kernel reads in place: keys, values, and the block table (None: row r lies in row r)."""
+        return self.keys[layer], self.values[layer], None
+
+    def select(self, rows: torch.Tensor) -> None:
+        """Keep `rows`, in that order."""
+        for states in (self.keys, self.values):
+            states.update({layer: stored.index_select(0, rows) for layer, stored in states.items()})
+
+    def nbytes(self, counts: Iterable[int]) -> int:
+        """Bytes of the first ``counts[b]`` keys and values of each row."""
+        total = sum(counts)
+        stored = (*self.keys.values(), *self.values.values())
+        return sum(total * t.shape[1] * t.shape[3] * t.element_size() for t in stored)
+
+
+class RowCache(Cache):
+    """What the caches of all PHOTON models share: rows with a length each, and the interface of transformers' caches.
+
+    Attributes:
+        lengths: Tokens that each row holds, ``[rows]``; None while nothing is allocated.
+        host_lengths: The same for the rows of the next pass, on the host; None asks `lengths`.
+        rows: Rows of the next pass, ``[n]``; None: all, in order.
+        is_static: Whether the next pass may not depend on what the host knows of lengths (`host_lengths` is not used).
+        columns: Input columns seen, padding included (what transformers calls the sequence length).
+    """
+
+    def __init__(self) -> None:
         super().__init__(layers=[])
-        self.config, self.protocol = config, protocol
-        self.geometry = StreamGeometry.of(config)
         self.lengths: torch.Tensor | None = None
+        self.host_lengths: list[int] | None = None
+        self.rows: torch.Tensor | None = None
+        self.is_static = False
         self.columns = 0
-        self.open: list[torch.Tensor] = []
-        self.slots: list[torch.Tensor | None] = []
-        self.reconstructions: list[torch.Tensor] = []
-        self.encoders = [StackCache(range(lv["encoder_layers"]), lv["encoder_window"]) for lv in config.levels]
-        self.groups: list[StackCache | None] = []
-        for index, level in enumerate(config.levels):
-            isolated = level["decoder_layers"] > 0 and (index > 0 or config.layout == "block")
-            capacity = level["num_slots"] + level["chunk_size"] - 1
-            self.groups.append(StackCache(range(level["decoder_layers"]), capacity) if isolated else None)
-        stream = range(config.num_token_layers) if config.layout == "stream" else []
-        bounded = [layer for layer in stream if layer not in config.full_attention_layers]
-        self.window = StackCache(bounded, self.geometry.capacity)
-        self.full = StackCache([layer for layer in stream if layer in config.full_attention_layers], None)
-        self.memory = {
-            level: StackCache([source for source, at in config.source_levels.items() if at == level], None)
-            for level in sorted(set(config.memory_levels))
-        }
 
-    def _stacks(self) -> list[StackCache]:
-        stacks = [*self.encoders, *[g for g in self.groups if g is not None], self.window, self.full]
-        return [stack for stack in [*stacks, *self.memory.values()] if stack.order is not None]
+    def rings(self) -> list[RingStore]:
+        """The bounded stores."""
+        raise NotImplementedError
 
-    @property
-    def is_empty(self) -> bool:
-        """Whether nothing has been written."""
-        return self.lengths is None
+    def growing(self) -> list[GrowingStore]:
+        """The stores that grow with the text."""
+        raise NotImplementedError
 
-    def kv_bytes(self) -> dict[str, int]:
-        """Bytes of the whole batch: keys and values `growing` and `constant`; `buffers`: open chunks, slots and
-        reconstructions."""
-        growing = [*self.memory.values(), self.full, *[e for e in self.encoders if e.capacity is None]]
-        total = sum(stack.nbytes() for stack in self._stacks())
-        grown = sum(stack.nbytes() for stack in growing)
-        buffers = [*self.open, *[slots for slots in self.slots if slots is not None], *self.reconstructions]
-        return {
-            "growing": grown,
-            "constant": total - grown,
-            "buffers": sum(t.numel() * t.element_size() for t in buffers),
-        }
+    def allocate(self, rows: int, heads: int, head_dim: int, like: torch.Tensor) -> None:
+        """Make `rows` empty rows."""
+        self.lengths = torch.zeros(rows, dtype=torch.long, device=like.device)
+        if self.host_lengths is None:
+            self.host_lengths = [0] * rows
+        for store in (*self.rings(), *self.growing()):
+            store.allocate(rows, heads, head_dim, like)
 
-    # --- what transformers' generation asks of a cache ---
+    def row_tensors(self) -> list[torch.Tensor]:
+        """Everything bounded that belongs to rows, rows first."""
+        return [self.lengths, *(tensor for ring in self.rings() for tensor in ring.tensors())]
+
+    def clear(self, row: int) -> None:
+        """Empty a row; nothing of what it held is left (masked, a NaN would still reach results)."""
+        for tensor in self.row_tensors():
+            tensor[row] = 0
+        for ring in self.rings():
+            ring.index[row] = -1
+
+    def past_lengths(self) -> tuple[torch.Tensor, list[int] | None]:
+        """Tokens of each row of the next pass, ``[n]``, on the device and on the host (None: `is_static`)."""
+        lengths = self.lengths if self.rows is None else self.lengths[self.rows]
+        if self.is_static:
+            return lengths, None
+        if self.host_lengths is None:
+            self.host_lengths = lengths.tolist()
+        return lengths, self.host_lengths
+
+    def advance(self, columns: int, new: torch.Tensor | int, host_new: list[int] | None) -> None:
+        """After a pass of `columns` columns, in which each row got ``new [n]`` tokens."""
+        self.columns += columns
+        if self.rows is None:
+            self.lengths = self.lengths + new
+        else:
+            self.lengths[self.rows] = self.lengths[self.rows] + new
+        if self.host_lengths is not None and host_new is not None:
+            self.host_lengths = [had + more for had, more in zip(self.host_lengths, host_new, strict=True)]
+
+    # --- what transformers asks of a cache ---
+
+    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any):
+        """The states as they are: PHOTON's attention reads and writes the cache itself."""
+        return key_states, value_states
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Input columns seen, padding included."""
@@ -262,16 +257,13 @@ class PhotonCache(Cache):
         """No bound: -1."""
         return -1
 
-    def __len__(self) -> int:
-        return self.config.num_layers
-
     @property
     def is_compileable(self) -> bool:
         return False
 
     @property
     def is_initialized(self) -> bool:
-        return not self.is_empty
+        return self.lengths is not None
 
     @property
     def is_sliding(self) -> list[bool]:
@@ -281,32 +273,16 @@ class PhotonCache(Cache):
     def batch_size(self) -> int:
         return 0 if self.lengths is None else self.lengths.shape[0]
 
-    def reset(self) -> None:
-        """Forget everything."""
-        self.__init__(self.config, self.protocol)
-
-    def crop(self, max_length: int) -> None:
-        """Not possible: summaries of completed chunks cannot be taken apart.
-
-        Raises:
-            NotImplementedError: always; decode without assistant or prompt lookup.
-        """
-        raise NotImplementedError(
-            "PhotonCache cannot be cropped: summaries of completed chunks cannot be taken apart. "
-            "Generate without an assistant model or prompt lookup."
-        )
-
     def batch_select_indices(self, indices: torch.Tensor) -> None:
         """Keep the rows `indices`, in that order (repeats allowed)."""
         if self.lengths is None:
             return
         indices = indices.to(self.lengths.device)
         self.lengths = self.lengths.index_select(0, indices)
-        self.open = [states.index_select(0, indices) for states in self.open]
-        self.slots = [None if slots is None else slots.index_select(0, indices) for slots in self.slots]
-        self.reconstructions = [states.index_select(0, indices) for states in self.reconstructions]
-        for stack in self._stacks():
-            stack.select(indices)
+        if self.host_lengths is not None:
+            self.host_lengths = [self.host_lengths[index] for index in indices.tolist()]
+        for store in (*self.rings(), *self.growing()):
+            store.select(indices)
 
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:
         """Beam search: row i goes on from row ``beam_idx[i]``."""
@@ -317,3 +293,90 @@ class PhotonCache(Cache):
         if self.lengths is not None:
             rows = torch.arange(self.batch_size, device=self.lengths.device)
             self.batch_select_indices(rows.repeat_interleave(repeats))
+
+
+class PhotonCache(RowCache):
+    """Cache of `PhotonForCausalLM`.
+
+    Grows with the text: memory layers (one latent per unit that has left the window) and full-attention layers (one key
+    and value per token). Everything else is constant. `accounting` has the formula.
+
+    Args:
+        config: The model's.
+        rollback: Latest tokens that `crop` can take back at any length; windowed layers keep so many more.
+        growing: Makes the stores that grow, ``growing(layers, unit_tokens)``.
+
+    Attributes:
+        window: Windowed layers; `local`: layers with the family's own window; `full`: full attention; `units`: latents
+            of memory layers.
+    """
+
+    def __init__(
+        self, config: PhotonConfig, rollback: int = 0, growing: Callable[[list[int], int], GrowingStore] = GrowingStore
+    ) -> None:
+        super().__init__()
+        self.config, self.rollback, self._make_growing = config, rollback, growing
+        windowed, local, full = [], {}, []
+        for layer in range(config.num_hidden_layers):
+            own = config.family_window(layer)
+            if config.has_window(layer):
+                windowed.append(layer)
+            elif own is not None:
+                local.setdefault(own, []).append(layer)
+            else:
+                full.append(layer)
+        self.window = RingStore(windowed, config.num_sinks, config.ring_size + rollback)
+        self.local = {own: RingStore(layers, 0, own + rollback) for own, layers in local.items()}
+        self.full, self.units = growing(full, 1), growing(config.memory_layers, config.chunk_size)
+
+    def rings(self) -> list[RingStore]:
+        return [self.window, *self.local.values()]
+
+    def growing(self) -> list[GrowingStore]:
+        return [self.full, self.units]
+
+    def __len__(self) -> int:
+        return self.config.num_hidden_layers
+
+    def reset(self) -> None:
+        """Forget everything."""
+        self.__init__(self.config, self.rollback, self._make_growing)
+
+    def kv_bytes(self) -> dict[str, int]:
+        """Bytes of the whole batch's keys and values: `growing` and `constant`."""
+        lengths = [] if self.lengths is None else self.lengths.tolist()
+        units = [self.config.num_units(length) for length in lengths]
+        return {
+            "growing": self.full.nbytes(lengths) + self.units.nbytes(units),
+            "constant": sum(ring.nbytes() for ring in self.rings()),
+        }
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Take the latest tokens of every row back, given as a negative number (as in transformers' caches).
+
+        Raises:
+            ValueError: for a positive number, more tokens than a row has, and where windowed layers have overwritten
+                what the shorter sequence sees. A cache made with `rollback` takes that many back at any length.
+        """
+        if tokens_to_remove > 0:
+            raise ValueError(f"crop({tokens_to_remove}): give the tokens to take back as a negative number")
+        removed = -tokens_to_remove
+        if not removed or self.lengths is None:
+            return
+        lengths, rows = self.lengths.tolist(), torch.arange(self.batch_size, device=self.lengths.device)
+        for length in lengths:
+            left = length - removed
+            if left < 0:
+                raise ValueError(f"crop({tokens_to_remove}) takes {removed} tokens back; a row has {length}")
+            needed = max(0, self.config.window_start(left - 1))
+            for ring in self.rings():
+                if ring.layers and length - ring.ring_size > needed:
+                    raise ValueError(
+                        f"the window of a row of {length} tokens cannot take {removed} of them back: use "
+                        f"PhotonCache(config, rollback={removed}), or generate without an assistant"
+                    )
+        self.lengths = self.lengths - removed
+        self.host_lengths = self.lengths.tolist()
+        self.columns -= removed
+        for ring in self.rings():
+            ring.forget(rows, self.lengths)

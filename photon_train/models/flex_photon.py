@@ -1,8 +1,7 @@
-"""Bands with sinks, slots and memory units as one fused kernel, forward and backward: PyTorch's flex_attention.
+"""Windows with sinks and memory units as one fused kernel, forward and backward: PyTorch's flex_attention.
 
-The blockwise path of `attention_photon` gathers each block's keys and leaves the softmax to SDPA; here the mask is
-evaluated inside the kernel, and blocks of keys that no query of a block sees are skipped. Every span is described by
-four vectors, so that one mask function, compiled once per shape class, serves them all.
+For training on a GPU: the mask is evaluated inside the kernel, and blocks of keys that no query of a block sees are
+skipped. Every window is described by four vectors: one mask function, compiled once per shape class, serves all.
 """
 
 from __future__ import annotations
@@ -28,20 +27,18 @@ class FlexMask:
 
         ``i >= after[j]`` and ``at_least[j] <= starts[i] <= at_most[j]``.
 
-    For a token's key, `after` is its index and `at_most` its position (no limit for a sink); for a unit's, `at_least`
-    is the end of the unit.
+    For a near key, `after` is its place and `at_most` its index (no limit for a sink); for a far one, `at_least` is the
+    end of its unit.
 
     Attributes:
-        starts: First visible token of each query, ``[E]``, non-decreasing.
-        after, at_least, at_most: One number per key, ``[E + U]``.
-        bias: Added to the logits of each key, float32 ``[E + U]``, or None.
+        starts: First visible element of each query, ``[T]``, non-decreasing.
+        after, at_least, at_most: One number per key, ``[T + U]``.
     """
 
     starts: torch.Tensor
     after: torch.Tensor
     at_least: torch.Tensor
     at_most: torch.Tensor
-    bias: torch.Tensor | None = None
 
     @cached_property
     def mask_mod(self) -> Callable:
@@ -54,14 +51,8 @@ class FlexMask:
 
         return mask_mod
 
-    @cached_property
-    def score_mod(self) -> Callable | None:
-        """Adds each key's bias."""
-        bias = self.bias
-        return None if bias is None else lambda score, batch, head, query, key: score + bias[key]
-
     def visible(self) -> torch.Tensor:
-        """The mask in full, ``[E, E + U]`` (for checks)."""
+        """The mask in full, ``[T, T + U]`` (for checks)."""
         query, key = (torch.arange(len(side), device=side.device) for side in (self.starts, self.after))
         return self.mask_mod(None, None, query[:, None], key)
 
@@ -95,64 +86,75 @@ def _listed(blocks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return counts[None, None], indices[None, None].contiguous()
 
 
-def padded(values: torch.Tensor, fill: int | float) -> torch.Tensor:
-    """``[E]`` with `fill` at the end, to whole blocks."""
+def padded(values: torch.Tensor, fill: int) -> torch.Tensor:
+    """``[T]`` with `fill` at the end, to whole blocks."""
     return F.pad(values, (0, -len(values) % BLOCK), value=fill)
 
 
-def band_mask(
-    starts: torch.Tensor,
-    positions: torch.Tensor,
-    sinks: torch.Tensor | None,
-    unit_ends: torch.Tensor | None = None,
-    unit_bias: torch.Tensor | None = None,
+def window_mask(
+    starts: torch.Tensor, index: torch.Tensor, num_sinks: int, unit_ends: torch.Tensor | None = None
 ) -> FlexMask:
-    """The mask of a band over E elements, and of U units beside it; each padded to whole blocks.
+    """The mask of a window over T elements, and of U far keys beside it; each padded to whole blocks.
 
     Args:
-        starts: First visible token of each element, ``[E]``; positions: its token position, ``[E]``.
-        sinks: Indices of the elements that stay visible, or None.
-        unit_ends: A unit is seen by elements whose window starts at its end or later, ``[U]``.
-        unit_bias: Added to a unit's logits, ``[U]``.
+        starts: First visible element of each query, ``[T]``; index: its own, ``[T]``.
+        num_sinks: Elements that stay visible.
+        unit_ends: A far key is seen by queries whose window starts at its unit's end or later, ``[U]``.
     """
-    index = torch.arange(len(positions), device=positions.device)
-    at_most = positions.clone()
-    if sinks is not None:
-        at_most[sinks] = NEVER
-    after, at_least = padded(index, NEVER), padded(torch.zeros_like(index), NEVER)
-    starts, at_most = torch.cat([starts, starts[-1:].expand(-len(starts) % BLOCK)]), padded(at_most, -1)
-    bias = None
+    place = torch.arange(len(index), device=index.device)
+    after, at_least = padded(place, NEVER), padded(torch.zeros_like(place), NEVER)
+    at_most = padded(torch.where(index < num_sinks, NEVER, index), -1)
+    starts = torch.cat([starts, starts[-1:].expand(-len(starts) % BLOCK)]).clamp(min=0)
     if unit_ends is not None:
         ends = padded(unit_ends, NEVER)
         after, at_least = torch.cat([after, torch.zeros_like(ends)]), torch.cat([at_least, ends])
         at_most = torch.cat([at_most, torch.full_like(ends, NEVER)])
-        if unit_bias is not None:
-            bias = torch.cat([torch.zeros_like(starts, dtype=torch.float32), padded(unit_bias.float(), 0.0)])
-    return FlexMask(starts.int(), after.int(), at_least.int(), at_most.int(), bias)
+    return FlexMask(starts.int(), after.int(), at_least.int(), at_most.int())
 
 
-def attend_fused(
+def attend_window(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
-    mask: FlexMask,
+    starts: torch.Tensor,
+    index: torch.Tensor,
+    num_sinks: int,
     scale: float,
-    units: tuple[torch.Tensor, torch.Tensor] | None = None,
-    function: Callable = flex_attention,
+    far: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None,
+    chunk_size: int = 1,
 ) -> torch.Tensor:
-    """Attend with ``query [B, Hq, E, D]`` to ``key, value [B, Hkv, E, D]`` and units ``[B, Hkv, U, D]``.
+    """Attention of a segment without a past to its window, its sinks and far keys.
 
     Args:
-        mask: From `band_mask`, for these lengths.
-        function: `flex_attention`, compiled or not.
+        query: ``[B, Hq, T, D]``; key, value: ``[B, Hkv, T, D]``.
+        starts, index, num_sinks: As for `window_mask`.
+        far: The queries as far keys want them, ``[B, Hq, T, D]``, far keys and values ``[B, Hkv, U, D]``.
+        chunk_size: Tokens under a unit.
+
+    Returns:
+        ``[B, Hq, T, D]``. Compiled on a GPU.
     """
+    function, size, ends = compiled() if query.is_cuda else flex_attention, query.shape[-1], None
+    if far is not None and far[1].shape[2]:
+        # One softmax takes rotated scores near and unrotated ones far: a query is both side by side, a near key has
+        # zeros for the second half, a far key for the first. Values are padded as well: the kernel wants one width.
+        query = torch.cat([query, far[0]], dim=-1)
+        key, value = F.pad(key, (0, size)), F.pad(value, (0, size))
+        token = torch.arange(far[1].shape[2], device=query.device)
+        ends = ((token // chunk_size + 1) * chunk_size).masked_fill(token < num_sinks, NEVER)
+        far = tuple(F.pad(part, (size, 0) if number == 0 else (0, size)) for number, part in enumerate(far[1:]))
+    mask = window_mask(starts, index, num_sinks, ends)
+    return attend_fused(query, key, value, mask, scale, far if ends is not None else None, function)[..., :size]
+
+
+def attend_fused(query, key, value, mask: FlexMask, scale: float, far=None, function: Callable = flex_attention):
+    """`flex_attention` of ``[B, H, T, D]`` to near keys and far ones ``[B, Hkv, U, D]``, padded to whole blocks."""
     length = query.shape[2]
     states = [_whole_blocks(part) for part in (query, key, value)]
-    if units is not None and units[0].shape[2]:
-        states[1:] = (torch.cat([near, _whole_blocks(far)], 2) for near, far in zip(states[1:], units, strict=True))
+    if far is not None:
+        states[1:] = (torch.cat([near, _whole_blocks(part)], 2) for near, part in zip(states[1:], far, strict=True))
     grouped = query.shape[1] != key.shape[1]
-    out = function(*states, score_mod=mask.score_mod, block_mask=mask.block_mask, scale=scale, enable_gqa=grouped)
-    return out[:, :, :length]
+    return function(*states, block_mask=mask.block_mask, scale=scale, enable_gqa=grouped)[:, :, :length]
 
 
 def _whole_blocks(states: torch.Tensor) -> torch.Tensor:
@@ -166,7 +168,7 @@ def compiled() -> Callable:
 
 
 @functools.cache
-def works(device: torch.device, dtype: torch.dtype, heads: int, kv_heads: int, head_dim: int) -> bool:
+def is_usable(device: torch.device, dtype: torch.dtype, heads: int, kv_heads: int, head_dim: int) -> bool:
     """Whether the compiled kernel runs here and gives what a plain softmax gives, forward and backward.
 
     Tried once per shape class, on random numbers, and logged if not: nothing then depends on it.
@@ -175,32 +177,30 @@ def works(device: torch.device, dtype: torch.dtype, heads: int, kv_heads: int, h
     sizes = [(heads, 2 * BLOCK), *[(kv_heads, 2 * BLOCK)] * 2, *[(kv_heads, 8)] * 2]
     numbers = [torch.randn(1, *size, head_dim, generator=generator) for size in sizes]
     leaves = [each.to(device, dtype).requires_grad_() for each in numbers]
-    query, key, value, *units = leaves
-    positions = torch.arange(2 * BLOCK, device=device)
-    starts = (positions - 31).clamp(min=0) // 16 * 16
-    ends = (torch.arange(8, device=device) + 1) * 16
-    mask = band_mask(starts, positions, positions[:3], ends, ends.log())
+    query, key, value, *far = leaves
+    index = torch.arange(2 * BLOCK, device=device)
+    starts = (index - 31).clamp(min=0) // 16 * 16
+    mask = window_mask(starts, index, 3, (torch.arange(8, device=device) + 1) * 16)
     # What the caller runs under must not round the reference.
     with torch.autocast(device.type, enabled=False), torch.enable_grad():
         try:
-            out = attend_fused(query, key, value, mask, 0.3, tuple(units), compiled())
+            out = attend_fused(query, key, value, mask, 0.3, tuple(far), compiled())
             upstream = torch.randn(out.shape, generator=generator).to(device, dtype)
             results = [out, *torch.autograd.grad(out, leaves, upstream)]
         except Exception as error:  # compilers fail in many ways, and the blockwise path is always there
             reason = str(error).split("\n")[0]
-            logger.warning("bands are attended to blockwise: flex_attention failed on %s (%s)", device, reason)
+            logger.warning("windows are attended to blockwise: flex_attention failed on %s (%s)", device, reason)
             return False
         precise = [leaf.detach().double().requires_grad_() for leaf in leaves]
         pairs = zip(precise[1:3], precise[3:], strict=True)
-        joined = [torch.cat([near, _whole_blocks(far)], dim=2) for near, far in pairs]
+        joined = [torch.cat([near, _whole_blocks(part)], dim=2) for near, part in pairs]
         keys, values = (part.repeat_interleave(heads // kv_heads, dim=1) for part in joined)
-        bias = torch.where(mask.visible(), mask.bias.double(), -torch.inf)
-        expected = F.scaled_dot_product_attention(precise[0], keys, values, attn_mask=bias, scale=0.3)
+        expected = F.scaled_dot_product_attention(precise[0], keys, values, attn_mask=mask.visible(), scale=0.3)
         expected = [expected, *torch.autograd.grad(expected, precise, upstream.double())]
     with torch.no_grad():
         error = max(float((a.double() - b).norm() / b.norm()) for a, b in zip(results, expected, strict=True))
     # Room for tf32 products, and for the rounding of half-precision results.
     if not error < max(2e-3, 4 * torch.finfo(dtype).eps):
-        logger.warning("bands are attended to blockwise: flex_attention is off by %.1e on %s", error, device)
+        logger.warning("windows are attended to blockwise: flex_attention is off by %.1e on %s", error, device)
         return False
     return True

@@ -22,7 +22,6 @@ from photon_train.export.save import export_model
 from photon_train.export.validate import validate_export
 from photon_train.inference.text import generate_text, load_for_inference
 from photon_train.manifest import read_manifest, verify_manifest
-from photon_train.models import PhotonForCausalLM
 from photon_train.pipeline.devices import roomy_device, weight_bytes
 from photon_train.pipeline.prepare import Text, data_name
 from photon_train.pipeline.stages import Stages
@@ -108,9 +107,9 @@ class TrainingRun:
 
     def _fine_tune(self, text: Text, teacher_directory: Path | None) -> dict[str, Any]:
         self.say("Fine-tuning PHOTON.")
-        model = self.load(PhotonForCausalLM, self.start)
+        model = self.load(AutoModelForCausalLM, self.start)
         teacher = None
-        holds_teacher = model.supports_dense_forward() and self.config.lora.rank
+        holds_teacher = getattr(model, "holds_dense_model", False) and self.config.lora.rank
         if self.config.distill.is_on and not holds_teacher and teacher_directory is not None:
             teacher = self.load(AutoModelForCausalLM, teacher_directory)
         model = add_lora(model, self.config.lora, self.config.seed)
@@ -144,7 +143,7 @@ class TrainingRun:
             # A run that was stopped right after its export: a directory is there only when it is complete.
             verify_manifest(self.exported)
             return
-        model = PhotonForCausalLM.from_pretrained(self.start, dtype="auto")
+        model = AutoModelForCausalLM.from_pretrained(self.start, dtype="auto")
         export_model(
             model,
             text.tokenizer,

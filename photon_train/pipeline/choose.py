@@ -6,28 +6,25 @@ import dataclasses
 from pathlib import Path
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 
 from photon_train.config import RunConfig
 from photon_train.conversion.calibrate import calibration_batches
-from photon_train.conversion.presets import photon_config
+from photon_train.conversion.graft import configure, memory_candidates
 from photon_train.conversion.probe import probe_layers
 from photon_train.data.packing import PackedDataset
 from photon_train.data.progress import progress_bar
-from photon_train.errors import PhotonError
-from photon_train.models import PhotonConfig
 from photon_train.pipeline.console import make_console
 from photon_train.pipeline.devices import roomy_device, weight_bytes
 
 _SEQUENCES = 16
 
 
-def wants_probe(config: RunConfig, planned: PhotonConfig) -> bool:
+def wants_probe(config: RunConfig, planned: PretrainedConfig) -> bool:
     """Whether `photon.choose_layers` asks for a probe, or leaves the choice open and a probe can make it."""
-    if config.photon.choose_layers is not None:
+    if config.photon.choose_layers is not None or config.preset != "graft":
         return config.photon.choose_layers == "probe"
-    can_choose = config.photon.memory_layers is None and config.preset == "graft" and bool(planned.memory_layers)
-    return can_choose and config.train.seq_len > planned.window + 1
+    return config.photon.memory_layers is None and config.train.seq_len > planned.window + 1
 
 
 def with_layers(config: RunConfig, layers: list[int]) -> RunConfig:
@@ -48,20 +45,10 @@ def choose_layers(config: RunConfig, directory: Path, text: PackedDataset, devic
         device: Where the dense model runs.
 
     Raises:
-        PhotonError: for a plan without memory layers, more layers than there are, or sequences that are not longer
-            than the window.
+        PhotonError: for more layers than there are, or sequences that are not longer than the window.
     """
     dense = AutoConfig.from_pretrained(directory)
-    planned: PhotonConfig = photon_config(dense, config)
-    if not planned.memory_layers or planned.num_token_layers != dense.num_hidden_layers:
-        raise PhotonError("photon.choose_layers=probe needs preset graft with conditioning memory: drop it")
-    count = config.photon.num_memory_layers or len(planned.memory_layers)
-    among = set(range(planned.branch_layer, planned.num_token_layers)) - set(planned.full_attention_layers)
-    if count > len(among):
-        raise PhotonError(
-            f"photon.num_memory_layers={count}: {len(among)} layers can have memory (those from photon.branch_layer on "
-            "that are not in photon.full_attention_layers); lower it"
-        )
+    planned, among = configure(dense, config), memory_candidates(dense, config.photon)
     roomy = roomy_device(device, weight_bytes(directory))
     if roomy != device and config.photon.choose_layers is None:
         make_console(stderr=True).print(
@@ -80,4 +67,4 @@ def choose_layers(config: RunConfig, directory: Path, text: PackedDataset, devic
             on_pass=lambda done, total: bar.update(task, completed=done, total=total),
         )
     make_console(stderr=True).print(probe.table())
-    return probe.best_layers(count, sorted(among))
+    return probe.best_layers(len(planned.memory_layers), among)

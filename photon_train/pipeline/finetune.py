@@ -6,13 +6,17 @@ import os
 from pathlib import Path
 from typing import Any
 
+from transformers import PretrainedConfig
+
+from photon_train.accounting import costs_of
+from photon_train.checkpoints import read_config
 from photon_train.config import PhotonSettings, RunConfig
+from photon_train.conversion.presets import target_of
 from photon_train.errors import PhotonError
 from photon_train.manifest import FILE_NAME, verify_manifest
-from photon_train.models import PhotonConfig
 from photon_train.pipeline.base import TrainingRun
 from photon_train.pipeline.console import make_console
-from photon_train.pipeline.prepare import estimate_training, load_text, load_tokenizer
+from photon_train.pipeline.prepare import document_alignment, estimate_training, load_text, load_tokenizer
 from photon_train.pipeline.stages import Stages
 from photon_train.training.accelerator import make_accelerator
 
@@ -28,11 +32,12 @@ def run_finetuning(config: RunConfig) -> None:
         raise PhotonError("model is not set: name the converted/ or export/ directory of a run")
     if config.photon != PhotonSettings():
         raise PhotonError(
-            "photon.* is set, but the hierarchy of a converted model is fixed: leave these settings out, or convert "
+            "photon.* is set, but what a converted model is made of is fixed: leave these settings out, or convert "
             "the dense model anew with `photon-train convert`"
         )
-    photon = _config_of(Path(config.model))
-    numbers = estimate_training(photon.base_config, photon, config, num_processes)
+    photon = read_config(config.model)
+    document_alignment(photon, config)
+    numbers = estimate_training(costs_of(photon).dense, photon, config, num_processes)
     if config.dry_run:
         if rank == 0:
             make_console().print(numbers.table())
@@ -43,29 +48,18 @@ def run_finetuning(config: RunConfig) -> None:
     run.carry_out(photon)
 
 
-def _config_of(directory: Path) -> PhotonConfig:
-    if not (directory / "config.json").is_file():
-        raise PhotonError(f"{directory} holds no config.json: give the converted/ or export/ directory of a run")
-    if PhotonConfig.get_config_dict(directory)[0].get("model_type") != PhotonConfig.model_type:
-        raise PhotonError(f"{directory} is no PHOTON model: convert it with `photon-train convert`")
-    try:
-        return PhotonConfig.from_pretrained(directory)
-    except ValueError as error:
-        raise PhotonError(f"{directory / 'config.json'}: {error}") from error
-
-
 class _FinetuningRun(TrainingRun):
     """The stages of one run, in order."""
 
-    def carry_out(self, photon: PhotonConfig) -> None:
+    def carry_out(self, photon: PretrainedConfig) -> None:
         if self.is_main and (self.start / FILE_NAME).is_file():
             verify_manifest(self.start)
-        self.preset = photon.preset
+        self.preset = target_of(photon).preset(photon)
         tokenizer = load_tokenizer(self.start, photon.vocab_size, self.config.dataset)
         if self.config.dataset.stream:
             self.begin()  # the tokens are written into the output
-        processes = self.accelerator.num_processes
-        text = load_text(self.config, tokenizer, photon.top_span, processes, self.is_main, self.main_first)
+        align, processes = document_alignment(photon, self.config), self.accelerator.num_processes
+        text = load_text(self.config, tokenizer, align, processes, self.is_main, self.main_first)
         self.say(f"Data: {text}.")
         self.begin()
         self.finish(text)

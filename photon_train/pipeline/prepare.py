@@ -11,23 +11,22 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedTokenizerBase
+from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
-from photon_train.accounting import Estimate, TrainingSetup, estimate
+from photon_train.accounting import Estimate, TrainingSetup, costs_of, estimate
 from photon_train.config import DataSettings, RunConfig
 from photon_train.conversion.families import dense_tensors
-from photon_train.conversion.plan import ConversionPlan, make_plan
-from photon_train.conversion.presets import layer_map, photon_config
+from photon_train.conversion.plan import ConversionPlan
+from photon_train.conversion.presets import make_plan, photon_config
 from photon_train.conversion.safetensors_io import TensorInfo
 from photon_train.conversion.source import DenseCheckpoint
 from photon_train.data.corpora import data_files, read_documents, split_documents
 from photon_train.data.mixture import Mixture
-from photon_train.data.packing import PackedDataset, check_tokenizer, pack
+from photon_train.data.packing import PackedDataset, check_alignment, check_tokenizer, pack
 from photon_train.data.pretrain import PretrainSettings
 from photon_train.data.tokenised import Corpus, CorpusDataset, is_corpus, tokenizer_for, write_corpus
 from photon_train.errors import PhotonError
 from photon_train.files import parse_size
-from photon_train.models import PhotonConfig
 from photon_train.pipeline.console import make_console
 from photon_train.training.accelerator import resolve_precision
 from photon_train.training.lora import check_targets
@@ -45,7 +44,7 @@ class Conversion:
     """A checkpoint and what is to become of it."""
 
     checkpoint: DenseCheckpoint
-    config: PhotonConfig
+    config: PretrainedConfig
     plan: ConversionPlan
     estimate: Estimate
 
@@ -64,20 +63,21 @@ def plan_conversion(checkpoint: DenseCheckpoint, config: RunConfig, num_processe
         PhotonError: for settings that the preset or the model cannot serve.
     """
     photon = photon_config(checkpoint.config, config)
-    plan = make_plan(checkpoint, photon, layer_map(checkpoint.config, config), config.export.dtype, config.seed)
+    document_alignment(photon, config)
+    plan = make_plan(checkpoint, photon, config.export.dtype)
     numbers = estimate_training(checkpoint.config, photon, config, num_processes, plan.torch_dtype.itemsize)
     return Conversion(checkpoint, photon, plan, numbers)
 
 
 def estimate_training(
-    dense: Any, photon: PhotonConfig, config: RunConfig, num_processes: int, dtype_bytes: int | None = None
+    dense: Any, photon: PretrainedConfig, config: RunConfig, num_processes: int, dtype_bytes: int | None = None
 ) -> Estimate:
     """The estimate of a run; `dtype_bytes` defaults to the type that the PHOTON configuration states.
 
     Raises:
         PhotonError: if `lora.target_modules` fit no layer.
     """
-    check_targets(config.lora, photon.base_config)
+    check_targets(config.lora, dense)
     gpu = config.train.gpu_memory
     gpu_bytes = parse_size(gpu) if gpu else _detected_gpu()
     precision = config.train.mixed_precision
@@ -85,6 +85,17 @@ def estimate_training(
         precision = "bf16"
     setup = training_setup(config, num_processes, dtype_bytes or getattr(photon.dtype, "itemsize", 4), precision)
     return estimate(dense, photon, setup, gpu_bytes)
+
+
+def document_alignment(photon: PretrainedConfig, config: RunConfig) -> int:
+    """Tokens to whose multiples documents are aligned, so that no unit holds parts of two; 1 does not align.
+
+    Raises:
+        PhotonError: if `train.seq_len` is no multiple of them.
+    """
+    align = costs_of(photon).unit if config.dataset.align_documents else 1
+    check_alignment(config.train.seq_len, align)
+    return align
 
 
 def training_setup(config: RunConfig, num_processes: int, weight_bytes: int, precision: str = "auto") -> TrainingSetup:
@@ -127,12 +138,16 @@ def show_conversion(conversion: Conversion) -> None:
     console.print(conversion.plan.table())
     console.print(conversion.estimate.table())
     numbers = conversion.estimate
+    if getattr(conversion.config, "memory_layers", None) == []:
+        console.print(
+            "No memory: photon.memory_layers is empty, so windowed layers see the window and the sinks alone "
+            "(StreamingLLM). What has left the window is lost to them."
+        )
     if numbers.new_parameters > _MANY_NEW * numbers.dense_parameters:
         console.print(
-            f"Warning: the hierarchy adds {numbers.new_parameters / 1e6:,.0f}M parameters, "
+            f"Warning: the conversion adds {numbers.new_parameters / 1e6:,.0f}M parameters, "
             f"{numbers.new_parameters / numbers.dense_parameters:.0%} of the dense model's, which are trained in full. "
-            "Those of a latent memory fall with photon.num_memory_layers, photon.levels.0.chunk_size and "
-            "photon.memory_latent_parts=2."
+            "Those of a memory fall with photon.num_memory_layers, photon.chunk_size and photon.latents_per_unit=2."
         )
     seq_len, known = numbers.context, conversion.checkpoint.config.max_position_embeddings
     if seq_len > known:
@@ -190,7 +205,7 @@ def load_tokenizer(directory: Path, vocab_size: int, settings: DataSettings) -> 
 def load_text(
     config: RunConfig,
     tokenizer: PreTrainedTokenizerBase,
-    span: int,
+    align: int,
     num_processes: int,
     progress: bool,
     main_first: Callable[[Callable[[], Any]], Any] = lambda work: work(),
@@ -201,7 +216,7 @@ def load_text(
     and mapped into memory by all; the directory of a tokenised corpus is mapped as it is.
 
     Args:
-        span: Tokens under one top unit, to whose multiples documents are aligned.
+        align: Documents begin at its multiples; from `document_alignment`.
         main_first: Runs a function on the main process, then on the others.
 
     Raises:
@@ -209,7 +224,7 @@ def load_text(
     """
     train, settings = config.train, config.dataset
     needed = train.max_steps * train.batch_size * train.gradient_accumulation_steps * num_processes * train.seq_len
-    align, end = span if settings.align_documents else 1, tokenizer.eos_token_id
+    end = tokenizer.eos_token_id
 
     def one(number: int, source: str | None) -> tuple[Any, Any]:
         is_local = source is None or Path(source).exists()

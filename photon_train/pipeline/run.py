@@ -26,6 +26,7 @@ from photon_train.pipeline.prepare import (
     Conversion,
     Text,
     demo_checkpoint,
+    document_alignment,
     load_text,
     load_tokenizer,
     plan_conversion,
@@ -89,10 +90,10 @@ class _ConversionRun(TrainingRun):
         # The type that the plan resolved: the model's own may be what it was loaded in.
         self.dtype, self.numbers = conversion.plan.dtype, conversion.estimate
         tokenizer = load_tokenizer(directory, conversion.checkpoint.config.vocab_size, self.config.dataset)
-        span, processes = conversion.config.top_span, self.accelerator.num_processes
+        align, processes = document_alignment(conversion.config, self.config), self.accelerator.num_processes
         if self.config.dataset.stream:
             self.begin()  # the tokens are written into the output
-        text = load_text(self.config, tokenizer, span, processes, self.is_main, self.main_first)
+        text = load_text(self.config, tokenizer, align, processes, self.is_main, self.main_first)
         self.say(f"Data: {text}.")
         if not self.start.exists():
             check_can_write(self.start, conversion.plan.num_bytes, "the converted model")
@@ -158,7 +159,7 @@ class _ConversionRun(TrainingRun):
         def write() -> dict[str, Any]:
             if self.start.exists():
                 return {}  # a run that was killed right after: a directory is there only when it is complete
-            device = roomy_device(self.accelerator.device, conversion.plan.num_bytes)
+            device = roomy_device(self.accelerator.device, conversion.estimate.conversion_bytes)
             calibration = partial(calibrate_directory, batches=calibration_batches(text.train), device=device)
             convert(
                 conversion.checkpoint,
@@ -167,7 +168,7 @@ class _ConversionRun(TrainingRun):
                 self.start,
                 self.config.export.max_shard_size,
                 run_config=to_dict(self.config),
-                on_written=calibration if self.config.photon.calibrate else None,
+                on_written=calibration,
             )
             return {}
 
@@ -191,10 +192,9 @@ class _ConversionRun(TrainingRun):
 
 
 def _as_baseline(config: RunConfig) -> RunConfig:
-    """`config` for the dense model: no hierarchy to be consistent with, no teacher, no window, no new modules."""
+    """`config` for the dense model: no hierarchy to be consistent with, and no teacher."""
     return dataclasses.replace(
         config,
-        train=dataclasses.replace(config.train, freeze_base_steps=0, window_anneal_steps=0),
         distill=dataclasses.replace(config.distill, weight=0.0, hidden_weight=0.0),
         consistency=dataclasses.replace(config.consistency, weight=0.0),
     )

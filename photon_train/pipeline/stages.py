@@ -10,7 +10,7 @@ from typing import Any
 
 from photon_train.config import RunConfig, to_yaml
 from photon_train.errors import PhotonError
-from photon_train.files import atomic_write_text, is_leftover, remove_leftovers
+from photon_train.files import atomic_write_text, is_leftover, make_directory, remove_leftovers
 from photon_train.training.settings import binding_settings
 
 FILE_NAME = "stages.json"
@@ -69,7 +69,7 @@ class Stages:
         """
         self._begun = True
         if self._writes:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
+            make_directory(self.path.parent)
             remove_leftovers(self.path.parent)
             self._save()
             atomic_write_text(self.path.parent / "config.yaml", to_yaml(config))

@@ -46,11 +46,6 @@ class SpikeGuard:
         self.loss = self.norm = 0.0
         self.reason: str | None = None
 
-    def forget(self) -> None:
-        """Judge the next steps by themselves: what is computed changes, and with it what is usual."""
-        self.state.losses.clear()
-        self.state.norms.clear()
-
     def see_loss(self, loss: float) -> None:
         """Begin a step with its loss."""
         self.loss, self.norm = loss, math.nan

@@ -36,7 +36,7 @@ from photon_train.training.heads import IGNORED
 from photon_train.training.lora import base_model, parameter_groups
 from photon_train.training.losses import LossParts, TrainingObjective, num_target_tokens
 from photon_train.training.progress import MetricsLog, TrainingProgress
-from photon_train.training.schedule import learning_rates, window_at, window_schedule
+from photon_train.training.schedule import learning_rates
 from photon_train.training.settings import settings_hash
 from photon_train.training.tracking import alert, log_metrics, tracked
 
@@ -133,11 +133,8 @@ class _Run:
     scheduler: Any
     guard: SpikeGuard
     trained: list[nn.Parameter] = field(default_factory=list)
-    windows: list[int] = field(default_factory=list)
 
-    def step(
-        self, micro_batches: list[dict[str, torch.Tensor]], window: int | None = None
-    ) -> tuple[LossParts, float, int]:
+    def step(self, micro_batches: list[dict[str, torch.Tensor]]) -> tuple[LossParts, float, int]:
         """One optimiser step: the loss parts over all processes, the gradient norm and the tokens read.
 
         The guard's `reason` then tells whether the step was skipped.
@@ -158,7 +155,7 @@ class _Run:
         for batch in micro_batches:
             with accelerator.accumulate(self.objective):
                 batch = send_to_device(batch, accelerator.device)
-                parts = self.objective(**batch, target_tokens=target_tokens, sequences=sequences, window=window)
+                parts = self.objective(**batch, target_tokens=target_tokens, sequences=sequences)
                 present |= set(parts)
                 sums += torch.stack(
                     [parts[name].detach().float() if name in parts else sums.new_zeros(()) for name in _PARTS]
@@ -185,7 +182,7 @@ class _Run:
     def _close_gradients(self) -> None:
         """Clip, and let the guard judge the norm (DeepSpeed has done both)."""
         accelerator = self.accelerator
-        norm = accelerator.clip_grad_norm_(self.trained, self.config.train.max_grad_norm or math.inf)
+        norm = accelerator.clip_grad_norm_(self.trained, self.config.train.max_grad_norm)
         if accelerator.distributed_type != DistributedType.DEEPSPEED:
             # One process decides for all.
             norm = torch.as_tensor(norm, dtype=torch.float32, device=accelerator.device)
@@ -204,13 +201,13 @@ def _prepare(model: nn.Module, config: RunConfig, accelerator: Accelerator, teac
     objective = TrainingObjective(model, config.distill, config.consistency, teacher)
     _widen(objective, accelerator)
     optimizer = AdamW(parameter_groups(model, train), lr=train.learning_rate)
-    scheduler = learning_rates(optimizer, model, train)
+    scheduler = learning_rates(optimizer, train)
     objective, optimizer, scheduler = accelerator.prepare(objective, optimizer, scheduler)
     trained = [parameter for parameter in objective.parameters() if parameter.requires_grad]
     guard = SpikeGuard(train, GuardState(), accelerator.mixed_precision == "fp16")
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
         guard.watch_zero(objective.optimizer)
-    return _Run(accelerator, config, objective, optimizer, scheduler, guard, trained, window_schedule(model, train))
+    return _Run(accelerator, config, objective, optimizer, scheduler, guard, trained)
 
 
 def _widen(objective: nn.Module, accelerator: Accelerator) -> None:
@@ -323,10 +320,7 @@ def train(
         window_began, window_tokens = time.perf_counter(), 0
         while state.step < settings.max_steps:
             rate = run.scheduler.get_last_lr()[0]
-            window = window_at(state.step, run.windows, settings.window_anneal_steps)
-            if state.step and window != window_at(state.step - 1, run.windows, settings.window_anneal_steps):
-                run.guard.forget()
-            loss, norm, tokens = run.step(next(data), window)
+            loss, norm, tokens = run.step(next(data))
             state.step += 1
             state.tokens += tokens
             window_tokens += tokens
@@ -341,7 +335,6 @@ def train(
                         **{f"train/{part}": value for part, value in asdict(loss).items() if part != "total"},
                         "train/learning_rate": rate,
                         "train/grad_norm": norm,
-                        "train/window": window,
                         "train/skipped_steps": run.guard.state.skipped or None,
                         "train/tokens_per_second": window_tokens / elapsed,
                         "train/tokens": state.tokens,

@@ -10,7 +10,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 from transformers import PreTrainedModel
 
-from photon_train.accounting.model import Shape
+from photon_train.accounting.shape import Shape
 from photon_train.config import LoraSettings, TrainSettings
 from photon_train.errors import PhotonError
 from photon_train.linears import FUSED
@@ -122,10 +122,7 @@ def merge_lora(model: PeftModel | PreTrainedModel) -> PreTrainedModel:
 
 
 def parameter_groups(model: nn.Module, settings: TrainSettings) -> list[dict]:
-    """AdamW groups of the trainable parameters: two learning rates, and weight decay on matrices only.
-
-    `is_new` of a group tells whether it is of the new modules; these come last.
-    """
+    """AdamW groups of the trainable parameters: two learning rates, and weight decay on matrices only."""
     new = [f"{name}." for name in new_module_names(model)]
     groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
@@ -139,7 +136,6 @@ def parameter_groups(model: nn.Module, settings: TrainSettings) -> list[dict]:
             "params": parameters,
             "lr": settings.new_modules_learning_rate if is_new else settings.learning_rate,
             "weight_decay": settings.weight_decay if is_matrix else 0.0,
-            "is_new": is_new,
         }
         for (is_new, is_matrix), parameters in sorted(groups.items(), key=lambda item: item[0])
     ]

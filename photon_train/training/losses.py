@@ -112,12 +112,10 @@ class TrainingObjective(nn.Module):
                     f"of the trained model {self.config.hidden_size}; distil from the checkpoint that was converted"
                 )
             return teacher.requires_grad_(False).eval()
-        supports = getattr(base_model(self.model), "supports_dense_forward", None)
-        if not (isinstance(self.model, PeftModel) and callable(supports) and supports()):
+        if not (isinstance(self.model, PeftModel) and getattr(base_model(self.model), "holds_dense_model", False)):
             raise PhotonError(
                 "distill.weight or distill.hidden_weight is set but the trained model does not hold the dense one "
-                "(that takes a preset that keeps every dense layer, such as graft, and lora.rank > 0): pass the dense "
-                "model as teacher, or set both to 0"
+                "(that takes preset graft and lora.rank > 0): pass the dense model as teacher, or set both to 0"
             )
         return None
 
@@ -147,7 +145,6 @@ class TrainingObjective(nn.Module):
         target_tokens: torch.Tensor,
         sequences: torch.Tensor,
         attention_mask: torch.Tensor | None = None,
-        window: int | None = None,
     ) -> dict[str, torch.Tensor]:
         """This micro-batch's share of the loss.
 
@@ -158,7 +155,6 @@ class TrainingObjective(nn.Module):
                 (1 gives sums).
             sequences: Integer scalar; the sequences of the optimiser step.
             attention_mask: [batch, tokens] or None.
-            window: Window of the token decoder in this pass; None is the model's own.
 
         Returns:
             ``total`` (with gradient), ``ce`` and, where there is one, ``distill``, ``distill_hidden`` and
@@ -169,7 +165,7 @@ class TrainingObjective(nn.Module):
             inputs["attention_mask"] = attention_mask
         base = base_model(self.model)
         with headless(base):
-            output = self.model(**inputs, use_cache=False, **({} if window is None else {"window": window}))
+            output = self.model(**inputs, use_cache=False)
         teacher = self._teacher_states(**inputs) if self.training and self.distill.is_on else None
         head, temperature = base.get_output_embeddings(), self.distill.temperature
         taught = teacher if self.distill.weight else None

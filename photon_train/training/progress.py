@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from photon_train.errors import PhotonError
-from photon_train.files import atomic_write_text
+from photon_train.files import atomic_write_text, make_directory
 
 METRICS_FILE = "metrics.jsonl"
 _SHORT = {
@@ -43,7 +44,7 @@ class MetricsLog:
         self.history: list[dict[str, Any]] = []
         if not writes:
             return
-        output_dir.mkdir(parents=True, exist_ok=True)
+        make_directory(output_dir)
         lines = self.path.read_text(encoding="utf-8").splitlines(keepends=True) if self.path.exists() else []
         kept = []
         for line in lines:
@@ -69,6 +70,8 @@ class MetricsLog:
             try:
                 with open(self.path, "a", encoding="utf-8") as file:
                     file.write(json.dumps(record) + "\n")
+                    file.flush()
+                    os.fsync(file.fileno())  # a checkpoint that comes later goes on from these records
             except OSError as error:
                 raise PhotonError(
                     f"{self.path} cannot be written ({error.strerror}): see that the disk has room, then start the run "

@@ -13,16 +13,17 @@ from safetensors.torch import load_file, save_file
 from tiny_dense import FAMILY_NAMES, save_dense
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from lib.baselines import window_mask
 from lib.verify import verify_preserves
 from photon_train.config import LevelOverrides, PhotonSettings, RunConfig
 from photon_train.conversion.apply import convert, rewrite_new_tensors
-from photon_train.conversion.calibrate import calibrate, calibrate_directory
-from photon_train.conversion.plan import ConversionPlan, make_plan
-from photon_train.conversion.presets import layer_map, photon_config
+from photon_train.conversion.calibrate import calibrate_directory
+from photon_train.conversion.plan import ConversionPlan
+from photon_train.conversion.presets import make_plan, photon_config
+from photon_train.conversion.scales import calibrate
 from photon_train.conversion.source import INDEX, DenseCheckpoint
 from photon_train.errors import PhotonError
 from photon_train.manifest import verify_manifest
-from photon_train.models import PhotonForCausalLM
 
 ROPE = {
     "rope_type": "llama3",
@@ -42,17 +43,19 @@ LONG = {
     "original_max_position_embeddings": 16,
 }
 
+TOKENS = torch.arange(60)[None]
+
 
 def run_conversion(dense, output, settings: RunConfig | None = None, dtype: str = "auto", **options):
     settings = settings or RunConfig()
     checkpoint = DenseCheckpoint.open(str(dense))
     config = photon_config(checkpoint.config, settings)
-    plan = make_plan(checkpoint, config, layer_map(checkpoint.config, settings), dtype)
+    plan = make_plan(checkpoint, config, dtype)
     convert(checkpoint, plan, config, output, progress=False, **options)
     return plan
 
 
-def load(directory) -> PhotonForCausalLM:
+def load(directory):
     model, info = AutoModelForCausalLM.from_pretrained(directory, output_loading_info=True)
     assert not any(info.values()), info
     return model.eval()
@@ -67,18 +70,15 @@ def dense(tmp_path_factory):
     ("preset", "photon"),
     [
         ("graft", {}),
-        ("graft", {"conditioning": "residual", "branch_layer": 2}),
-        ("graft", {"conditioning": "slots", "levels": [LevelOverrides(num_slots=3)]}),
-        ("graft", {"num_levels": 3, "full_attention_layers": [3]}),
-        ("hourglass", {}),
+        ("graft", {"num_sinks": 0, "window": 12, "memory_layers": [0, 2], "latents_per_unit": 2}),
+        ("graft", {"chunk_size": 3, "full_attention_layers": [3]}),
+        ("graft", {"memory_layers": [], "window": 16}),
         ("split", {}),
-        ("split", {"conditioning": "residual"}),
-        ("split", {"conditioning": "memory"}),
-        ("split", {"layout": "block"}),
+        ("split", {"num_levels": 1, "levels": [LevelOverrides(num_slots=3)]}),
         ("paper", {}),
     ],
 )
-def test_every_preset_and_conditioning_converts_loads_and_runs(dense, tmp_path, preset, photon):
+def test_every_preset_converts_loads_and_runs(dense, tmp_path, preset, photon):
     output = tmp_path / "photon"
     plan = run_conversion(dense, output, RunConfig(preset=preset, photon=PhotonSettings(**photon)))
     model = load(output)
@@ -115,16 +115,40 @@ def test_graft_with_the_window_over_the_text_is_the_dense_model(tmp_path, model_
     assert verify_preserves(dense, tmp_path / "photon", length=90) <= 1e-4
 
 
-@pytest.mark.parametrize("photon", [{"conditioning": "residual", "branch_layer": 1}, {"full_attention_layers": [1]}])
-def test_graft_by_other_paths_is_the_dense_model_too(dense, tmp_path, photon):
-    assert run_conversion(dense, tmp_path / "photon", RunConfig(photon=PhotonSettings(**photon))).preserves_dense
+def test_graft_with_layers_at_full_attention_is_the_dense_model_too(dense, tmp_path):
+    settings = RunConfig(photon=PhotonSettings(full_attention_layers=[1]))
+    assert run_conversion(dense, tmp_path / "photon", settings).preserves_dense
     assert verify_preserves(dense, tmp_path / "photon", length=90) <= 1e-4
 
 
-def test_plans_that_promise_nothing_do_change_the_function(dense, tmp_path):
-    for preset in ("hourglass", "split", "paper"):
-        assert not run_conversion(dense, tmp_path / preset, RunConfig(preset=preset)).preserves_dense
-        assert verify_preserves(dense, tmp_path / preset) > 1e-2
+@pytest.mark.parametrize("model_type", FAMILY_NAMES)
+def test_graft_holds_the_dense_model(tmp_path, model_type):
+    """Whatever its window: what teaches in distillation, and what the memory is fitted to."""
+    dense = save_dense(tmp_path / "dense", model_type)
+    run_conversion(dense, tmp_path / "photon", RunConfig(photon=PhotonSettings(window=8)))
+    with torch.no_grad():
+        expected = AutoModelForCausalLM.from_pretrained(dense).eval()(TOKENS).logits
+        model = load(tmp_path / "photon")
+        assert (model(TOKENS, as_dense=True).logits - expected).abs().max() <= 1e-4
+        assert (model(TOKENS).logits - expected).abs().max() > 1e-2
+
+
+def test_without_memory_layers_the_graft_is_the_dense_model_with_window_and_sinks(dense, tmp_path):
+    settings = RunConfig(photon=PhotonSettings(window=8, num_sinks=2, memory_layers=[]))
+    run_conversion(dense, tmp_path / "photon", settings, on_written=lambda path: calibrate_directory(path, [TOKENS]))
+    with torch.no_grad():
+        mask = window_mask(TOKENS.shape[1], 8, 2, TOKENS.device)
+        expected = AutoModelForCausalLM.from_pretrained(dense).eval()(TOKENS, attention_mask=mask).logits
+        assert (load(tmp_path / "photon")(TOKENS).logits - expected).abs().max() <= 1e-4
+    # No shard for what is not there.
+    weight_map = json.loads((tmp_path / "photon" / INDEX).read_text())["weight_map"]
+    assert {path.name for path in (tmp_path / "photon").glob("*.safetensors")} == set(weight_map.values())
+
+
+@pytest.mark.parametrize("preset", ["split", "paper"])
+def test_plans_that_promise_nothing_do_change_the_function(dense, tmp_path, preset):
+    assert not run_conversion(dense, tmp_path / "photon", RunConfig(preset=preset)).preserves_dense
+    assert verify_preserves(dense, tmp_path / "photon") > 1e-2
 
 
 def test_dense_tensors_and_new_tensors_lie_in_shards_of_their_own(dense, tmp_path):
@@ -274,39 +298,28 @@ def test_calibration_gives_units_the_norm_of_what_they_summarise(dense, tmp_path
     assert medians[0] == pytest.approx(medians[1], rel=0.1)
 
 
-@pytest.mark.parametrize("photon", [{"memory_pooling": "mean"}, {"conditioning": "residual"}])
-def test_calibrated_graft_still_is_the_dense_model(dense, tmp_path, photon):
-    scales = {}
-    run_conversion(
-        dense,
-        tmp_path / "photon",
-        RunConfig(photon=PhotonSettings(**photon)),
-        on_written=lambda directory: scales.update(calibrate_directory(directory, text())),
-    )
-    assert set(scales) == {"model.levels.0.chunker.scale", "model.levels.1.chunker.scale"}
-    stored = dict(load(tmp_path / "photon").named_parameters())
+def test_a_conversion_on_text_sets_the_scales_in_the_checkpoint(dense, tmp_path):
+    settings, names = RunConfig(preset="split"), []
+    written = tmp_path / "photon"
+    run_conversion(dense, written, settings, on_written=lambda path: names.extend(calibrate_directory(path, text())))
+    run_conversion(dense, tmp_path / "plain", settings)
+    scales = calibrate(load(tmp_path / "plain"), text()[:1])
+    stored = dict(load(written).named_parameters())
+    assert names == list(scales)
     for name, scale in scales.items():
-        assert stored[name].item() == pytest.approx(scale)
-    assert verify_preserves(dense, tmp_path / "photon") <= 1e-4
-    verify_manifest(tmp_path / "photon")
+        assert stored[name].item() == pytest.approx(scale, rel=1e-5)
+    verify_manifest(written)
 
 
-@pytest.mark.parametrize(("preset", "count"), [("hourglass", 1), ("paper", 4)])
-def test_every_preset_can_be_calibrated(dense, tmp_path, preset, count):
-    run_conversion(dense, tmp_path / "photon", RunConfig(preset=preset))
-    assert len(calibrate(load(tmp_path / "photon"), text())) == count
-
-
-def test_split_with_memory_is_calibrated_on_the_encoders_states(dense, tmp_path):
-    settings = RunConfig(preset="split", photon=PhotonSettings(conditioning="memory"))
-    run_conversion(dense, tmp_path / "photon", settings)
-    assert "model.levels.0.decoder.input_scale.weight" in calibrate(load(tmp_path / "photon"), text())
+def test_paper_can_be_calibrated(dense, tmp_path):
+    run_conversion(dense, tmp_path / "photon", RunConfig(preset="paper"))
+    assert len(calibrate(load(tmp_path / "photon"), text())) == 4
 
 
 def test_calibration_needs_two_units_of_text(dense, tmp_path):
-    run_conversion(dense, tmp_path / "photon")
-    with pytest.raises(PhotonError, match="at least 16 tokens"):
-        calibrate(load(tmp_path / "photon"), [torch.zeros(1, 15, dtype=torch.long)])
+    run_conversion(dense, tmp_path / "photon", RunConfig(preset="split"))
+    with pytest.raises(PhotonError, match="at least 32 tokens"):
+        calibrate(load(tmp_path / "photon"), [torch.zeros(1, 31, dtype=torch.long)])
 
 
 def test_only_new_tensors_can_be_rewritten(dense, tmp_path):

@@ -7,7 +7,8 @@ import torch
 from tiny_dense import FAMILY_NAMES, dense_config
 from transformers import AutoModelForCausalLM, GPT2Config
 
-from photon_train.conversion.families import FAMILIES, attention_span, dense_tensors, family_of, layer_config, stored_as
+from photon_train.accounting import Shape
+from photon_train.conversion.families import FAMILIES, dense_tensors, family_of, layer_config, stored_as
 from photon_train.errors import PhotonError
 from photon_train.models.families_photon import CLASS_PREFIXES
 
@@ -42,19 +43,20 @@ def test_an_unsupported_family_lists_the_supported_ones():
 
 
 @pytest.mark.parametrize(
-    ("model_type", "changes", "span"),
+    ("model_type", "changes", "windows"),
     [
-        ("llama", {}, None),
-        ("mistral", {"sliding_window": 32}, 32),
-        ("mistral", {"sliding_window": None}, None),
-        ("phi3", {"sliding_window": 32}, 32),
-        ("phi3", {"sliding_window": None}, None),
-        ("qwen2", {"use_sliding_window": False, "sliding_window": 32}, None),
-        ("qwen2", {"use_sliding_window": True, "sliding_window": 32, "max_window_layers": 2}, 32),
+        ("llama", {}, (None,) * 4),
+        ("mistral", {"sliding_window": 32}, (32,) * 4),
+        ("mistral", {"sliding_window": None}, (None,) * 4),
+        ("phi3", {"sliding_window": 32}, (32,) * 4),
+        ("phi3", {"sliding_window": None}, (None,) * 4),
+        ("qwen2", {"use_sliding_window": False, "sliding_window": 32}, (None,) * 4),
+        ("qwen2", {"use_sliding_window": True, "sliding_window": 32, "max_window_layers": 2}, (None, None, 32, 32)),
     ],
 )
-def test_sliding_windows_are_recognised(model_type, changes, span):
-    assert attention_span(dense_config(model_type, **changes)) == span
+def test_sliding_windows_are_recognised(model_type, changes, windows):
+    config = dense_config(model_type, **changes)
+    assert Shape.of(config).windows == Shape.of(config.to_dict()).windows == windows
 
 
 def test_where_a_stacked_layer_lies():
@@ -72,6 +74,14 @@ def test_a_window_that_is_switched_off_stays_off_in_the_layers():
     """Mistral's own default is 4,096."""
     assert layer_config(dense_config("phi3", sliding_window=None), 64)["sliding_window"] is None
     assert layer_config(dense_config("phi3", sliding_window=32), 64)["sliding_window"] == 32
+
+
+def test_layers_are_described_by_the_architecture_alone():
+    config = dense_config(architectures=["LlamaForCausalLM"], dtype="bfloat16")
+    config.auto_map = {"AutoConfig": "theirs.Config"}
+    settings = layer_config(config, 64)
+    assert not settings.keys() & {"architectures", "auto_map", "dtype", "torch_dtype", "transformers_version"}
+    assert settings["model_type"] == "llama" and settings["hidden_size"] == config.hidden_size
 
 
 def _rope(kind: str, **more):

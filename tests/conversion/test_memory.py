@@ -20,8 +20,7 @@ import resource, sys
 from pathlib import Path
 from photon_train.config import RunConfig
 from photon_train.conversion.apply import convert
-from photon_train.conversion.plan import make_plan
-from photon_train.conversion.presets import layer_map, photon_config
+from photon_train.conversion.presets import make_plan, photon_config
 from photon_train.conversion.source import DenseCheckpoint
 
 def peak():
@@ -29,10 +28,10 @@ def peak():
 
 import photon_train.models
 before = peak()
-settings = RunConfig(preset="hourglass")
+settings = RunConfig()
 checkpoint = DenseCheckpoint.open(sys.argv[1])
 config = photon_config(checkpoint.config, settings)
-plan = make_plan(checkpoint, config, layer_map(checkpoint.config, settings))
+plan = make_plan(checkpoint, config)
 convert(checkpoint, plan, config, Path(sys.argv[2]), max_shard_size="500MB", progress=False)
 print(plan.num_bytes, peak() - before)
 """

@@ -107,6 +107,10 @@ def test_long_document_is_tokenised_in_pieces(tokenizer, monkeypatch: pytest.Mon
     dataset = pack(documents([text, "z"]), tokenizer, 32, 16, EOS, pad_last=True, progress=False)
     assert tokenizer.decode(real_tokens(dataset)) == text + "<|endoftext|>z<|endoftext|>"
     assert dataset.num_documents == 2
+    pieces = list(packing._pieces(text))
+    assert max(map(len, pieces)) == 100 and "".join(pieces) == text
+    # Cut after line ends; only what has none within reach is cut anywhere.
+    assert {piece.endswith("\n") for piece in pieces if "y" not in piece} == {True}
 
 
 def test_documents_start_with_bos_where_the_tokenizer_puts_one() -> None:
@@ -125,6 +129,9 @@ def test_documents_start_with_bos_where_the_tokenizer_puts_one() -> None:
 def test_sequence_length_must_fit_the_span(tokenizer) -> None:
     with pytest.raises(PhotonError, match=r"train.seq_len = 50 .*span, 16 tokens: take 48"):
         pack(documents(TEXTS), tokenizer, 50, 16, EOS, progress=False)
+    for seq_len, align in ((0, 1), (-4, 4), (16, 0)):
+        with pytest.raises(PhotonError, match=f"train.seq_len = {seq_len} "):
+            pack(documents(TEXTS), tokenizer, seq_len, align, EOS, progress=False)
 
 
 def test_no_documents(tokenizer) -> None:

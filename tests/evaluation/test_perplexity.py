@@ -28,7 +28,7 @@ def expected_loss(model, data, count: int, **options) -> tuple[float, int]:
     return total / tokens, tokens
 
 
-@pytest.mark.parametrize("name", ["llama", "memory-2-sinks", "block-2"])
+@pytest.mark.parametrize("name", ["llama", "memory", "block-2"])
 @pytest.mark.parametrize("batch_size", [1, 3, 7])
 def test_mean_over_the_labelled_tokens(name: str, batch_size: int) -> None:
     model, data = tiny_model(name).eval(), tiny_data(7)
@@ -38,7 +38,7 @@ def test_mean_over_the_labelled_tokens(name: str, batch_size: int) -> None:
     assert result.perplexity == pytest.approx(math.exp(ce), rel=1e-4)
 
 
-@pytest.mark.parametrize("name", ["llama", "memory-2-sinks"])
+@pytest.mark.parametrize("name", ["llama", "memory"])
 def test_equals_the_training_s_evaluation(name: str) -> None:
     model, data, run = tiny_model(name), tiny_data(7), tiny_run()
     ours = evaluate_loss(model, data, 4, max_sequences=run.train.eval_sequences)
@@ -46,7 +46,7 @@ def test_equals_the_training_s_evaluation(name: str) -> None:
 
 
 def test_dense_function_of_a_graft() -> None:
-    model, data = tiny_model("memory-2-sinks").eval(), tiny_data(3)
+    model, data = tiny_model("memory").eval(), tiny_data(3)
     result = evaluate_loss(model, data, 2, as_dense=True)
     assert result.ce == pytest.approx(expected_loss(model, data, 3, as_dense=True)[0], abs=1e-5)
     assert abs(result.ce - evaluate_loss(model, data, 2).ce) > 1e-3

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import yaml
 
 from photon_train.evaluation.report import Report
@@ -31,8 +32,21 @@ def test_holds_the_numbers_of_the_run() -> None:
     assert "photon" in front["tags"]
     assert "| Dense model | 3.2500 | 25.79 |" in card and "| PHOTON, fine-tuned | 3.5000 | 33.12 |" in card
     assert "right after conversion" not in card
-    for text in ("512 B (1.6%)", "32.00 KiB", "1.00 MiB", "`graft`", "books", "trust_remote_code=True"):
+    for text in ("512 B (1.6%)", "32.00 KiB", "1.00 MiB", "a sliding window", "books", "trust_remote_code=True"):
         assert text in card, text
+
+
+@pytest.mark.parametrize(
+    ("preset", "said", "unsupported"),
+    [
+        ("graft", "some of them a memory", "continuous batching is not"),
+        ("split", "summarised bottom-up", "assisted decoding and continuous batching are not"),
+        ("paper", "a token's own chunk", "assisted decoding and continuous batching are not"),
+    ],
+)
+def test_says_what_the_preset_does(preset, said, unsupported) -> None:
+    card = model_card({"preset": preset})
+    assert said in card and unsupported in card and f"preset:{preset}" in front_matter(card)["tags"]
 
 
 def test_a_directory_is_no_base_model(tmp_path) -> None:

@@ -23,7 +23,7 @@ def exported(tmp_path_factory: pytest.TempPathFactory, tokenizer) -> tuple[Path,
     """An export, and the tokens, logits and generated text of its model."""
     folder = tmp_path_factory.mktemp("exported")
     # Two levels of memory, sinks and branches: most of the shipped code runs.
-    model = photon_model("memory-two-levels", "qwen3")
+    model = photon_model("memory-apart", "qwen3")
     directory = export_model(model, tokenizer, folder / "my-model.v1", settings=ExportSettings(), card="")
     ids = tokens(2, 31)
     padded = torch.tensor([[5, 6, 7, 8, 9], [2, 2, 2, 11, 12]])

@@ -11,11 +11,13 @@ import pytest
 import torch
 from safetensors import safe_open
 from tiny import photon_config, photon_model, shake, tokens
-from transformers import AutoTokenizer, GenerationConfig
+from tiny_training import tiny_model
+from torch import nn
+from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from photon_train.config import ExportSettings, LoraSettings
 from photon_train.errors import PhotonError
-from photon_train.export.save import export_model
+from photon_train.export.save import export_model, num_bytes
 from photon_train.export.validate import validate_export
 from photon_train.manifest import verify_manifest
 from photon_train.models import PhotonForCausalLM
@@ -40,7 +42,7 @@ def stored(directory: Path) -> dict[str, torch.Tensor]:
 
 
 def test_holds_all_that_is_served(tmp_path, tokenizer) -> None:
-    model = photon_model("memory-2-sinks")
+    model = photon_model("memory")
     inputs = tmp_path / "converted"
     inputs.mkdir()
     directory = export(model, tokenizer, tmp_path / "export", run_config={"seed": 3}, inputs={"converted": inputs})
@@ -51,6 +53,7 @@ def test_holds_all_that_is_served(tmp_path, tokenizer) -> None:
     config = json.loads((directory / "config.json").read_text())
     assert config["auto_map"] == {
         "AutoConfig": "configuration_photon.PhotonConfig",
+        "AutoModel": "modeling_photon.PhotonModel",
         "AutoModelForCausalLM": "modeling_photon.PhotonForCausalLM",
     }
     assert config["architectures"] == ["PhotonForCausalLM"]
@@ -63,10 +66,10 @@ def test_holds_all_that_is_served(tmp_path, tokenizer) -> None:
     assert set(manifest["files"]) == {path.name for path in directory.iterdir()} - {"manifest.json"}
 
 
-@pytest.mark.parametrize("name", ["block-2", "memory-two-levels", "residual-2"])
+@pytest.mark.parametrize("name", ["memory", "memory-full", "block-2", "stream-2"])
 @pytest.mark.parametrize("tied", [False, True])
 def test_loads_as_the_same_function(tmp_path, tokenizer, name: str, tied: bool) -> None:
-    model = photon_model(name, tie_word_embeddings=tied)
+    model = tiny_model(name, tie_word_embeddings=tied)
     directory = export(model, tokenizer, tmp_path / "export")
     assert ("lm_head.weight" in stored(directory)) != tied
     check = validate_export(directory, model)
@@ -74,8 +77,18 @@ def test_loads_as_the_same_function(tmp_path, tokenizer, name: str, tied: bool) 
     assert check.parameters == model.num_parameters()
 
 
+def test_the_base_model_loads_without_the_head(tmp_path, tokenizer) -> None:
+    model, ids = photon_model("memory"), tokens(2, 17)
+    directory = export(model, tokenizer, tmp_path / "export")
+    base = AutoModel.from_pretrained(directory).eval()
+    assert type(AutoModelForCausalLM.from_pretrained(directory)).__name__ == "PhotonForCausalLM"
+    with torch.no_grad():
+        expected = model.lm_head(base(ids).last_hidden_state)
+        torch.testing.assert_close(model(ids).logits, expected)
+
+
 def test_merged_logits_equal_those_with_adapters(tmp_path, tokenizer) -> None:
-    adapted = shake(add_lora(photon_model("memory-2-sinks"), LoraSettings(rank=3, alpha=5)), seed=1).eval()
+    adapted = shake(add_lora(photon_model("memory"), LoraSettings(rank=3, alpha=5)), seed=1).eval()
     ids = tokens(2, 29)
     with torch.no_grad():
         expected = adapted(ids).logits
@@ -91,7 +104,7 @@ def test_takes_gathered_weights_of_a_model_that_still_has_adapters(tmp_path, tok
 
     from photon_train.training.collect import gather_full_model
 
-    base = photon_model("memory-2-sinks", tie_word_embeddings=True)
+    base = photon_model("memory", tie_word_embeddings=True)
     adapted = shake(add_lora(base, LoraSettings(rank=3, alpha=5)), seed=1).eval()
     weights = gather_full_model(Accelerator(cpu=True), adapted)
     directory = export(adapted, tokenizer, tmp_path / "export", state_dict=weights, max_shard_size="20KB")
@@ -101,14 +114,14 @@ def test_takes_gathered_weights_of_a_model_that_still_has_adapters(tmp_path, tok
 
 
 def test_refuses_adapters_that_are_not_merged(tmp_path, tokenizer) -> None:
-    adapted = add_lora(photon_model("memory-1"), LoraSettings(rank=2))
+    adapted = add_lora(photon_model("memory"), LoraSettings(rank=2))
     with pytest.raises(PhotonError, match="merge the adapters first"):
         export(adapted.get_base_model(), tokenizer, tmp_path / "export")
     assert not any(tmp_path.iterdir())
 
 
 def test_shards(tmp_path, tokenizer) -> None:
-    model = photon_model("residual-2")
+    model = photon_model("memory")
     directory = export(model, tokenizer, tmp_path / "export", max_shard_size="16KiB")
     shards = list(directory.glob("model-*.safetensors"))
     assert len(shards) > 3
@@ -120,7 +133,7 @@ def test_shards(tmp_path, tokenizer) -> None:
 
 @pytest.mark.parametrize("source", ["setting", "config"])
 def test_bf16(tmp_path, tokenizer, source: str) -> None:
-    model = photon_model("memory-2-sinks")
+    model = photon_model("memory")
     if source == "config":
         model.config.dtype = "bfloat16"
     directory = export(model, tokenizer, tmp_path / "export", dtype="bfloat16" if source == "setting" else "auto")
@@ -136,7 +149,7 @@ def test_bf16(tmp_path, tokenizer, source: str) -> None:
 def test_keeps_the_generation_settings(tmp_path, tokenizer) -> None:
     # Settings that contradict each other are common in published checkpoints.
     settings = GenerationConfig(do_sample=False, temperature=0.6, max_length=77, eos_token_id=[1, 5])
-    model = photon_model("memory-1")
+    model = photon_model("memory")
     directory = export(model, tokenizer, tmp_path / "export", generation_config=settings)
     found = json.loads((directory / "generation_config.json").read_text())
     assert (found["temperature"], found["max_length"], found["eos_token_id"]) == (0.6, 77, [1, 5])
@@ -147,20 +160,28 @@ def test_refuses_a_directory_that_is_not_empty(tmp_path, tokenizer) -> None:
     (tmp_path / "export").mkdir()
     (tmp_path / "export" / "mine").write_text("precious")
     with pytest.raises(PhotonError, match="export is not empty"):
-        export(photon_model("memory-1"), tokenizer, tmp_path / "export")
+        export(photon_model("memory"), tokenizer, tmp_path / "export")
     assert (tmp_path / "export" / "mine").read_text() == "precious"
+
+
+def test_bytes_are_those_of_the_type_and_shared_weights_count_once() -> None:
+    embedding = nn.Embedding(5, 3).bfloat16()
+    head = nn.Linear(3, 5, bias=False)
+    head.weight = embedding.weight
+    assert num_bytes(nn.Sequential(embedding, head)) == 5 * 3 * 2
+    assert num_bytes(nn.Linear(3, 5)) == 4 * (3 * 5 + 5)
 
 
 def test_refuses_a_full_disk(tmp_path, tokenizer, monkeypatch) -> None:
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(10**6, 10**6 - 1234, 1234))
     with pytest.raises(PhotonError, match=r"0\.0 GB free, the export needs 0\.1 GB"):
-        export(photon_model("memory-1"), tokenizer, tmp_path / "export")
+        export(photon_model("memory"), tokenizer, tmp_path / "export")
     assert not any(tmp_path.iterdir())
 
 
 def test_refuses_a_type_in_which_a_weight_is_not_finite(tmp_path, tokenizer) -> None:
-    model = photon_model("memory-1")
+    model = photon_model("memory")
     with torch.no_grad():
         model.model.norm.weight[3] = 1e6
     with pytest.raises(PhotonError, match="model.norm.weight is not finite in torch.float16"):
@@ -169,7 +190,7 @@ def test_refuses_a_type_in_which_a_weight_is_not_finite(tmp_path, tokenizer) -> 
 
 
 def test_refuses_weights_of_another_model(tmp_path, tokenizer) -> None:
-    model = photon_model("memory-1")
+    model = photon_model("memory")
     weights = model.state_dict()
     weights["model.norm.weight"] = torch.empty(0)
     with pytest.raises(PhotonError, match=r"model\.norm\.weight has shape \[0\] instead of \[32\]"):
@@ -188,13 +209,13 @@ def test_leaves_nothing_when_it_fails_in_the_middle(tmp_path, tokenizer, monkeyp
 
     monkeypatch.setattr(type(tokenizer), "save_pretrained", lambda self, directory: fail(directory))
     with pytest.raises(PhotonError, match="export cannot be written: .*No space left"):
-        export(photon_model("memory-1"), tokenizer, tmp_path / "export")
+        export(photon_model("memory"), tokenizer, tmp_path / "export")
     assert not any(tmp_path.iterdir())
 
 
 def test_the_caller_keeps_config_and_weights(tmp_path, tokenizer) -> None:
-    model = photon_model("memory-1")
+    model = photon_model("memory")
     before, config = {name: tensor.clone() for name, tensor in model.state_dict().items()}, model.config.to_dict()
     export(model, tokenizer, tmp_path / "export", dtype="bfloat16")
-    assert model.config.to_dict() == config == photon_config("memory-1").to_dict() | {"dtype": config["dtype"]}
+    assert model.config.to_dict() == config == photon_config("memory").to_dict() | {"dtype": config["dtype"]}
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())

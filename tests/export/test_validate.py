@@ -12,14 +12,15 @@ from tiny import photon_model
 from photon_train.config import ExportSettings
 from photon_train.errors import PhotonError
 from photon_train.export.save import export_model
-from photon_train.export.validate import validate_export
+from photon_train.export.validate import ExportCheck, validate_export
 from photon_train.manifest import write_manifest
+from photon_train.models import PhotonForCausalLM
 
 
 @pytest.fixture
 def directory(tmp_path: Path, tokenizer) -> Path:
     settings = ExportSettings()
-    return export_model(photon_model("memory-2-sinks"), tokenizer, tmp_path / "export", settings=settings, card="")
+    return export_model(photon_model("memory"), tokenizer, tmp_path / "export", settings=settings, card="")
 
 
 def rewrite(directory: Path, change) -> None:
@@ -56,11 +57,15 @@ def test_weights_that_are_not_finite(directory: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["model.levels.0.decoder.memory.1.key_gate", "model.levels.1.encoder.layers.0.mlp.up_proj.weight"]
+    "name",
+    [
+        "model.layers.2.self_attn.memory.converter.maps.0.bias",
+        "model.layers.0.self_attn.memory.chunker.maps.0.weight",
+    ],
 )
 def test_another_function(directory: Path, name: str) -> None:
-    """The probe must reach every path: here those that only far tokens take."""
-    reference = photon_model("memory-2-sinks")
+    """The sequences must reach every path: here those that only far tokens take."""
+    reference = photon_model("memory")
     assert validate_export(directory, reference).max_logit_difference <= 1e-6
     with torch.no_grad():
         reference.get_parameter(name).mul_(1.5)
@@ -68,13 +73,50 @@ def test_another_function(directory: Path, name: str) -> None:
         validate_export(directory, reference)
 
 
+def probed(reference, directory: Path, **settings) -> tuple[ExportCheck, torch.Tensor]:
+    """The check, and the tokens that the reference was run on."""
+    seen = []
+    handle = reference.register_forward_pre_hook(lambda _, args, kwargs: seen.append(kwargs), with_kwargs=True)
+    check = validate_export(directory, reference, **settings)
+    handle.remove()
+    return check, seen[0]["input_ids"]
+
+
+def test_in_16_bits_the_difference_is_reported(tmp_path: Path, tokenizer) -> None:
+    """As KL(reference || export) in nats per position; the export is far from its reference here."""
+    reference, settings = photon_model("memory-many-sinks", seed=1), ExportSettings(dtype="bfloat16")
+    directory = export_model(
+        photon_model("memory-many-sinks"), tokenizer, tmp_path / "export", settings=settings, card=""
+    )
+    check, ids = probed(reference, directory)
+    assert ids.shape[0] == 2 and ids.shape[1] > reference.config.window + 3 * reference.config.chunk_size
+    with torch.no_grad():
+        stored = PhotonForCausalLM.from_pretrained(directory, dtype="auto").eval()
+        of_export, of_reference = (model(ids).logits.double().log_softmax(-1) for model in (stored, reference.eval()))
+    expected = (of_reference.exp() * (of_reference - of_export)).sum(-1).mean().item()
+    assert check.dtype == "bfloat16" and check.max_logit_difference > 0.1
+    assert check.kl == pytest.approx(expected, rel=1e-4)
+
+
+def test_large_logits_may_differ_in_proportion(tmp_path: Path, tokenizer) -> None:
+    model, near, far = (photon_model("memory-many-sinks") for _ in range(3))
+    with torch.no_grad():
+        for one, factor in ((model, 1e4), (near, 1e4 * (1 + 5e-5)), (far, 1e4 * (1 + 5e-3))):
+            one.lm_head.weight.mul_(factor)
+    directory = export_model(model, tokenizer, tmp_path / "export", settings=ExportSettings(), card="")
+    assert validate_export(directory, near).max_logit_difference > 2e-4
+    with pytest.raises(PhotonError, match="differ from the trained model's"):
+        validate_export(directory, far)
+
+
 def test_without_a_reference(directory: Path) -> None:
     check = validate_export(directory)
     assert check.max_logit_difference is None and check.kl is None
-    assert check.to_dict()["parameters"] == check.parameters == photon_model("memory-2-sinks").num_parameters()
+    assert check.to_dict()["parameters"] == check.parameters == photon_model("memory").num_parameters()
 
 
 def test_the_reference_stays_in_its_mode(directory: Path) -> None:
-    reference = photon_model("memory-2-sinks").train()
+    reference, modes = photon_model("memory").train(), []
+    reference.register_forward_pre_hook(lambda module, _: modes.append(module.training))
     validate_export(directory, reference)
-    assert reference.training
+    assert reference.training and modes == [False]

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tiny import HIERARCHIES, photon_model, tokens
+from tiny import tokens
+from tiny_models import ALL, SOME, tiny_model, unit_tokens
 
 from photon_train.errors import PhotonError
+from photon_train.inference.cache import CacheLayout
 from photon_train.inference.engine import Engine, EngineSettings, decode_bytes
 from photon_train.inference.request import SamplingParams
 
 NEW = 11
-# One of each kind of path; the others differ in numbers.
-MIXED = ["memory-two-levels", "memory-3-full", "residual-2-decoder", "slots-3", "block-2"]
+BLOCK = 12  # tokens, about
 
 
 def greedy(model, prompt: list[int], new: int = NEW) -> list[int]:
@@ -37,13 +38,16 @@ def quiet(model):
     return model
 
 
-def small_pages(model, num_pages: int, rows: int, **settings) -> EngineSettings:
-    """Settings whose cache holds `num_pages` pages of two meta-contexts."""
-    probe = Engine(model, settings=EngineSettings(max_sequences=1, max_prefixes=0, max_length=64)).cache.layout
-    page_tokens = 2 * model.config.top_span
-    page_bytes = probe.page_bytes * page_tokens // probe.page_tokens
-    memory = num_pages * page_bytes + rows * probe.row_bytes
-    return EngineSettings(memory=memory, page_tokens=page_tokens, **settings)
+def small_blocks(model, num_blocks: int, rows: int, **settings) -> EngineSettings:
+    """Settings whose cache holds `num_blocks` blocks of `BLOCK` tokens, rounded up to whole units."""
+    size = block_size(model)
+    fitted = CacheLayout.fit(model, 2**40, rows, size)
+    return EngineSettings(memory=num_blocks * fitted.block_bytes + rows * fitted.row_bytes, block_size=size, **settings)
+
+
+def block_size(model) -> int:
+    unit = unit_tokens(model)
+    return -(-BLOCK // unit) * unit
 
 
 def prompts_with_common_beginnings(count: int) -> list[list[int]]:
@@ -56,23 +60,25 @@ def prompts_with_common_beginnings(count: int) -> list[list[int]]:
     return prompts
 
 
-@pytest.mark.parametrize("name", sorted(HIERARCHIES))
+@pytest.mark.parametrize("name", ALL)
 def test_chunked_prefill_and_decoding_equal_generate(name):
-    """Segments of one meta-context: rings, units, open chunks and groups are carried over every boundary."""
-    model = quiet(photon_model(name))
-    engine = Engine(model, settings=EngineSettings(max_sequences=3, max_prefixes=0, max_length=64, segment_tokens=1))
+    """Segments of one token and of five: rings, units, open chunks and groups are carried over every boundary."""
+    model = quiet(tiny_model(name))
     prompts = [tokens(1, length, seed=length)[0].tolist() for length in (1, 16, 29)]
-    answers = engine.generate(prompts, SamplingParams(max_new_tokens=NEW))
-    assert [answer[0].tokens for answer in answers] == [greedy(model, prompt) for prompt in prompts]
+    expected = [greedy(model, prompt) for prompt in prompts]
+    for size in (1, 5):
+        settings = EngineSettings(max_sequences=3, max_prefixes=0, max_length=64, segment_tokens=size)
+        answers = Engine(model, settings=settings).generate(prompts, SamplingParams(max_new_tokens=NEW))
+        assert [answer[0].tokens for answer in answers] == expected
 
 
-@pytest.mark.parametrize("name", MIXED)
+@pytest.mark.parametrize("name", SOME)
 def test_mixed_batch_of_64_with_preemption_and_prefix_hits_equals_each_alone(name):
-    model = quiet(photon_model(name))
+    model = quiet(tiny_model(name))
     prompts = prompts_with_common_beginnings(64)
     # Room for four of the longest: ten running ones must give way to each other.
-    num_pages = 4 * -(-56 // (2 * model.config.top_span))
-    settings = small_pages(model, num_pages, 14, max_sequences=10, max_prefixes=4, segment_tokens=12, step_tokens=30)
+    num_blocks = 4 * -(-56 // block_size(model))
+    settings = small_blocks(model, num_blocks, 14, max_sequences=10, max_prefixes=4, segment_tokens=12, step_tokens=30)
     engine = Engine(model, settings=settings)
     params = [SamplingParams(max_new_tokens=NEW + index % 5) for index in range(64)]
     # Some requests arrive while others are on their way.
@@ -96,18 +102,18 @@ def test_mixed_batch_of_64_with_preemption_and_prefix_hits_equals_each_alone(nam
 
 
 def test_everything_is_given_back():
-    model = quiet(photon_model("memory-3-full"))
-    engine = Engine(model, settings=small_pages(model, 20, 8, max_sequences=5, max_prefixes=3, segment_tokens=16))
+    model = quiet(tiny_model("memory-full"))
+    engine = Engine(model, settings=small_blocks(model, 20, 8, max_sequences=5, max_prefixes=3, segment_tokens=16))
     engine.generate(prompts_with_common_beginnings(12), SamplingParams(max_new_tokens=9, n=2))
     while engine.prefixes.evict():
         pass
-    assert engine.cache.pool.num_free == engine.cache.layout.num_pages
+    assert engine.cache.pool.num_free == engine.cache.layout.num_blocks
     assert engine.cache.num_free_rows == engine.cache.layout.num_rows
-    assert not any(engine.cache.pool.holders)
+    assert not any(engine.cache.pool.references)
 
 
 def test_an_interrupted_call_leaves_nothing_behind():
-    model = quiet(photon_model("memory-3-full"))
+    model = quiet(tiny_model("memory-full"))
     engine = Engine(model, settings=EngineSettings(max_sequences=2, max_prefixes=0, max_length=64))
     step, steps = engine.step, []
 
@@ -121,11 +127,11 @@ def test_an_interrupted_call_leaves_nothing_behind():
     with pytest.raises(KeyboardInterrupt):
         engine.generate([[5, 6], [7], [8]], SamplingParams(max_new_tokens=9))
     assert not engine.has_work and not engine.scheduler.running and not engine.scheduler.waiting
-    assert engine.cache.pool.num_free == engine.cache.layout.num_pages
+    assert engine.cache.pool.num_free == engine.cache.layout.num_blocks
 
 
 def test_equal_prompts_are_encoded_once():
-    model = quiet(photon_model("memory-two-levels"))
+    model = quiet(tiny_model("memory"))
     fed = []
     engine = Engine(model, settings=EngineSettings(max_sequences=4, max_length=128, segment_tokens=16))
     prefill = engine.runner.prefill
@@ -146,15 +152,15 @@ def test_equal_prompts_are_encoded_once():
 
 
 def test_continuations_share_the_prompt_and_differ_by_their_random_numbers():
-    model = quiet(photon_model("memory-3-full"))
-    engine = Engine(model, settings=EngineSettings(max_sequences=8, max_length=128, page_tokens=16))
+    model = quiet(tiny_model("memory-full"))
+    engine = Engine(model, settings=EngineSettings(max_sequences=8, max_length=128, block_size=16))
     prompt = tokens(1, 37)[0].tolist()
     number = engine.add(prompt, SamplingParams(max_new_tokens=6, n=6, temperature=1.0, seed=3))
     for _ in range(3):
         engine.step()
-    held = [sequence.held for sequence in engine.scheduler.running]
-    assert len(held) == 6 and len({one.row for one in held}) == 6
-    assert len({tuple(one.pages[:2]) for one in held}) == 1 and len({one.pages[2] for one in held}) == 6
+    running = [sequence.allocation for sequence in engine.scheduler.running]
+    assert len(running) == 6 and len({one.row for one in running}) == 6
+    assert len({tuple(one.blocks[:2]) for one in running}) == 1 and len({one.blocks[2] for one in running}) == 6
     while engine.has_work:
         engine.step()
     answers = engine.result(number)
@@ -163,13 +169,13 @@ def test_continuations_share_the_prompt_and_differ_by_their_random_numbers():
 
 
 def test_sampling_does_not_depend_on_neighbours_or_preemption():
-    model = quiet(photon_model("residual-2"))
+    model = quiet(tiny_model("stream-2-slots"))
     prompts = prompts_with_common_beginnings(9)
     params = [SamplingParams(max_new_tokens=9, temperature=0.9, top_k=20, n=2, seed=index) for index in range(9)]
     roomy = Engine(model, settings=EngineSettings(max_sequences=1, max_prefixes=0, max_length=64))
     alone = [roomy.generate([prompt], one)[0] for prompt, one in zip(prompts, params, strict=True)]
     # Room for two of the longest sequences.
-    settings = small_pages(model, 2 * -(-40 // 12), 10, max_sequences=8, max_prefixes=2)
+    settings = small_blocks(model, 2 * -(-40 // block_size(model)), 10, max_sequences=8, max_prefixes=2)
     crowded = Engine(model, settings=settings)
     together = crowded.generate(prompts, params)
     assert crowded.scheduler.num_preemptions > 0
@@ -177,30 +183,9 @@ def test_sampling_does_not_depend_on_neighbours_or_preemption():
         assert [answer.tokens for answer in first] == [answer.tokens for answer in second]
 
 
-@pytest.mark.parametrize("name", ["residual-2-decoder", "block-2"])
-def test_aligned_phases_close_chunks_together_and_change_no_token(name):
-    model = quiet(photon_model(name))
-    prompts = prompts_with_common_beginnings(9)
-    params = [SamplingParams(max_new_tokens=20 + index) for index in range(9)]
-    closing, answers = {}, {}
-    for aligned in (False, True):
-        # Room for four of the longest: some give way to others.
-        num_pages = 4 * -(-68 // (2 * model.config.top_span))
-        settings = small_pages(model, num_pages, 8, max_sequences=8, max_prefixes=0, align_phases=aligned)
-        engine, closed = Engine(model, settings=settings), []
-        run = engine.runner.stepper.run
-        engine.runner.stepper.run = lambda part, level, *rest, run=run, closed=closed: (
-            closed.append((part.__name__, level)) or run(part, level, *rest)
-        )
-        answers[aligned] = [answer[0].tokens for answer in engine.generate(prompts, params)]
-        closing[aligned] = closed.count(("_close", model.config.num_levels - 1))
-    assert answers[True] == answers[False]
-    assert closing[True] < 0.7 * closing[False]
-
-
 def test_later_requests_do_not_wait_for_long_prompts():
     """Chunked prefill: a running sequence gets a token in every step while a long prompt is encoded."""
-    model = quiet(photon_model("memory-1"))
+    model = quiet(tiny_model("memory"))
     engine = Engine(model, settings=EngineSettings(max_length=256, segment_tokens=8, step_tokens=8))
     engine.add(tokens(1, 5)[0].tolist(), SamplingParams(max_new_tokens=20))
     engine.step()
@@ -211,7 +196,7 @@ def test_later_requests_do_not_wait_for_long_prompts():
 
 
 def test_long_sequences_are_prefilled_by_themselves(monkeypatch):
-    model = quiet(photon_model("memory-two-levels"))
+    model = quiet(tiny_model("memory"))
     prompts = [tokens(1, 32, seed=seed)[0].tolist() for seed in range(4)]
     answers, passes = {}, []
     for limit in (2**16, 40):
@@ -225,7 +210,7 @@ def test_long_sequences_are_prefilled_by_themselves(monkeypatch):
 
 
 def test_end_tokens_and_abort():
-    model = photon_model("memory-1")
+    model = tiny_model("memory")
     prompt = tokens(1, 9)[0].tolist()
     free = greedy(model, prompt)
     model.generation_config.eos_token_id = [free[4]]
@@ -256,11 +241,11 @@ def test_end_tokens_and_abort():
         ([3, 61], {}, "token 61 is outside the vocabulary of 61"),
         ("text", {}, "needs a tokenizer"),
         ([3], {"stop": "x"}, "stop needs a tokenizer"),
-        ([3] * 40, {"max_new_tokens": 300}, "max_new_tokens=300 exceed the 256 tokens"),
+        ([3] * 40, {"max_new_tokens": 300}, "max_new_tokens=300 exceed the 258 tokens"),
     ],
 )
 def test_bad_requests_are_refused(prompt, params, message):
-    engine = Engine(photon_model("memory-1"), settings=EngineSettings(max_length=64, max_sequences=1, max_prefixes=0))
+    engine = Engine(tiny_model("memory"), settings=EngineSettings(max_length=64, max_sequences=1, max_prefixes=0))
     with pytest.raises(PhotonError, match=message):
         engine.generate([[5, 6], prompt], SamplingParams(**params))
     assert not engine.has_work and not engine.scheduler.waiting
@@ -269,16 +254,16 @@ def test_bad_requests_are_refused(prompt, params, message):
 def test_a_gpus_free_memory_also_holds_the_weights_of_latents(monkeypatch):
     free = 2**25
     monkeypatch.setattr("photon_train.inference.engine.free_memory", lambda device: free)
-    model, pages = photon_model("memory-latent"), {}
+    model, blocks = tiny_model("memory"), {}
     for backend in ("torch", "triton"):
-        model.backend = backend
+        model.model.backend = backend
         engine = Engine(model, settings=EngineSettings(max_sequences=100, max_length=2**13, cuda_graphs="off"))
         layout = engine.cache.layout
-        pages[backend] = layout.num_pages
-        room = int(0.9 * free) - decode_bytes(model, 100, layout.pages_for(2**13) * layout.page_tokens)
-        assert 0 <= room - layout.total_bytes < layout.page_bytes
+        blocks[backend] = layout.num_blocks
+        room = int(0.9 * free) - decode_bytes(model, 100, layout.blocks_for(2**13) * layout.block_size)
+        assert 0 <= room - layout.total_bytes < layout.block_bytes
     # 100 rows, 4 heads and 8,192 tokens: 13 MB in fp32.
-    assert pages["triton"] < pages["torch"]
+    assert blocks["triton"] < blocks["torch"]
     free = 2**23
     with pytest.raises(PhotonError, match="lower max_sequences or max_length"):
         Engine(model, settings=EngineSettings(max_sequences=100, max_length=2**13))
@@ -294,4 +279,4 @@ def test_a_gpus_free_memory_also_holds_the_weights_of_latents(monkeypatch):
 )
 def test_bad_settings_are_refused(settings, message):
     with pytest.raises(PhotonError, match=message):
-        Engine(photon_model("memory-1"), settings=EngineSettings(**settings))
+        Engine(tiny_model("memory"), settings=EngineSettings(**settings))

@@ -16,7 +16,7 @@ RECIPE = Path(__file__).resolve().parents[2] / "recipes" / "generate.py"
 @pytest.fixture(scope="module")
 def directory(tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("export")
-    photon_model("memory-1").save_pretrained(path)
+    photon_model("memory").save_pretrained(path)
     word_tokenizer().save_pretrained(path)
     return path
 

@@ -127,6 +127,14 @@ def test_logprobs_are_the_models_whatever_the_settings():
             assert list(choice.top.values()) == pytest.approx(expected[index].topk(3).values.tolist())
 
 
+def test_each_row_reports_as_many_of_the_most_probable_as_it_asked_for():
+    rows = logits(3)
+    settings = [{"top_logprobs": 2}, {}, {"top_logprobs": 5}]
+    choices = sample(rows, [sequence(**one) for one in settings])
+    for choice, row, count in zip(choices, rows, (2, 0, 5), strict=True):
+        assert list(choice.top) == row.topk(count).indices.tolist()
+
+
 def test_streams_of_neighbouring_seeds_continuations_and_steps_differ():
     keys = set()
     for seed in (0, 1):

@@ -33,12 +33,12 @@ JSON = {"content-type": "application/json"}
 
 
 def make_engine(template: str | None = TEMPLATE) -> Engine:
-    model = photon_model("memory-two-levels")
+    model = photon_model("memory")
     model.generation_config.eos_token_id = None
     tokenizer = word_tokenizer()
     tokenizer.chat_template = template
-    # Four pages of 32 tokens.
-    settings = EngineSettings(max_length=32, page_tokens=32, max_sequences=4, max_prefixes=0)
+    # Four blocks of 33 tokens.
+    settings = EngineSettings(max_length=32, block_size=33, max_sequences=4, max_prefixes=0)
     return Engine(model, tokenizer, settings)
 
 
@@ -65,7 +65,7 @@ def chunks(response) -> list[dict]:
 
 def test_models_and_health(client):
     entry = client.get("/v1/models").json()["data"][0]
-    assert entry["id"] == "tiny" and entry["object"] == "model" and entry["max_model_len"] == 128
+    assert entry["id"] == "tiny" and entry["object"] == "model" and entry["max_model_len"] == 132
     assert client.get("/health").json() == {"status": "ok", "open_requests": 0}
 
 
@@ -165,7 +165,7 @@ def test_chat(client):
 
 def test_without_a_bound_a_chat_may_fill_the_context(client):
     body = {"messages": [{"role": "user", "content": "t05"}], "temperature": 0}
-    assert client.post("/v1/chat/completions", json=body).json()["usage"]["total_tokens"] == 128
+    assert client.post("/v1/chat/completions", json=body).json()["usage"]["total_tokens"] == 132
 
 
 @pytest.mark.parametrize(
@@ -283,7 +283,7 @@ def test_who_hangs_up_is_forgotten(address):
 
 def test_the_recipe_serves_a_directory(tmp_path, monkeypatch):
     directory = tmp_path / "export"
-    photon_model("block-2").save_pretrained(directory)
+    photon_model("memory").save_pretrained(directory)
     word_tokenizer().save_pretrained(directory)
     served = {}
     monkeypatch.setattr(uvicorn, "run", lambda app, **settings: served.update(settings, app=app))

@@ -6,6 +6,8 @@ import pytest
 from tiny import photon_model, tokens
 from tiny_checkpoint import byte_tokenizer
 from tiny_tokenizer import word_tokenizer
+from tokenizers import Tokenizer, decoders, models
+from transformers import PreTrainedTokenizerFast
 
 from photon_train.inference.engine import Engine, EngineSettings
 from photon_train.inference.request import SamplingParams
@@ -53,6 +55,45 @@ def test_what_only_looked_like_a_stop_text_is_given_out_later():
     assert given[0] == "" and "aab" not in given[0]
 
 
+def test_several_stop_texts_that_may_have_begun_hold_back_the_longest():
+    given, stream = pieces("xay", ("ab", "xay"))
+    assert given == ["", "", ""] and stream.text == "" and stream.stopped
+
+
+def test_of_stop_texts_in_one_token_the_first_in_the_text_ends_it():
+    stream = TextStream(word_tokenizer(), [], stop=("5", "0"))
+    assert stream.push(5) and stream.take(True) == stream.text == "t"
+
+
+def test_special_tokens_are_no_text():
+    tokenizer = byte_tokenizer()
+    stream = TextStream(tokenizer, [], ())
+    for token in (*tokenizer("ab")["input_ids"], tokenizer.eos_token_id):
+        assert not stream.push(token)
+    assert stream.take(True) == "ab"
+
+
+def test_a_stop_text_before_an_unfinished_character_ends_the_text():
+    """Byte-level vocabularies hold tokens of a text and the first byte of a character."""
+    vocabulary = {**byte_tokenizer().get_vocab(), "stopð": 300}  # ð stands for the byte F0
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    tokenizer.decoder = decoders.ByteLevel()
+    stream = TextStream(PreTrainedTokenizerFast(tokenizer_object=tokenizer), [], ("stop",))
+    assert not stream.push(300) and stream.take(False) == ""
+    assert stream.take(True) == stream.text == "" and stream.stopped
+
+
+def test_the_first_word_is_written_as_after_the_prompt():
+    """Tokenizers with marked spaces drop that of a text's first word."""
+    words = Tokenizer(models.WordLevel({"▁one": 0, "▁two": 1}, unk_token="▁one"))
+    words.decoder = decoders.Metaspace()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words)
+    for prompt, text in (([], "two"), ([0], " two")):
+        stream = TextStream(tokenizer, prompt, ())
+        stream.push(1)
+        assert stream.take(True) == text
+
+
 def test_an_unfinished_character_at_the_end_is_given_out():
     tokenizer = byte_tokenizer()
     stream = TextStream(tokenizer, [], ())
@@ -63,7 +104,7 @@ def test_an_unfinished_character_at_the_end_is_given_out():
 
 @pytest.fixture
 def engine() -> Engine:
-    model = photon_model("memory-two-levels")
+    model = photon_model("memory")
     model.generation_config.eos_token_id = None
     return Engine(model, word_tokenizer(), EngineSettings(max_length=64, max_sequences=4))
 

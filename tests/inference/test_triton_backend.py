@@ -1,58 +1,141 @@
-"""The Triton backend against the torch backend and the teacher-forced forward (interpreter on CPU, or a GPU)."""
+"""The Triton backend against the torch backend and the whole sequence at once (interpreter on a CPU, or a GPU)."""
 
 from __future__ import annotations
 
 import pytest
 import torch
-from tiny import photon_model, tokens
+from tiny import GRAFTS, photon_model, tokens
 
+from photon_train.inference.cache import CacheLayout, PagedCache
 from photon_train.inference.engine import Engine, EngineSettings
 from photon_train.inference.request import SamplingParams
+from photon_train.inference.runner import Runner
 
-# One of each kind of path: rings with sinks, isolated groups, slots in a stream, memory at two levels, full layers.
-NAMES = ["block-2", "memory-2-sinks", "memory-two-levels", "memory-latent", "memory-latent-apart"]
-NAMES += ["memory-3-full", "residual-2", "slots-2-decoder"]
+# One of each kind of layer: rings with and without sinks, memory in one part and in two, full attention.
+SOME = ["window", "memory", "memory-apart", "memory-full"]
+# The first units of one row leave the window on the way, those of the other have left it.
+WIDTHS, COUNT = (4, 14), 5
 
 
-@pytest.mark.parametrize("name", NAMES)
-@torch.no_grad()
-def test_triton_logits_equal_torch_logits_and_the_training_forward(name, triton_device):
-    model = photon_model(name).to(triton_device)
-    # Long enough that units lie outside the windows, and chunks of every level close in the few (slow) steps.
-    widths, count = (9, 14), 7
-    rows = [tokens(1, count + length, seed=length).to(triton_device) for length in widths]
-    expected = [model(row).logits[0] for row in rows]
-    prompt = torch.full((2, max(widths)), 2, device=triton_device)
+def rows_of(device: str) -> list[torch.Tensor]:
+    return [tokens(1, COUNT + width, seed=width).to(device) for width in WIDTHS]
+
+
+def in_one_pass(model, rows: list[torch.Tensor]) -> torch.Tensor:
+    """Logits of the last `COUNT` tokens of each row, ``[B, COUNT, V]``, from the whole sequence at once."""
+    return torch.stack([model(row, use_cache=False).logits[0, -COUNT:] for row in rows])
+
+
+def from_a_contiguous_cache(model, rows: list[torch.Tensor]) -> torch.Tensor:
+    """The same token by token, after prompts padded on the left."""
+    prompt = torch.full((len(rows), max(WIDTHS)), 2, device=rows[0].device)
     mask = torch.zeros_like(prompt)
-    for index, width in enumerate(widths):
+    for index, width in enumerate(WIDTHS):
         prompt[index, -width:], mask[index, -width:] = rows[index][0, :width], 1
-    logits = {}
-    for backend in ("torch", "triton"):
-        model.set_backend(backend)
-        cache = model(prompt, attention_mask=mask, use_cache=True).past_key_values
-        steps = []
-        for step in range(count):
-            column = torch.stack([row[0, width + step] for row, width in zip(rows, widths, strict=True)])
-            steps.append(model(column[:, None], past_key_values=cache).logits[:, 0])
-        logits[backend] = torch.stack(steps, dim=1)
-    torch.testing.assert_close(logits["triton"], logits["torch"], atol=2e-4, rtol=0)
-    for index, width in enumerate(widths):
-        torch.testing.assert_close(logits["triton"][index], expected[index][width:], atol=2e-4, rtol=0)
+    cache, steps = model(prompt, attention_mask=mask, use_cache=True).past_key_values, []
+    for step in range(COUNT):
+        column = torch.stack([row[0, width + step] for row, width in zip(rows, WIDTHS, strict=True)])
+        steps.append(model(column[:, None], past_key_values=cache).logits[:, 0])
+    return torch.stack(steps, dim=1)
 
 
-@pytest.mark.parametrize("name", ["block-2", "memory-two-levels", "memory-latent", "slots-2-decoder"])
-def test_the_engine_decodes_the_same_on_triton(name, triton_device):
+def from_a_paged_cache(model, rows: list[torch.Tensor]) -> torch.Tensor:
+    """The same from blocks that lie out of order."""
+    span = model.config.chunk_size if model.config.memory_layers else 1
+    layout = CacheLayout.fit(model, 2**20, num_rows=5, block_size=2 * span, max_length=32)
+    cache = PagedCache(model, layout)
+    runner = Runner(model, cache)
+    # Others have come and gone: rows and blocks in use begin nowhere near zero.
+    others = [cache.open_sequence() for _ in range(3)]
+    assert all(cache.reserve(other, 2 * span) for other in others)
+    cache.close(others[0])
+    sequences = [cache.open_sequence() for _ in rows]
+    for sequence, row in zip(sequences, rows, strict=True):
+        assert cache.reserve(sequence, row.shape[1])
+    runner.prefill([(one, row[0, :width].tolist()) for one, row, width in zip(sequences, rows, WIDTHS, strict=True)])
+    steps = []
+    for step in range(COUNT):
+        work = [(one, int(row[0, width + step])) for one, row, width in zip(sequences, rows, WIDTHS, strict=True)]
+        # The order of a batch is nobody's business.
+        steps.append(runner.decode(work[::-1]).flip(0) if step % 2 else runner.decode(work))
+    return torch.stack(steps, dim=1)
+
+
+@pytest.mark.parametrize(
+    ("name", "decode"),
+    [(name, from_a_contiguous_cache) for name in sorted(GRAFTS)] + [(name, from_a_paged_cache) for name in SOME],
+)
+@torch.no_grad()
+def test_triton_logits_equal_torch_logits_and_one_pass(name, decode, triton_device, monkeypatch):
     model = photon_model(name).to(triton_device)
-    model.generation_config.eos_token_id = None
-    prompts = [tokens(1, length, seed=length)[0].tolist() for length in (3, 9)]
-    answers = []
+    rows = rows_of(triton_device)
+    expected = in_one_pass(model, rows)
+    torch.testing.assert_close(decode(model, rows), expected, atol=2e-4, rtol=0)
+    model.set_backend("triton")
+    launched = record_launches(monkeypatch)
+    torch.testing.assert_close(decode(model, rows), expected, atol=2e-4, rtol=0)
+    config = model.config
+    wanted = {"cache_append_triton", "window_decode_attention_triton"}
+    wanted |= {"latent_decode_triton"} if config.memory_layers else set()
+    wanted |= {"paged_decode_attention_triton"} if config.full_attention_layers else set()
+    assert launched == wanted
+
+
+def record_launches(monkeypatch) -> set[str]:
+    """Names of the launchers that run from here on: none may have been passed by."""
+    import importlib
+
+    launched: set[str] = set()
+    for name in ("cache_append", "window_decode_attention", "latent_decode", "paged_decode_attention"):
+        module = importlib.import_module(f"photon_kernels.{name.removesuffix('_attention')}.triton")
+        launcher = getattr(module, f"{name}_triton")
+
+        def recorded(*args, launcher=launcher, **settings):
+            launched.add(launcher.__name__)
+            return launcher(*args, **settings)
+
+        monkeypatch.setattr(module, launcher.__name__, recorded)
+    return launched
+
+
+def test_generate_writes_the_same_on_triton(triton_device):
+    """The contiguous cache of `generate`, whose rows agree on their lengths; beams copy rows."""
+    model = photon_model("memory-full").to(triton_device)
+    prompt = tokens(2, 12, seed=5).to(triton_device)
+    settings = {"max_new_tokens": 5, "num_beams": 2, "do_sample": False, "eos_token_id": None, "pad_token_id": 2}
+    written = []
     for backend in ("torch", "triton"):
         model.set_backend(backend)
-        engine = Engine(model, settings=EngineSettings(max_sequences=2, max_prefixes=0, max_length=64, page_tokens=12))
-        answers.append([one[0].tokens for one in engine.generate(prompts, SamplingParams(max_new_tokens=7))])
-    assert answers[0] == answers[1]
+        written.append(model.generate(prompt, **settings))
+    assert torch.equal(*written)
+
+
+def run_engine(model, static: bool = False) -> list[tuple[list[int], torch.Tensor]]:
+    """Tokens and their log-probabilities of requests of several lengths, one of which has two continuations."""
+    span = model.config.chunk_size if model.config.memory_layers else 1
+    settings = {"max_sequences": 3, "max_prefixes": 0, "max_length": 64, "block_size": 4 * span, "segment_tokens": 7}
+    engine = Engine(model, settings=EngineSettings(**settings, cuda_graphs="off"))
+    if static:
+        engine.runner = Runner(model, engine.cache, engine.static_calls(capture=False))
+    prompts = [tokens(1, length, seed=length)[0].tolist() for length in (3, 9, 17)]
+    params = [SamplingParams(max_new_tokens=3 + index, n=1 + index % 2, ignore_eos=True) for index in range(3)]
+    answers = [answer for answers in engine.generate(prompts, params) for answer in answers]
+    return [(answer.tokens, torch.tensor(answer.logprobs)) for answer in answers]
+
+
+@pytest.mark.parametrize(
+    ("name", "static"), [("memory", False), ("memory-apart", False), ("memory-full", False), ("memory-full", True)]
+)
+def test_the_engine_decodes_the_same_on_triton(name, static, triton_device):
+    model = photon_model(name).to(triton_device)
+    expected = run_engine(model)
+    model.set_backend("triton")
+    found = run_engine(model, static)
+    assert [tokens for tokens, _ in found] == [tokens for tokens, _ in expected]
+    for (_, mine), (_, theirs) in zip(found, expected, strict=True):
+        torch.testing.assert_close(mine, theirs, atol=2e-4, rtol=0)
 
 
 def test_unknown_backend_is_refused():
     with pytest.raises(ValueError, match="backend 'cuda' is not one of torch, triton"):
-        photon_model("memory-1").set_backend("cuda")
+        photon_model("memory").set_backend("cuda")

@@ -45,7 +45,7 @@ def test_every_kernel_compiles_without_spills(target: str, compilers: dict) -> N
     reports = json.loads(path.read_text())["kernels"]
     assert reports == [json.loads(line) for line in output.splitlines()]
     kernels = {report["name"].split()[0] for report in reports}
-    operations = {"window_decode", "summary_split", "summary_combine", "latent_weights", "latent_mix"}
+    operations = {"window_decode", "paged_split", "paged_combine", "latent_weights", "latent_mix"}
     assert kernels == operations | {"chunker", "cache_append"}
     for report in reports:
         assert report["target"] == target
@@ -68,12 +68,12 @@ def test_compiling_interpreted_kernels_is_refused(monkeypatch: pytest.MonkeyPatc
         compile_case(case, "sm_90")
 
 
-@pytest.mark.parametrize("num_entries", [0, 1, 8, 16, 72, 300, 5000])
+@pytest.mark.parametrize("num_keys", [0, 1, 8, 16, 72, 300, 5000])
 @pytest.mark.parametrize("group", [1, 8, 20, 64])
 @pytest.mark.parametrize("head_dim", [8, 16, 80, 128])
 @pytest.mark.parametrize("element_size", [2, 4])
-def test_tiles_are_valid_and_fit(num_entries: int, group: int, head_dim: int, element_size: int) -> None:
-    config = choose_attention_config(num_entries, group, head_dim, element_size)
+def test_tiles_are_valid_and_fit(num_keys: int, group: int, head_dim: int, element_size: int) -> None:
+    config = choose_attention_config(num_keys, group, head_dim, element_size)
     for block in (config.block_n, config.block_m, config.block_d):
         assert block >= 16 and block & (block - 1) == 0
     assert config.block_m >= min(group, 32) and config.block_d >= head_dim

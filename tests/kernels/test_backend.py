@@ -12,7 +12,7 @@ from photon_kernels import (
     Append,
     cache_append,
     gather_chunk_project,
-    summary_decode_attention,
+    paged_decode_attention,
     window_decode_attention,
 )
 
@@ -22,21 +22,21 @@ def call(op: str, backend: str, device: torch.device, requires_grad: bool = Fals
     cache = torch.ones(2, 2, 5, 16, device=device)
     index = torch.tensor([3, 2], device=device)
     if op == "cache_append":
-        entries = torch.zeros(2, 1, dtype=torch.long, device=device)
-        cache_append([Append(q[:, :2], cache, index - 2, entries)], backend=backend)
+        slots = torch.zeros(2, 1, dtype=torch.long, device=device)
+        cache_append([Append(q[:, :2], cache, index - 2, slots)], backend=backend)
         return cache
     if op == "window_decode":
-        order = torch.arange(5, device=device).expand(2, 5)
-        return window_decode_attention(q, cache, cache, order, index - 1, index[:, None], 1.0, backend=backend)
-    if op == "summary_decode":
-        return summary_decode_attention(q, cache, cache, index[:, None], 1.0, backend=backend)
+        positions = torch.arange(5, device=device).expand(2, 5)
+        return window_decode_attention(q, cache, cache, positions, index - 1, index[:, None], 1.0, backend=backend)
+    if op == "paged_decode":
+        return paged_decode_attention(q, cache, cache, index[:, None], 1.0, backend=backend)
     weight = torch.ones(8, 64, device=device)
     return gather_chunk_project(
         q[:, :, 0], torch.tensor([1], device=device), weight, weight.new_ones(()), backend=backend
     )
 
 
-OPS = ["window_decode", "summary_decode", "chunker", "cache_append"]
+OPS = ["window_decode", "paged_decode", "chunker", "cache_append"]
 
 
 @pytest.mark.parametrize("op", OPS)

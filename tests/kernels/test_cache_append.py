@@ -17,44 +17,44 @@ def make_append(
     positions: int = 1,
     head_dim: int = 8,
     size: int = 6,
-    per_page: int | None = None,
+    per_block: int | None = None,
     dtype: torch.dtype = torch.float32,
     target_dtype: torch.dtype | None = None,
     skip: float = 0.3,
     seed: int = 0,
 ) -> Append:
-    """States for shuffled rows of a cache of NaN, each at its own entries; some are skipped and hold NaN themselves."""
+    """States for shuffled rows of a cache of NaN, each at its own slots; some are skipped and hold NaN themselves."""
     generator = torch.Generator().manual_seed(seed)
     cache_rows = rows + 2
-    entries = torch.stack([torch.randperm(size, generator=generator)[:positions] for _ in range(rows)])
-    entries[torch.rand(entries.shape, generator=generator) < skip] = -1
+    slots = torch.stack([torch.randperm(size, generator=generator)[:positions] for _ in range(rows)])
+    slots[torch.rand(slots.shape, generator=generator) < skip] = -1
     source = torch.randn(rows, heads, positions, head_dim, generator=generator)
-    source.masked_fill_((entries < 0)[:, None, :, None], torch.nan)
-    pages = None
+    source.masked_fill_((slots < 0)[:, None, :, None], torch.nan)
+    block_table = None
     shape = (cache_rows, heads, size, head_dim)
-    if per_page:
-        width = -(-size // per_page)
-        pages = torch.randperm(cache_rows * width + 3, generator=generator)[: cache_rows * width].view(-1, width)
-        shape = (cache_rows * width + 3, heads, per_page, head_dim)
+    if per_block:
+        width = -(-size // per_block)
+        block_table = torch.randperm(cache_rows * width + 3, generator=generator)[: cache_rows * width].view(-1, width)
+        shape = (cache_rows * width + 3, heads, per_block, head_dim)
     return Append(
         source.to(device, dtype),
         torch.full(shape, torch.nan, device=device, dtype=target_dtype or dtype),
         torch.randperm(cache_rows, generator=generator)[:rows].to(device),
-        entries.to(device),
-        None if pages is None else pages.to(device),
+        slots.to(device),
+        None if block_table is None else block_table.to(device),
     )
 
 
 def expected_target(append: Append) -> torch.Tensor:
     """From the definition, state by state."""
     target = append.target.clone()
-    for row, entries in enumerate(append.entries.tolist()):
-        for position, entry in enumerate(entries):
-            if entry >= 0:
-                block, place = int(append.rows[row]), entry
-                if append.pages is not None:
-                    block, place = int(append.pages[block, entry // target.shape[2]]), entry % target.shape[2]
-                target[block, :, place] = append.source[row, :, position].to(target.dtype)
+    for row, slots in enumerate(append.slots.tolist()):
+        for position, slot in enumerate(slots):
+            if slot >= 0:
+                block, inside = int(append.rows[row]), slot
+                if append.block_table is not None:
+                    block, inside = int(append.block_table[block, slot // target.shape[2]]), slot % target.shape[2]
+                target[block, :, inside] = append.source[row, :, position].to(target.dtype)
     return target
 
 
@@ -69,11 +69,11 @@ LAYOUTS = {
     "keys and values": [dict(), dict(seed=1)],
     "several slots": [dict(positions=4), dict(positions=4, seed=1)],
     "nothing skipped, odd sizes": [dict(rows=2, heads=3, head_dim=5, size=7, skip=0.0)],
-    "everything skipped": [dict(skip=1.0), dict(skip=1.0, per_page=4)],
+    "everything skipped": [dict(skip=1.0), dict(skip=1.0, per_block=4)],
     "token, level 1, level 2, open chunks": [
         dict(skip=0.0),
-        dict(per_page=4, size=11, seed=1),
-        dict(per_page=1, size=3, skip=0.6, seed=2),
+        dict(per_block=4, size=11, seed=1),
+        dict(per_block=1, size=3, skip=0.6, seed=2),
         dict(heads=1, head_dim=1100, size=4, skip=0.0, seed=3),
         dict(heads=1, head_dim=1100, size=4, seed=4),
     ],
@@ -90,7 +90,7 @@ def test_stores_what_closes_and_touches_nothing_else(layout: list[dict], backend
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_is_copied_bit_by_bit(dtype: torch.dtype, backend: str, device: torch.device) -> None:
-    assert_appends([make_append(device, dtype=dtype, per_page=2)], backend)
+    assert_appends([make_append(device, dtype=dtype, per_block=2)], backend)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -100,12 +100,12 @@ def test_casts_to_the_type_of_the_cache(backend: str, device: torch.device) -> N
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_sources_and_tables_need_not_be_contiguous(backend: str, device: torch.device) -> None:
-    append = make_append(device, positions=2, per_page=2, size=4)
+    append = make_append(device, positions=2, per_block=2, size=4)
     append = append._replace(
         source=append.source.transpose(1, 2).contiguous().transpose(1, 2),
         rows=append.rows.int().repeat_interleave(2)[::2],
-        entries=append.entries.int().mT.contiguous().mT,
-        pages=torch.cat([append.pages, append.pages], dim=1)[:, : append.pages.shape[1]],
+        slots=append.slots.int().mT.contiguous().mT,
+        block_table=torch.cat([append.block_table, append.block_table], dim=1)[:, : append.block_table.shape[1]],
         target=append.target.transpose(1, 2).contiguous().transpose(1, 2),
     )
     assert not append.target.is_contiguous() and not append.source.is_contiguous()
@@ -117,7 +117,7 @@ def test_sources_and_tables_need_not_be_contiguous(backend: str, device: torch.d
 def test_nothing_to_append(backend: str, device: torch.device) -> None:
     cache_append([], backend=backend)
     append = make_append(device)
-    empty = append._replace(source=append.source[:0], rows=append.rows[:0], entries=append.entries[:0])
+    empty = append._replace(source=append.source[:0], rows=append.rows[:0], slots=append.slots[:0])
     assert_appends([empty], backend)
 
 
@@ -131,7 +131,7 @@ def test_nothing_to_append(backend: str, device: torch.device) -> None:
                 "positions": st.integers(1, 3),
                 "head_dim": st.integers(1, 20),
                 "size": st.integers(3, 9),
-                "per_page": st.sampled_from([None, 1, 2, 5]),
+                "per_block": st.sampled_from([None, 1, 2, 5]),
                 "seed": st.integers(0, 99),
             }
         ),
@@ -150,8 +150,8 @@ def test_wrong_shapes_are_named(device: torch.device) -> None:
         (dict(source=append.source[0]), r"expected a source \[n, H, Q, D\]"),
         (dict(source=append.source[..., :4]), r"expected a source \[n, H, Q, D\]"),
         (dict(rows=append.rows[:2]), r"rows must be int32 or int64 \[3\]"),
-        (dict(entries=append.entries[:, 0]), r"entries must be int32 or int64 \[3, 1\]"),
-        (dict(pages=append.entries.float()), "pages must be int32 or int64"),
+        (dict(slots=append.slots[:, 0]), r"slots must be int32 or int64 \[3, 1\]"),
+        (dict(block_table=append.slots.float()), "block_table must be int32 or int64"),
     ]:
         with pytest.raises(ValueError, match=message):
             cache_append([append._replace(**change)])

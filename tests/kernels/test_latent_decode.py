@@ -16,19 +16,19 @@ def make_inputs(
     heads: int = 4,
     kv_heads: int = 2,
     head_dim: int = 16,
-    places: int = 4,
+    chunk_size: int = 4,
     num_units: int = 12,
-    per_page: int = 0,
+    per_block: int = 0,
     first_token: int = 3,
-    num_parts: int = 1,
+    num_latents: int = 1,
     dtype: torch.dtype = torch.float32,
     seed: int = 0,
 ) -> dict[str, Tensor | float | int]:
     """Streams that hold NaN where no row looks; rows of the cache are read in reverse."""
     generator = torch.Generator().manual_seed(seed)
-    batch, width = len(visible), 2 * kv_heads * head_dim // num_parts
-    folded = torch.randn(batch, heads, places, width, generator=generator) * width**-0.5
-    bias = torch.randn(batch, heads, places, generator=generator)
+    batch, width = len(visible), 2 * kv_heads * head_dim // num_latents
+    folded = torch.randn(batch, heads, chunk_size, width, generator=generator) * width**-0.5
+    bias = torch.randn(batch, heads, chunk_size, generator=generator)
     cache_rows = batch + 1
     rows = torch.arange(batch).flip(0)
     stream = torch.randn(2, cache_rows, kv_heads, num_units, head_dim, generator=generator)
@@ -43,18 +43,19 @@ def make_inputs(
         "first_token": first_token,
         "rows": rows.to(device),
     }
-    if not per_page:
+    if not per_block:
         return inputs | {"keys": stream[0].to(device, dtype), "values": stream[1].to(device, dtype)}
-    count = -(-num_units // per_page)
-    pages = torch.randperm(cache_rows * count + 2, generator=generator)[: cache_rows * count].view(cache_rows, count)
-    held = torch.full((2, cache_rows * count + 2, kv_heads, per_page, head_dim), float("nan"))
+    count = -(-num_units // per_block)
+    blocks = torch.randperm(cache_rows * count + 2, generator=generator)
+    block_table = blocks[: cache_rows * count].view(cache_rows, count)
+    held = torch.full((2, cache_rows * count + 2, kv_heads, per_block, head_dim), float("nan"))
     for row in range(cache_rows):
         for unit in range(num_units):
-            held[:, pages[row, unit // per_page], :, unit % per_page] = stream[:, row, :, unit]
+            held[:, block_table[row, unit // per_block], :, unit % per_block] = stream[:, row, :, unit]
     return inputs | {
         "keys": held[0].to(device, dtype),
         "values": held[1].to(device, dtype),
-        "pages": pages.to(device),
+        "block_table": block_table.to(device),
         "stream": stream.to(device, dtype),
     }
 
@@ -64,26 +65,26 @@ def reference(inputs: dict) -> tuple[Tensor, Tensor, Tensor]:
     folded, bias = (inputs[name].double().cpu() for name in ("folded", "bias"))
     stream = inputs["stream"] if "stream" in inputs else torch.stack([inputs["keys"], inputs["values"]])
     stream = stream.double().cpu()
-    batch, heads, places, width = folded.shape
-    mixed, mass = torch.zeros(folded.shape).double(), torch.zeros(batch, heads, places).double()
+    batch, heads, chunk_size, width = folded.shape
+    mixed, mass = torch.zeros(folded.shape).double(), torch.zeros(batch, heads, chunk_size).double()
     lse = torch.full((batch, heads), -torch.inf).double()
     for row in range(batch):
         latents = stream[:, int(inputs["rows"][row])].transpose(0, 2).transpose(1, 2).flatten(1)
         for head in range(heads):
             products = folded[row, head] @ latents[:, :width].T + bias[row, head, :, None]
-            entries = [
-                (unit, place, float(inputs["scale"] * products[place, unit]))
+            seen = [
+                (unit, token, float(inputs["scale"] * products[token, unit]))
                 for unit in range(int(inputs["visible"][row]))
-                for place in range(places)
-                if unit * places + place >= inputs["first_token"]
+                for token in range(chunk_size)
+                if unit * chunk_size + token >= inputs["first_token"]
             ]
-            if not entries:
+            if not seen:
                 continue
-            lse[row, head] = torch.tensor([logit for *_, logit in entries]).double().logsumexp(0)
-            for unit, place, logit in entries:
+            lse[row, head] = torch.tensor([logit for *_, logit in seen]).double().logsumexp(0)
+            for unit, token, logit in seen:
                 weight = torch.exp(torch.tensor(logit).double() - lse[row, head])
-                mixed[row, head, place] += weight * latents[unit, -width:]
-                mass[row, head, place] += weight
+                mixed[row, head, token] += weight * latents[unit, -width:]
+                mass[row, head, token] += weight
     return mixed, mass, lse
 
 
@@ -97,15 +98,15 @@ def assert_matches_reference(inputs: dict, backend: str, tolerance: float = 2e-5
 
 SHAPES = {
     "grouped heads": dict(),
-    "one head, places of one": dict(heads=1, kv_heads=1, places=1, first_token=0),
-    "odd sizes": dict(visible=(7, 1, 11), heads=6, kv_heads=3, head_dim=24, places=3),
+    "one head, units of one token": dict(heads=1, kv_heads=1, chunk_size=1, first_token=0),
+    "odd sizes": dict(visible=(7, 1, 11), heads=6, kv_heads=3, head_dim=24, chunk_size=3),
     "rows that see nothing": dict(visible=(0, 5, 0)),
     "sinks hide all that is there": dict(visible=(1, 2), first_token=8),
-    "pages": dict(per_page=4, visible=(11, 2)),
-    "odd pages": dict(per_page=5, visible=(12, 6), num_units=14),
-    "pages of whole tiles": dict(per_page=64, num_units=130, visible=(129, 65), heads=2, kv_heads=1),
-    "keys and values apart": dict(num_parts=2, per_page=5, visible=(12, 6), num_units=14),
-    "apart, several tiles": dict(num_parts=2, num_units=90, visible=(90, 33), heads=20, kv_heads=2),
+    "blocks": dict(per_block=4, visible=(11, 2)),
+    "odd blocks": dict(per_block=5, visible=(12, 6), num_units=14),
+    "blocks of whole tiles": dict(per_block=64, num_units=130, visible=(129, 65), heads=2, kv_heads=1),
+    "keys and values apart": dict(num_latents=2, per_block=5, visible=(12, 6), num_units=14),
+    "apart, several tiles": dict(num_latents=2, num_units=90, visible=(90, 33), heads=20, kv_heads=2),
     "several tiles of units and queries": dict(num_units=90, visible=(90, 33), heads=20, kv_heads=2),
 }
 
@@ -118,14 +119,14 @@ def test_equals_a_softmax_token_by_token(shape: dict, backend: str, device: torc
 
 @pytest.mark.parametrize("num_splits", [1, 2, 5])
 def test_any_number_of_parts(num_splits: int, device: torch.device) -> None:
-    inputs = make_inputs(device, num_units=70, visible=(70, 20), per_page=10)
+    inputs = make_inputs(device, num_units=70, visible=(70, 20), per_block=10)
     assert_matches_reference(inputs, "triton", num_splits=num_splits)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision(dtype: torch.dtype, backend: str, device: torch.device) -> None:
-    inputs = make_inputs(device, dtype=dtype, visible=(30, 9), num_units=33, per_page=8)
+    inputs = make_inputs(device, dtype=dtype, visible=(30, 9), num_units=33, per_block=8)
     assert_matches_reference(inputs, backend, tolerance=1.5e-2)
 
 

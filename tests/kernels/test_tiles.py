@@ -8,14 +8,13 @@ from collections.abc import Iterator
 import pytest
 import torch
 
+from photon_kernels import _tiles as tables
 from photon_kernels import (
-    Window,
     gather_chunk_project,
     latent_decode,
-    summary_decode_attention,
+    paged_decode_attention,
     window_decode_attention,
 )
-from photon_kernels import _tiles as tables
 
 
 @pytest.fixture
@@ -39,18 +38,19 @@ def random(*shape: int) -> torch.Tensor:
 def runs(device: torch.device) -> dict:
     """Each kernel with a choice at a small shape, by backend."""
     states = {name: random(2, 2, 70, 16).to(device) for name in ("k", "v")}
-    order = torch.arange(70, device=device).expand(2, -1).contiguous()
+    positions = torch.arange(70, device=device).expand(2, -1).contiguous()
     first, last = torch.tensor([3, 40], device=device), torch.tensor([[60], [66]], device=device)
-    q, lengths = random(2, 4, 1, 16).to(device), torch.tensor([[70], [33]], device=device)
-    ring = Window(*states.values(), order, first, last)
+    q, seen = random(2, 4, 1, 16).to(device), torch.tensor([[70], [33]], device=device)
     folded, bias = random(2, 4, 3, 64).to(device), random(2, 4, 3).to(device)
     visible, rows = torch.tensor([70, 41], device=device), torch.tensor([1, 0, 2], device=device)
     chunks, weight = random(3, 2, 48).to(device), random(32, 96).to(device)
     scale = torch.tensor(0.5, device=device)
     return {
-        "window_decode": lambda backend: window_decode_attention(q, *ring[:5], 0.3, backend=backend),
-        "summary_decode": lambda backend: summary_decode_attention(
-            q, *states.values(), lengths, 0.3, window=ring, num_splits=2, backend=backend
+        "window_decode": lambda backend: window_decode_attention(
+            q, *states.values(), positions, first, last, 0.3, backend=backend
+        ),
+        "paged_decode": lambda backend: paged_decode_attention(
+            q, *states.values(), seen, 0.3, num_splits=2, backend=backend
         ),
         "latent_decode": lambda backend: (
             latent_decode(folded, bias, *states.values(), visible, 0.3, num_splits=2, backend=backend).mixed
@@ -59,7 +59,7 @@ def runs(device: torch.device) -> dict:
     }
 
 
-@pytest.mark.parametrize("kernel", ["window_decode", "summary_decode", "latent_decode", "chunker"])
+@pytest.mark.parametrize("kernel", ["window_decode", "paged_decode", "latent_decode", "chunker"])
 def test_other_tiles_give_the_same(kernel, device):
     run = runs(device)[kernel]
     expected = run("torch")
@@ -80,7 +80,7 @@ def test_a_launch_uses_the_table_of_its_device(table, monkeypatch, device):
     asked = []
     run, plain = runs(device)["window_decode"], module.tuned
     monkeypatch.setattr(module, "tuned", lambda *args, **shape: asked.append(plain(*args, **shape)) or asked[-1])
-    case = "window_decode entries=70 queries=2 dim=16 bytes=4"
+    case = "window_decode slots=70 queries=2 dim=16 bytes=4"
     name = tables.device_name(device)
     for content in ({name: {case: {"block_n": 32, "num_warps": 2}}}, {"another": {case: {"block_n": 32}}}, {name: {}}):
         table({"devices": content})
@@ -103,9 +103,9 @@ def test_a_launch_uses_the_table_of_its_device(table, monkeypatch, device):
     ids=str,
 )
 def test_impossible_tiles_are_refused(entry, table, device):
-    case = "window_decode entries=70 queries=2 dim=16 bytes=4"
+    case = "window_decode slots=70 queries=2 dim=16 bytes=4"
     table({"devices": {tables.device_name(device): {case: entry}}})
-    with pytest.raises(ValueError, match="tile table, 'window_decode entries=70.*is not possible"):
+    with pytest.raises(ValueError, match="tile table, 'window_decode slots=70.*is not possible"):
         runs(device)["window_decode"]("triton")
 
 

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tiny import HIERARCHIES, photon_model, tokens
+from tiny import GRAFTS, photon_model, tokens
 from transformers import DynamicCache, StoppingCriteria, StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
 
 NEW = 14
-NAMES = sorted(HIERARCHIES)
+NAMES = sorted(GRAFTS)
 
 
-@pytest.fixture(params=["block-2", "memory-2-sinks", "residual-1-change", "slots-2-decoder"])
+@pytest.fixture(params=["memory", "memory-full", "window"])
 def model(request):
     return photon_model(request.param)
 
@@ -26,11 +26,8 @@ def naive_greedy(model, prompt: torch.Tensor, steps: int) -> torch.Tensor:
 
 
 def generate(model, ids, **settings):
-    settings = {"max_new_tokens": NEW, "min_new_tokens": NEW, "do_sample": False, **settings}
-    # Suppressing the end token is part of min_new_tokens: the naive loop must see the same scores.
     model.generation_config.eos_token_id = None
-    settings.pop("min_new_tokens")
-    return model.generate(ids, **settings)
+    return model.generate(ids, **{"max_new_tokens": NEW, "do_sample": False, **settings})
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -119,24 +116,64 @@ def test_a_prompt_may_be_embeddings(model):
     assert torch.equal(out, naive_greedy(model, prompt, NEW)[:, 7:])
 
 
+def test_a_pad_id_inside_a_prompt_without_a_mask_is_a_token(model):
+    """As in the dense model's forward; `generate` infers a mask from it, and then leaves it out."""
+    ids = tokens(1, 12)
+    ids[0, 4] = model.config.pad_token_id
+    out = model(ids, use_cache=True)
+    torch.testing.assert_close(out.logits[:, -1], model(ids, attention_mask=torch.ones_like(ids)).logits[:, -1])
+    kept = torch.cat([ids[:, :4], ids[:, 5:]], dim=1)
+    assert torch.equal(generate(model, ids)[:, 12:], naive_greedy(model, kept, NEW)[:, 11:])
+
+
 def test_the_dense_function_generates_without_a_cache_only():
-    model, prompt = photon_model("memory-1"), tokens(2, 7)
+    model, prompt = photon_model("memory"), tokens(2, 7)
     out = generate(model, prompt, as_dense=True, use_cache=False)
     assert torch.equal(out, naive_greedy(lambda ids: model(ids, as_dense=True), prompt, NEW))
-    for settings in ({"as_dense": True}, {"window": 40}):
-        with pytest.raises(ValueError, match="set use_cache=False"):
-            generate(model, prompt, **settings)
+    with pytest.raises(ValueError, match="as_dense"):
+        generate(model, prompt, as_dense=True)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_prompt_lookup_and_an_assistant_give_the_greedy_tokens(name):
+    model, prompt = photon_model(name), tokens(1, 9).repeat(1, 3)
+    expected = naive_greedy(model, prompt, NEW)
+    assert torch.equal(generate(model, prompt, prompt_lookup_num_tokens=4), expected)
+    # An assistant that drafts other tokens than the model wants: drafts are taken back at every step.
+    assistant = photon_model("window", seed=5)
+    assistant.generation_config.eos_token_id = None
+    assert torch.equal(generate(model, prompt, assistant_model=assistant), expected)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@torch.no_grad()
+def test_crop_takes_tokens_back_where_the_window_allows_it(name):
+    model, ids, other = photon_model(name), tokens(2, 40), tokens(2, 20, seed=9)
+    for fed, left in ((3, 2), (40, 37), (40, 32), (25, 24)):
+        cache = model.new_cache(rollback=8)
+        model(ids[:, : fed - 1], past_key_values=cache)
+        model(ids[:, fed - 1 : fed], past_key_values=cache)
+        cache.crop(left - fed)
+        assert cache.get_seq_length() == left and cache.lengths.tolist() == [left] * 2
+        text = torch.cat([ids[:, :left], other], dim=1)
+        logits = [model(other[:, :7], past_key_values=cache).logits]
+        logits += [model(other[:, i : i + 1], past_key_values=cache).logits for i in range(7, 20)]
+        torch.testing.assert_close(torch.cat(logits, 1), model(text).logits[:, left:], atol=2e-4, rtol=0)
+    cache = model.new_cache()
+    model(ids, past_key_values=cache)
+    with pytest.raises(ValueError, match=r"cannot take 9 of them back: use PhotonCache\(config, rollback=9\)"):
+        cache.crop(-9)
+    with pytest.raises(ValueError, match="takes 50 tokens back; a row has 40"):
+        cache.crop(-50)
+    with pytest.raises(ValueError, match="as a negative number"):
+        cache.crop(3)
 
 
 def test_what_cannot_work_says_so(model):
     prompt = tokens(1, 6)
-    with pytest.raises(ValueError, match="[Aa]ssisted|stateful|_is_stateful"):
-        generate(model, prompt, prompt_lookup_num_tokens=3)
     with pytest.raises(NotImplementedError, match="continuous batching"):
         model.generate_batch([prompt[0].tolist()])
-    with pytest.raises(ValueError, match="position_ids"):
-        model(prompt, position_ids=torch.arange(6)[None])
     with pytest.raises(ValueError, match="must be a PhotonCache, not DynamicCache"):
         generate(model, prompt, past_key_values=DynamicCache())
-    with pytest.raises(ValueError, match="holes"):
-        model(prompt, attention_mask=torch.tensor([[1, 1, 0, 1, 1, 1]]))
+    with pytest.raises(ValueError, match="cache_implementation='static'"):
+        generate(model, prompt, cache_implementation="static")

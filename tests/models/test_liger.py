@@ -11,7 +11,6 @@ import torch.nn.functional as F
 from tiny import photon_model, tokens
 
 from photon_train.models import liger_photon
-from photon_train.models.hierarchy_photon import PhotonStack
 
 
 @pytest.fixture
@@ -26,16 +25,16 @@ def installed(monkeypatch):
 
 def test_without_the_package_nothing_changes(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    model = photon_model("memory-1")
+    model = photon_model("memory")
     assert liger_photon.fuse_layers(model) == 0
     assert not any("forward" in vars(module) for module in model.modules())
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen3"])
 def test_every_norm_and_mlp_is_fused_where_it_can_run(family, installed, monkeypatch):
-    model, ids = photon_model("memory-2-sinks", family), tokens(2, 14)
+    model, ids = photon_model("memory-many-sinks", family), tokens(2, 14)
     expected = model(ids).logits
-    layers = sum(len(stack.layers) for stack in model.modules() if isinstance(stack, PhotonStack))
+    layers = model.config.num_hidden_layers
     per_layer = 5 if family == "qwen3" else 3  # two norms and an MLP; qwen3 also has norms of queries and keys
     assert liger_photon.fuse_layers(model) == 1 + layers * per_layer
     # On a CPU it is torch that runs.
@@ -56,10 +55,10 @@ def test_every_norm_and_mlp_is_fused_where_it_can_run(family, installed, monkeyp
 
 
 def test_other_activations_are_left_alone(installed):
-    model = photon_model("memory-1")
-    model.model.levels[0].decoder.layers[0].mlp.act_fn = torch.nn.GELU()
+    model = photon_model("memory")
+    model.model.layers[0].mlp.act_fn = torch.nn.GELU()
     liger_photon.fuse_layers(model)
-    assert "forward" not in vars(model.model.levels[0].decoder.layers[0].mlp)
+    assert "forward" not in vars(model.model.layers[0].mlp)
 
 
 def test_kernels_are_used_only_if_they_give_what_torch_gives(installed, monkeypatch, caplog):

@@ -11,7 +11,7 @@ from tiny_training import tiny_data
 from transformers import AutoConfig
 
 from photon_train.config import PhotonSettings, RunConfig
-from photon_train.conversion.presets import photon_config
+from photon_train.conversion.graft import configure
 from photon_train.errors import PhotonError
 from photon_train.models import PhotonConfig
 from photon_train.pipeline import choose, devices, run_conversion
@@ -34,7 +34,7 @@ def settings(**photon: object) -> RunConfig:
 def chosen(dense: Path, config: RunConfig) -> PhotonConfig:
     """The configuration with the layers that the probe chose."""
     layers = choose_layers(config, dense, tiny_data(4, seq_len=64), CPU)
-    return photon_config(AutoConfig.from_pretrained(dense), with_layers(config, layers))
+    return configure(AutoConfig.from_pretrained(dense), with_layers(config, layers))
 
 
 @pytest.mark.parametrize(
@@ -42,7 +42,6 @@ def chosen(dense: Path, config: RunConfig) -> PhotonConfig:
     [
         ({"full_attention_layers": [0, 1]}, {2, 3}),
         ({"full_attention_layers": [2, 3], "num_memory_layers": 2}, {0, 1}),
-        ({"branch_layer": 3}, {3}),
     ],
 )
 def test_the_probe_leaves_layers_alone_that_cannot_have_memory(dense, photon, allowed):
@@ -50,7 +49,7 @@ def test_the_probe_leaves_layers_alone_that_cannot_have_memory(dense, photon, al
 
 
 def test_more_layers_than_can_have_memory_are_refused(dense):
-    with pytest.raises(PhotonError, match="num_memory_layers=3: 2 layers can have memory"):
+    with pytest.raises(PhotonError, match="photon.num_memory_layers=3: 2 layers can have memory"):
         chosen(dense, settings(full_attention_layers=[0, 1], num_memory_layers=3))
 
 
@@ -89,12 +88,19 @@ def test_a_dry_run_says_what_its_plan_leaves_open_and_what_the_model_cannot_read
     assert ("train.seq_len=512 goes beyond the 256 positions" in printed) == too_long
 
 
-@pytest.mark.parametrize(("preset", "warned"), [("hourglass", False), ("graft", True)])
-def test_a_dry_run_warns_of_a_hierarchy_that_is_large_beside_its_model(dense, preset, warned, capsys):
-    config = settings()
-    config.model, config.dry_run, config.preset = str(dense), True, preset
+@pytest.mark.parametrize(("layers", "alone"), [([], True), ([1], False), (None, False)])
+def test_a_dry_run_says_that_there_is_no_memory(dense, layers, alone, capsys):
+    config = settings(memory_layers=layers)
+    config.model, config.dry_run = str(dense), True
     run_conversion(config)
     printed = " ".join(capsys.readouterr().out.split())
-    assert (
-        "photon.num_memory_layers, photon.levels.0.chunk_size and photon.memory_latent_parts=2" in printed
-    ) == warned
+    assert ("see the window and the sinks alone (StreamingLLM)" in printed) == alone
+
+
+@pytest.mark.parametrize(("chunk_size", "warned"), [(2, False), (8, True)])
+def test_a_dry_run_warns_of_a_memory_that_is_large_beside_its_model(dense, chunk_size, warned, capsys):
+    config = settings(chunk_size=chunk_size)
+    config.model, config.dry_run = str(dense), True
+    run_conversion(config)
+    printed = " ".join(capsys.readouterr().out.split())
+    assert ("photon.num_memory_layers, photon.chunk_size and photon.latents_per_unit=2" in printed) == warned

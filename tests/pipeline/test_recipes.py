@@ -7,6 +7,7 @@ import json
 import os
 import random
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -83,7 +84,7 @@ def test_the_recipe_for_qwen_converts_qwen_with_its_defaults(converted):
     written = yaml.safe_load((converted / "config.yaml").read_text())
     assert written["train"]["gradient_accumulation_steps"] == 2 and written["train"]["max_steps"] == 2
     model = json.loads((converted / "export" / "config.json").read_text())
-    assert model["base_config"]["model_type"] == "qwen3"
+    assert (model["model_type"], model["base_model_type"]) == ("photon", "qwen3")
     verify_manifest(converted / "export")
 
 
@@ -112,15 +113,32 @@ def test_a_converted_model_is_fine_tuned_further(stage, converted, tmp_path, tex
     assert one.keys() == other.keys() and any(not one[name].equal(other[name]) for name in one)
 
 
-def test_fine_tuning_needs_a_photon_model_and_leaves_its_hierarchy(converted, tmp_path, text):
+def test_fine_tuning_needs_a_photon_model_and_leaves_its_architecture(converted, tmp_path, text):
     with pytest.raises(PhotonError, match="is no PHOTON model: convert it"):
         run_finetuning(finetuning(model=tiny_checkpoint(tmp_path / "dense"), data=text))
     with pytest.raises(PhotonError, match="holds no config.json"):
         run_finetuning(finetuning(model=tmp_path / "nothing", data=text))
-    with pytest.raises(PhotonError, match="photon.. is set, but the hierarchy"):
+    with pytest.raises(PhotonError, match="photon.. is set, but what a converted model is made of"):
         run_finetuning(config(model=converted / "export", data=text))
     with pytest.raises(PhotonError, match="model is not set"):
         run_finetuning(finetuning(data=text))
+
+
+@pytest.mark.parametrize("command", ["finetune", "generate", "serve", "evaluate"])
+def test_an_export_of_an_older_layout_is_refused_in_one_line(command, converted, tmp_path, text, monkeypatch):
+    old = tmp_path / "export"
+    shutil.copytree(converted / "export", old)
+    (old / "manifest.json").unlink()
+    config = {"model_type": "photon", "base_config": {"model_type": "llama"}, "levels": [], "preset": "graft"}
+    (old / "config.json").write_text(json.dumps(config))
+    more = {"finetune": ["--data", text], "generate": ["--prompt", "a"], "serve": []}
+    if command == "evaluate":
+        monkeypatch.setattr("photon_train.evaluation.harness.open_tasks", lambda *_: None)
+        more["evaluate"] = ["--tasks", "any"]
+    main = importlib.import_module(f"photon_train.commands.{command}").main
+    with pytest.raises(PhotonError, match="layout of an older photon-train.*: convert the dense model again") as error:
+        main(["--model", str(old), *map(str, more[command])])
+    assert "\n" not in str(error.value)
 
 
 def test_dry_run_of_fine_tuning_writes_nothing(converted, tmp_path, text, capsys, monkeypatch):

@@ -139,7 +139,7 @@ def test_zero_3_on_two_processes_exports_what_one_process_exports(run, tmp_path)
 
 @pytest.mark.distributed
 @pytest.mark.slow
-@pytest.mark.parametrize("preset", ["hourglass", "split", "paper"])
+@pytest.mark.parametrize("preset", ["split", "paper"])
 def test_every_other_preset_runs_to_its_export(preset, tmp_path):
     dense = tiny_checkpoint(tmp_path / "dense")
     report = convert(dense, tmp_path / "out", preset=preset, **{"train.dense_baseline": "false"})

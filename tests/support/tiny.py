@@ -30,71 +30,29 @@ def base_config(model_type: str = "llama", **changes: Any) -> dict[str, Any]:
     return {**settings, **changes}
 
 
-def level(chunk_size: int, **settings: Any) -> dict[str, Any]:
-    return {"chunk_size": chunk_size, **settings}
-
-
-def _block(*chunks: int, slots: int = 2) -> dict[str, Any]:
-    levels = [
-        level(
-            c, num_slots=slots, encoder_layers=1, encoder_window=None if i + 1 == len(chunks) else 3, decoder_layers=2
-        )
-        for i, c in enumerate(chunks)
-    ]
-    return {"layout": "block", "conditioning": "slots", "levels": levels}
-
-
-def _stream(conditioning: str, *chunks: int, window: int, **settings: Any) -> dict[str, Any]:
-    levels = [
-        level(
-            c, encoder_layers=1, encoder_window=None if i + 1 == len(chunks) else 3, decoder_layers=3 if i == 0 else 0
-        )
-        for i, c in enumerate(chunks)
-    ]
-    for index, override in enumerate(settings.pop("levels", [])):
-        levels[index].update(override)
-    return {"layout": "stream", "conditioning": conditioning, "levels": levels, "window": window, **settings}
-
-
-# One entry per path through the model; every equivalence test runs on all of them.
-HIERARCHIES: dict[str, dict[str, Any]] = {
-    "block-1": _block(3),
-    "block-2": _block(3, 2),
-    "block-2-one-slot": _block(2, 3, slots=1),
-    "block-3": _block(2, 2, 2),
-    "memory-1": _stream("memory", 4, window=6, memory_layers=[0, 2]),
-    "memory-2-sinks": _stream("memory", 2, 3, window=7, num_sinks=3, memory_layers=[1]),
-    "memory-two-levels": _stream(
-        "memory", 2, 2, window=5, num_sinks=1, memory_layers=[0, 2], memory_levels=[1, 2], memory_pooling="linear"
-    ),
-    "memory-latent": _stream("memory", 3, window=5, num_sinks=2, memory_layers=[0, 2], memory_pooling="latent"),
-    "memory-latent-apart": _stream(
-        "memory", 2, window=5, num_sinks=2, memory_layers=[0, 2], memory_pooling="latent", memory_latent_parts=2
-    ),
-    "memory-latent-shared": _stream(
-        "memory",
-        *(2, 2),
-        window=5,
-        num_sinks=1,
-        memory_layers=[0, 1, 2],
-        memory_levels=[1, 2, 2],
-        memory_sources=[0, 1, 1],
-        memory_pooling="latent",
-    ),
-    "memory-3-full": _stream("memory", 2, 2, 2, window=9, memory_layers=[2], full_attention_layers=[1]),
-    "memory-branch": _stream("memory", 3, window=4, branch_layer=1, memory_layers=[1, 2], unit_positions="scaled"),
-    "residual-1-change": _stream("residual", 3, window=5, branch_layer=1, summary="change"),
-    "residual-2": _stream("residual", 2, 3, window=6, num_sinks=2, levels=[{"num_slots": 2}, {"num_slots": 3}]),
-    "residual-2-decoder": _stream("residual", 2, 2, window=4, levels=[{}, {"decoder_layers": 1, "num_slots": 2}]),
-    "slots-1": _stream("slots", 3, window=5, num_sinks=2, levels=[{"num_slots": 2}]),
-    "slots-2-decoder": _stream("slots", 2, 2, window=6, levels=[{}, {"decoder_layers": 1}]),
-    "slots-3": _stream("slots", 2, 2, 2, window=8, full_attention_layers=[0], levels=[{"num_slots": 3}]),
+# One entry per kind of layer and edge of it; every equivalence test runs on all of them.
+GRAFTS: dict[str, dict[str, Any]] = {
+    "window": {"window": 7, "num_sinks": 3, "memory_layers": []},
+    "window-one-token": {"window": 1, "num_sinks": 0, "memory_layers": []},
+    "memory": {"window": 5, "num_sinks": 2, "chunk_size": 3, "memory_layers": [0, 2]},
+    "memory-no-sinks": {"window": 4, "num_sinks": 0, "chunk_size": 4, "memory_layers": [1]},
+    "memory-many-sinks": {"window": 6, "num_sinks": 9, "chunk_size": 2, "memory_layers": [0, 1, 2]},
+    "memory-apart": {"window": 5, "num_sinks": 2, "chunk_size": 2, "memory_layers": [0, 2], "latents_per_unit": 2},
+    "memory-unpacked": {"window": 6, "num_sinks": 1, "chunk_size": 1, "memory_layers": [1]},
+    "memory-full": {
+        "window": 9,
+        "num_sinks": 4,
+        "chunk_size": 4,
+        "memory_layers": [2],
+        "full_attention_layers": [1],
+    },
 }
 
 
 def photon_config(name: str, model_type: str = "llama", **changes: Any) -> PhotonConfig:
-    """The configuration `name` of `HIERARCHIES` on a tiny dense family."""
-    return PhotonConfig(base_config=base_config(model_type), **{**HIERARCHIES[name], **changes})
+    """The configuration `name` of `GRAFTS` on a tiny dense family."""
+    settings = base_config(model_type)
+    return PhotonConfig(base_model_type=settings.pop("model_type"), **{**settings, **GRAFTS[name], **changes})
 
 
 def shake(model: torch.nn.Module, seed: int = 0) -> torch.nn.Module:

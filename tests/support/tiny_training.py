@@ -5,23 +5,26 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from tiny import VOCABULARY, base_config, photon_model, shake
+from tiny import GRAFTS, VOCABULARY, base_config, photon_model, shake
+from tiny_hierarchical import hierarchical_model
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from photon_train.config import LoraSettings, RunConfig, TrackingSettings, TrainSettings
 from photon_train.data.packing import PackedDataset
 
 SEQ_LEN = 24
-PHOTON_MODELS = ("memory-2-sinks", "block-2")
+PHOTON_MODELS = ("memory", "block-2")
 
 
 def tiny_model(name: str, seed: int = 0, **changes: Any) -> PreTrainedModel:
-    """A shaken Llama (`llama`) or PHOTON model (a name of `tiny.HIERARCHIES`), fp32."""
+    """A shaken Llama (`llama`), graft (a name of `tiny.GRAFTS`) or hierarchical model, fp32."""
     if name == "llama":
         settings = base_config(**changes)
         settings.pop("model_type")
         return shake(LlamaForCausalLM(LlamaConfig(**settings)), seed)
-    return photon_model(name, seed=seed, **changes)
+    if name in GRAFTS:
+        return photon_model(name, seed=seed, **changes)
+    return hierarchical_model(name, seed=seed, **changes)
 
 
 def tiny_data(num_sequences: int, seed: int = 0, seq_len: int = SEQ_LEN) -> PackedDataset:

@@ -11,8 +11,13 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
+from lib.cases import Prefill
 from lib.plots import plot_inference
+from lib.prefill import PrefillBench
+from photon_train.errors import PhotonError
+from photon_train.inference.runner import Runner
 
 TOOLS = Path(__file__).resolve().parents[2] / "tools"
 COLUMNS = {"device", "mode", "context", "batch", "system", "tokens_per_s", "decode_ratio", "tpm_kv", "tpm_total"}
@@ -20,31 +25,65 @@ COLUMNS |= {"kv_growing_bytes_per_token", "kv_constant_bytes", "ttft_s", "inter_
 COLUMNS |= {"inter_token_s_p99", "inter_token_s_by_phase", "peak_bytes", "read_bytes_per_s", "bandwidth_share"}
 
 
-@pytest.mark.parametrize("order", ["turns", "alone"])
-def test_systems_are_compared(order, tmp_path, monkeypatch, capsys):
-    output = tmp_path / "smoke.json"
-    arguments = ["--profile", "smoke", "--order", order, "--presets", "split", "--dense", "static", "window"]
-    arguments += ["--longest-encoding", "60", "--output", str(output)]
-    monkeypatch.setattr(sys, "argv", ["bench_inference.py", *arguments])
+def run(monkeypatch, output: Path, *arguments: str) -> dict:
+    """The record of a smoke run."""
+    words = ["bench_inference.py", "--profile", "smoke", "--output", str(output), *arguments]
+    monkeypatch.setattr(sys, "argv", words)
     with pytest.raises(SystemExit, match="0"):
         runpy.run_path(str(TOOLS / "bench_inference.py"), run_name="__main__")
-    record = json.loads(output.read_text())
+    return json.loads(output.read_text())
+
+
+@pytest.mark.parametrize(("order", "preset", "unit"), [("turns", "split", 16), ("alone", "graft", 8)])
+def test_systems_are_compared(order, preset, unit, tmp_path, monkeypatch):
+    output = tmp_path / "smoke.json"
+    arguments = ["--order", order, "--presets", preset, "--dense", "static", "window", "--longest-encoding", "60"]
+    record = run(monkeypatch, output, *arguments, "--no-prefill")
     assert record["claims"] == "ratios only" and record["order"] == order and record["copy_bytes_per_s"] > 0
-    assert record["relative_errors"].keys() == {"dense-static", "dense-window", "split"}
+    assert "prefill" not in record and record["clock"] == "CPU time of one thread"
+    assert record["relative_errors"].keys() == {"dense-static", "dense-window", preset}
     rows = {(row["mode"], row["batches"], row["system"]): row for row in record["rows"]}
     modes = {("multi-query", "equal"), ("decode-heavy", "equal")} | ({("long", "best")} if order == "alone" else set())
     assert rows.keys() == {(*mode, system) for mode in modes for system in record["relative_errors"]}
     for row in rows.values():
         assert row.keys() >= COLUMNS
         assert row["decode_ratio"] > 0 and (row["system"] != "dense-static" or row["decode_ratio"] == 1)
-    split, dense, window = (rows["decode-heavy", "equal", name] for name in ("split", "dense-static", "dense-window"))
-    assert len(split["inter_token_s_by_phase"]) == 16 and dense["inter_token_s_by_phase"] is None
-    assert window["kv_growing_bytes_per_token"] == 0 < split["kv_growing_bytes_per_token"]
-    assert split["ratios"]["kv_growing_bytes_per_token"] < 0.1
+    photon, dense, window = (rows["decode-heavy", "equal", name] for name in (preset, "dense-static", "dense-window"))
+    assert len(photon["inter_token_s_by_phase"]) == unit and dense["inter_token_s_by_phase"] is None
+    assert window["kv_growing_bytes_per_token"] == 0 < photon["kv_growing_bytes_per_token"]
+    assert photon["ratios"]["kv_growing_bytes_per_token"] < 0.1
     # 70 tokens are more than the dense model was to encode.
     long = rows["multi-query", "equal", "dense-static"]
     assert long["ttft_s"] is None and long["tokens_per_s"] is None and dense["tokens_per_s"] > 0
     assert output.with_suffix(".png").exists()
+
+
+def test_prefill_is_compared(tmp_path, monkeypatch, capsys):
+    record = run(monkeypatch, tmp_path / "smoke.json", "--no-decode")["prefill"]
+    assert record["layers"] == 2 and record["memory_layers"] == [1] and record["window"] == 64
+    errors = record["relative_errors"]
+    assert errors["graft as the dense model"] < 1e-5 and errors["graft under the engine"] < 1e-5
+    dense, graft = record["rows"]
+    assert (dense["system"], graft["system"]) == ("dense-sdpa", "graft") and dense["prefill_ratio"] == 1
+    assert graft["prefill_ratio"] == dense["seconds"][0] / graft["seconds"][0] and graft["context"] == 70
+    assert "1 turns of 70 tokens will take" in capsys.readouterr().out
+
+
+@torch.no_grad()
+def test_a_graft_that_is_not_the_dense_model_is_not_timed():
+    bench = PrefillBench(Prefill("demo", (70,), 1, 2))
+    linear = bench.graft.model.layers[0].mlp.down_proj
+    linear.weight = torch.nn.Parameter(1.5 * linear.weight)  # its weights are the dense model's own
+    with pytest.raises(PhotonError, match="graft as the dense model computes something else"):
+        bench.check()
+
+
+@torch.no_grad()
+def test_an_engine_that_differs_from_one_pass_is_not_timed(monkeypatch):
+    decode = Runner.decode
+    monkeypatch.setattr(Runner, "decode", lambda self, work: 1.001 * decode(self, work))
+    with pytest.raises(PhotonError, match="graft under the engine computes something else"):
+        PrefillBench(Prefill("demo", (70,), 1, 2)).check()
 
 
 def test_each_context_is_drawn_once(tmp_path):

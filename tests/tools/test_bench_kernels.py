@@ -69,5 +69,5 @@ def test_the_fastest_tiles_of_all_cases_go_to_the_table(monkeypatch, tmp_path):
     path.write_text('{"devices": {"another": {}}}')
     cases = [lambda: tool.window_case(2, (4, 2, 16), 40)] * 2
     tool.tune(iter(cases), path, budget_seconds=60)
-    chosen = {"window_decode entries=40 queries=2 dim=16 bytes=2": tried[0]}
+    chosen = {"window_decode slots=40 queries=2 dim=16 bytes=2": tried[0]}
     assert json.loads(path.read_text()) == {"devices": {"another": {}, "cpu": chosen}}

@@ -49,6 +49,8 @@ def test_another_function_is_not_timed(tool):
     ids = torch.randint(config.vocab_size, (1, 64))
     assert tool.check_function(models, ids) < 2e-4
     with torch.no_grad():
-        models["photon"].model.levels[0].decoder.layers[1].mlp.down_proj.weight.mul_(1.5)
+        models["photon"].model.layers[1].mlp.down_proj.weight.mul_(1.5)
     with pytest.raises(PhotonError, match="differs from the dense model"):
         tool.check_function(models, ids)
+    # What is timed has its own window again.
+    assert models["photon"].config.window == 64

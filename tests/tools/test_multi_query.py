@@ -52,7 +52,7 @@ def test_no_continuation_is_refused():
 
 
 def test_continuations_of_the_engine_are_merged():
-    model = photon_model("block-2")
+    model = photon_model("memory")
     model.generation_config.eos_token_id = None
     engine = Engine(model, settings=EngineSettings(max_length=64, max_sequences=4))
     answers = engine.generate([[5, 6, 7, 8]], SamplingParams(max_new_tokens=3, n=9, temperature=2.0))[0]

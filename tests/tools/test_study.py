@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import subprocess
@@ -10,17 +11,39 @@ from pathlib import Path
 
 import pytest
 import yaml
+from tiny_dense import dense_config
+
+from photon_train.config import read_yaml
+from photon_train.conversion.presets import photon_config
 
 ROOT = Path(__file__).resolve().parents[2]
 SETTINGS = {"train.seq_len": 1024, "train.batch_size": 1, "train.max_steps": 2, "train.mixed_precision": "no"}
 SETTINGS |= {"photon.window": 64, "lora.rank": 2}
-LINEAR = {"photon.num_levels": 1, "photon.memory_layers": [1], "photon.memory_pooling": "linear"}
+MEMORY = {"photon.memory_layers": [1], "photon.chunk_size": 4}
 
 
 def tool(name: str, *arguments: object) -> subprocess.CompletedProcess:
     command = [sys.executable, str(ROOT / "tools" / name), *map(str, arguments)]
     path = os.pathsep.join([str(ROOT), str(ROOT / "kernels"), os.environ.get("PYTHONPATH", "")])
     return subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": path}, timeout=280)
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "tools" / "plans").glob("*.yaml")), ids=lambda path: path.stem)
+def test_the_plans_of_the_study_can_be_converted(path: Path) -> None:
+    spec = importlib.util.spec_from_file_location("compare_plans", ROOT / "tools" / "compare_plans.py")
+    compare_plans = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = compare_plans  # dataclasses look their module up
+    spec.loader.exec_module(compare_plans)
+    content = read_yaml(path)
+    model = dense_config(num_hidden_layers=8, hidden_size=128, max_position_embeddings=1024)
+    for plan in content["plans"]:
+        config = compare_plans.settings_of(plan, content["all"], seed=0)
+        assert config.train.seq_len == 1024
+        if plan["plan"] not in ("dense", "dense-finetuned"):
+            photon = photon_config(model, config)
+            assert photon.window == (None if plan["plan"] == "paper" else config.photon.window)
+            if plan["plan"] == "dense-window":
+                assert photon.memory_layers == [] and photon.num_sinks == 4
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +71,7 @@ def test_plans_are_compared_and_a_stopped_comparison_goes_on(dense: Path, tmp_pa
         {"plan": "dense-window", "trained": False},
         {"plan": "dense-window", "photon.window": 72},
         {"plan": "dense-finetuned"},
-        {"plan": "graft", "name": "linear", **LINEAR},
+        {"plan": "graft", "name": "memory", **MEMORY},
     ]
     (tmp_path / "plans.yaml").write_text(yaml.safe_dump({"all": SETTINGS, "plans": plans}))
     arguments = ("--dense", dense, "--plans", tmp_path / "plans.yaml", "--output", tmp_path / "out" / "study.json")
@@ -63,14 +86,15 @@ def test_plans_are_compared_and_a_stopped_comparison_goes_on(dense: Path, tmp_pa
     assert set(rows) == {
         ("dense", 0),
         ("dense-window", 0),
-        *((n, 2048) for n in ("dense-window", "dense-finetuned", "linear")),
+        *((n, 2048) for n in ("dense-window", "dense-finetuned", "memory")),
     }
     assert (
         rows["dense", 0]["ce"] != rows["dense-finetuned", 2048]["ce"] == pytest.approx(rows["dense", 0]["ce"], abs=0.1)
     )
     assert rows["dense-window", 0]["copy_gain"] == pytest.approx(0.0, abs=1e-6)
-    # One of three layers with a unit per 4 tokens, and the encoder's layer at the same rate.
-    assert rows["linear", 2048]["kv_growing_percent"] == pytest.approx(100 * 2 / (3 * 4))
+    # One of three layers with a unit per 4 tokens.
+    assert rows["memory", 2048]["kv_growing_percent"] == pytest.approx(100 / (3 * 4))
+    assert rows["dense-window", 2048]["kv_growing_percent"] == 0
     assert {"machine", "versions", "commit"} <= result.keys()
     assert (tmp_path / "out" / "study.md").read_text().count("\n") == 2 + 5
     assert (tmp_path / "out" / "study.png").read_bytes().startswith(b"\x89PNG")

@@ -30,7 +30,7 @@ def main(output: Path, batch_size: int, hang_after: int) -> TrainResult:
             time.sleep(600)  # until it is killed
 
     config = settings(batch_size)
-    model = add_lora(tiny_model("memory-2-sinks"), config.lora, config.seed)
+    model = add_lora(tiny_model("memory"), config.lora, config.seed)
     return train(model, tiny_data(20, seed=1), tiny_data(7, seed=2), config, output, on_step=on_step)
 
 

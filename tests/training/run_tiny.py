@@ -25,7 +25,7 @@ from photon_train.training.losses import TrainingObjective
 
 
 def run_config(name: str, batch_size: int) -> RunConfig:
-    """Two micro-batches per step, every loss part that the model has, and the stages of a schedule."""
+    """Two micro-batches per step, and every loss part that the model has."""
     config = tiny_run(
         # Every adapter adds modules on which ZeRO-3 hangs its slow hooks.
         {"target_modules": ["q_proj", "down_proj"]},
@@ -35,8 +35,6 @@ def run_config(name: str, batch_size: int) -> RunConfig:
         save_every=2,
         eval_every=0,
         new_modules_learning_rate=5e-3,
-        freeze_base_steps=1,
-        window_anneal_steps=2 if name.startswith("memory") else 0,
     )
     if name.startswith("memory"):
         config.distill = DistillSettings(weight=0.2, hidden_weight=0.1)
@@ -69,7 +67,6 @@ def main(output: Path, batch_size: int, names: list[str]) -> None:
         spoiler = None
         if folder.name == "poisoned":
             config.train.spike_window, config.train.max_steps = 4, 6
-            config.train.freeze_base_steps = config.train.window_anneal_steps = 0
             spoiler = Poison(model, {3: "nan", 5: "gradient"}, active=accelerator.is_main_process)
         return train(model, *sets, config, folder, accelerator=accelerator, name=name, on_step=spoiler)
 

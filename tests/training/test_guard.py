@@ -59,6 +59,22 @@ def test_spikes_need_a_past_and_can_be_allowed():
     assert step(steady(spike_sigma=0.0), math.nan, 1.0) == "loss nan"
 
 
+def test_the_ripples_of_a_very_steady_run_are_no_spikes():
+    """A deviation counts as at least 5% of the mean."""
+    guard = SpikeGuard(TrainSettings(spike_window=8, spike_sigma=4.0), GuardState())
+    assert [step(guard, 2.0, 1.0) for _ in range(8)] == [None] * 8
+    assert step(guard, 2.39, 1.19) is None
+    guard = SpikeGuard(TrainSettings(spike_window=8, spike_sigma=4.0), GuardState(losses=[2.0] * 8, norms=[1.0] * 8))
+    assert step(guard, 2.41, 1.0) and step(guard, 2.0, 1.21)
+
+
+def test_only_the_latest_steps_say_what_is_usual():
+    guard = SpikeGuard(TrainSettings(spike_window=4), GuardState())
+    for value in (9.0, 9.0, 9.0, 9.0, 5.0, 4.0, 3.0, 2.0):
+        assert step(guard, value, value) is None
+    assert guard.state.losses == guard.state.norms == [5.0, 4.0, 3.0, 2.0]
+
+
 def test_under_fp16_an_infinite_gradient_is_left_to_the_scaler():
     guard = SpikeGuard(TrainSettings(), GuardState(), is_fp16=True)
     assert step(guard, 1.0, math.inf) is None and guard.state.norms == []
@@ -106,6 +122,15 @@ def test_a_bad_step_leaves_the_weights_alone(kind, accumulation, tmp_path):
     for one, other in ((3, 4), (5, 6)):
         assert any(not value.equal(seen[other][name]) for name, value in seen[one].items())
     assert all(value.isfinite().all() for value in seen[6].values())
+
+
+def test_a_skipped_step_does_not_count_for_the_learning_rate(tmp_path):
+    config = tiny_run(max_steps=6, save_every=0, eval_every=0, log_every=1)
+    clean, poisoned = (
+        [r["train/learning_rate"] for r in run(config, tmp_path / name, steps).history if "train/learning_rate" in r]
+        for name, steps in (("clean", {}), ("poisoned", {4: "nan"}))
+    )
+    assert len(set(clean)) == 6 and poisoned == [*clean[:4], clean[3], clean[4]]
 
 
 def test_the_loss_scaler_of_fp16_survives_a_skipped_step_between_micro_batches(tmp_path):

@@ -57,9 +57,9 @@ def _step(name: str, length: int, distill: float, checkpointing: bool) -> tuple[
     "name, distill, checkpointing",
     [
         ("llama", 0.0, False),
-        ("memory-2-sinks", 0.5, False),
-        ("memory-3-full", 0.5, True),
-        ("slots-2-decoder", 0.0, False),
+        ("memory", 0.5, False),
+        ("memory-full", 0.5, True),
+        ("stream-2", 0.0, False),
         ("block-2", 0.0, True),
     ],
 )

@@ -37,10 +37,10 @@ def crash_at(last: int):
     return on_step
 
 
-@pytest.mark.parametrize("model", ["llama", "memory-2-sinks", "block-2"])
+@pytest.mark.parametrize("model", ["llama", "memory", "block-2"])
 def test_training_lowers_the_loss_and_writes_what_it_says(model, tmp_path):
     config = tiny_run(max_steps=20, save_every=0, eval_every=10)
-    if model == "memory-2-sinks":
+    if model == "memory":
         config.distill = DistillSettings(weight=0.1, hidden_weight=0.1)
     result = run(config, tmp_path, model, name="student", extra_log={"kv_ratio": 0.125})
     seen = losses(result.history, "eval/ce")
@@ -49,7 +49,7 @@ def test_training_lowers_the_loss_and_writes_what_it_says(model, tmp_path):
     assert result.metrics["eval/perplexity"] == pytest.approx(math.exp(seen[-1]))
     assert result.metrics["kv_ratio"] == 0.125
     assert len(losses(result.history)) == 20
-    taught = {"train/distill", "train/distill_hidden"} if model == "memory-2-sinks" else set()
+    taught = {"train/distill", "train/distill_hidden"} if model == "memory" else set()
     assert {key for key in result.metrics if "distill" in key} == taught
     assert {"train/ce", "train/grad_norm", "train/learning_rate", "train/tokens_per_second"} <= result.metrics.keys()
     assert (result.steps, result.tokens) == (20, 20 * 4 * 24) and result.seconds > 0
@@ -61,7 +61,7 @@ def test_training_lowers_the_loss_and_writes_what_it_says(model, tmp_path):
 @pytest.mark.parametrize(
     "changes", [{"gradient_checkpointing": True}, {"batch_size": 1, "gradient_accumulation_steps": 4}]
 )
-@pytest.mark.parametrize("model", ["llama", "memory-2-sinks"])
+@pytest.mark.parametrize("model", ["llama", "memory"])
 def test_how_a_step_is_computed_does_not_change_it(model, changes, tmp_path):
     """Recomputed activations, and accumulation over sequences with unequal numbers of targets."""
     plain = run(tiny_run(save_every=0), tmp_path / "plain", model)
@@ -74,7 +74,7 @@ def test_how_a_step_is_computed_does_not_change_it(model, changes, tmp_path):
 def test_a_16_bit_checkpoint_is_trained_in_fp32_without_mixed_precision(rank, tmp_path):
     """In bf16 updates of a usual size are rounded away: 85% of the new modules' weights never changed."""
     config = tiny_run({"rank": rank}, learning_rate=1e-4, new_modules_learning_rate=1e-4, max_steps=6, save_every=0)
-    student = add_lora(tiny_model("memory-latent").bfloat16(), config.lora, config.seed)
+    student = add_lora(tiny_model("memory").bfloat16(), config.lora, config.seed)
     before = {name: p.detach().clone() for name, p in student.named_parameters() if p.requires_grad and p.ndim > 1}
     train(student, TRAIN, EVAL, config, tmp_path)
     assert {parameter.dtype for parameter in student.parameters()} == {torch.float32}
@@ -112,7 +112,7 @@ def test_one_accelerator_serves_one_training_after_another(tmp_path):
     assert names == ["dense"] * len(dense.history) + ["photon"] * len(photon.history)
 
 
-@pytest.mark.parametrize("model", ["llama", "memory-2-sinks"])
+@pytest.mark.parametrize("model", ["llama", "memory"])
 def test_a_resumed_run_is_bit_identical(model, tmp_path):
     """Three steps, a crash, new objects, three steps: the same numbers as six steps (dropout draws included)."""
     config = tiny_run({"dropout": 0.2})

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from accelerate import Accelerator
 from peft import PeftModel
+from peft.tuners.lora import LoraLayer
 from tiny import base_config, shake, tokens
 from tiny_dense import dense_config
 from tiny_training import PHOTON_MODELS, tiny_model
@@ -23,7 +26,7 @@ from photon_train.training.lora import (
     parameter_groups,
 )
 
-MODELS = ("llama", *PHOTON_MODELS, "residual-2-decoder")
+MODELS = ("llama", *PHOTON_MODELS, "stream-2")
 SETTINGS = LoraSettings(rank=4, alpha=8)
 
 
@@ -89,6 +92,25 @@ def test_tied_weights_are_gathered_once():
     assert state["lm_head.weight"] is state["model.embed_tokens.weight"]
 
 
+def test_what_is_gathered_is_a_copy():
+    model = tiny_model("llama")
+    own = {parameter.data_ptr() for parameter in model.parameters()}
+    assert not own & {tensor.data_ptr() for tensor in gather_full_model(Accelerator(), model).values()}
+
+
+def test_adapters_are_scaled_by_alpha_over_rank():
+    model = add_lora(tiny_model("llama"), LoraSettings(rank=4, alpha=12))
+    assert {module.scaling["default"] for module in model.modules() if isinstance(module, LoraLayer)} == {3.0}
+
+
+def test_a_layer_whose_name_begins_like_a_new_module_is_no_part_of_it():
+    model = torch.nn.ModuleDict(
+        {name: torch.nn.ModuleDict({"q_proj": torch.nn.Linear(2, 2)}) for name in ("memory_1", "memory_10")}
+    )
+    model.config, model.new_module_names = SimpleNamespace(), lambda: ["memory_1"]
+    assert lora_targets(model, LoraSettings(target_modules=["q_proj"])) == ["memory_10.q_proj"]
+
+
 def test_the_adapters_depend_on_the_seed_alone():
     models = [tiny_model("llama") for _ in range(3)]
     before = torch.get_rng_state()
@@ -107,7 +129,7 @@ def test_rank_zero_trains_every_weight():
 
 @pytest.mark.parametrize("rank", [0, 4])
 def test_groups_give_each_parameter_its_rate_and_decay(rank):
-    model = tiny_model("memory-2-sinks")
+    model = tiny_model("memory")
     new = tuple(f"{name}." for name in new_module_names(model))
     model = add_lora(model, LoraSettings(rank=rank))
     settings = TrainSettings(learning_rate=1.0, new_modules_learning_rate=2.0, weight_decay=0.5)
@@ -130,7 +152,7 @@ def test_groups_give_each_parameter_its_rate_and_decay(rank):
 )
 def test_settings_that_fit_no_layer_are_named(settings, named):
     with pytest.raises(PhotonError, match=named):
-        add_lora(tiny_model("memory-2-sinks"), settings)
+        add_lora(tiny_model("memory"), settings)
 
 
 def test_an_adapter_on_a_tied_head_is_refused():

@@ -94,7 +94,7 @@ def test_cross_entropy_in_chunks_has_the_gradients_of_one_piece(trained, chunks)
         assert torch.allclose(found, gradient, rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize("name, weight", [("llama", 0.0), ("memory-2-sinks", 0.0), ("memory-2-sinks", 0.5)])
+@pytest.mark.parametrize("name, weight", [("llama", 0.0), ("memory", 0.0), ("memory", 0.5)])
 def test_the_logits_of_a_sequence_are_never_held(name, weight, monkeypatch):
     """The largest tensor that is made, forward and backward, is one chunk's logits; the loss is that of one piece."""
     length, rows = 512, 64
@@ -143,12 +143,12 @@ def test_liger_takes_over_where_it_can_run(monkeypatch):
 
 def test_an_adapter_on_the_head_is_trained_and_the_teacher_has_none():
     settings = LoraSettings(rank=4, alpha=8, target_modules=["q_proj", "lm_head"])
-    model, batch = add_lora(tiny_model("memory-2-sinks"), settings), _example()
+    model, batch = add_lora(tiny_model("memory"), settings), _example()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "lm_head.lora_B" in name:
                 parameter.normal_()
-        teacher = tiny_model("memory-2-sinks")(batch["input_ids"], as_dense=True).logits
+        teacher = tiny_model("memory")(batch["input_ids"], as_dense=True).logits
     objective = TrainingObjective(model, DistillSettings(weight=1.0)).train()
     tokens = num_target_tokens(batch["labels"])
     parts = objective(**batch, target_tokens=tokens, sequences=torch.tensor(4))
@@ -160,7 +160,7 @@ def test_an_adapter_on_the_head_is_trained_and_the_teacher_has_none():
     assert all(p.grad is not None for name, p in model.named_parameters() if "lm_head.lora" in name)
 
 
-@pytest.mark.parametrize("name", ["llama", "memory-2-sinks"])
+@pytest.mark.parametrize("name", ["llama", "memory"])
 def test_cross_entropy_is_the_mean_over_target_tokens(name):
     model, batch = tiny_model(name), _example()
     logits = model(batch["input_ids"]).logits[:, :-1]
@@ -173,11 +173,11 @@ def test_cross_entropy_is_the_mean_over_target_tokens(name):
 
 
 def test_the_models_own_dense_function_teaches_with_adapters_off():
-    dense = tiny_model("memory-2-sinks")
+    dense = tiny_model("memory")
     batch = _example()
     with torch.no_grad():
         teacher = dense(batch["input_ids"], as_dense=True).logits
-    model = _trained("memory-2-sinks")
+    model = _trained("memory")
     trained = [name for name, p in model.named_parameters() if p.requires_grad]
     objective = TrainingObjective(model, DistillSettings(weight=0.5, temperature=2.0)).train()
     tokens = num_target_tokens(batch["labels"])
@@ -191,6 +191,20 @@ def test_the_models_own_dense_function_teaches_with_adapters_off():
     assert model.training and model.get_base_model().training
     parts["total"].backward()
     assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
+
+
+@pytest.mark.parametrize("name", ["memory", "llama"])
+def test_whoever_teaches_runs_without_dropout(name):
+    """The student's own dense function, or a model of its own, whatever mode it comes in."""
+    model = _trained(name)
+    separate = tiny_model("llama").train() if name == "llama" else None
+    modes = []
+    taught_by = separate or model.get_base_model()
+    taught_by.register_forward_pre_hook(lambda module, _: modes.append(module.training))
+    objective = TrainingObjective(model, DistillSettings(weight=0.5), teacher=separate).train()
+    objective(**_example(), target_tokens=torch.tensor(9), sequences=torch.tensor(4))
+    assert modes == ([False] if separate else [True, False])
+    assert model.training and model.get_base_model().training
 
 
 def test_the_hidden_error_is_relative_and_has_the_gradient_of_the_formula():
@@ -211,9 +225,9 @@ def test_the_hidden_error_is_relative_and_has_the_gradient_of_the_formula():
 @pytest.mark.parametrize("weight", [0.0, 0.3])
 def test_the_dense_models_last_hidden_states_teach(weight):
     """With and without its logits; the teacher is the dense function with adapters off."""
-    batch, model = _example(), _trained("memory-2-sinks")
+    batch, model = _example(), _trained("memory")
     with torch.no_grad():
-        teacher = _last_hidden(tiny_model("memory-2-sinks"), batch["input_ids"], as_dense=True)
+        teacher = _last_hidden(tiny_model("memory"), batch["input_ids"], as_dense=True)
     objective = TrainingObjective(model, DistillSettings(weight, hidden_weight=0.5)).train()
     tokens = num_target_tokens(batch["labels"])
     parts = objective(**batch, target_tokens=tokens, sequences=torch.tensor(4))
@@ -257,10 +271,10 @@ def test_consistency_is_reported_apart_from_cross_entropy():
     ).keys() == {"total", "ce"}
 
 
-@pytest.mark.parametrize("name", ["llama", "memory-2-sinks", "block-2"])
+@pytest.mark.parametrize("name", ["llama", "memory", "block-2"])
 def test_pieces_of_a_batch_sum_to_the_batch(name):
     """Unequal target counts, one micro-batch without any target: losses and gradients add up to the big batch's."""
-    distill = DistillSettings(weight=0.5, hidden_weight=0.2) if name == "memory-2-sinks" else None
+    distill = DistillSettings(weight=0.5, hidden_weight=0.2) if name == "memory" else None
     objective = TrainingObjective(_trained(name), distill, ConsistencySettings(weight=0.3)).train()
     batch = _example(6)
     batch["labels"][2:4] = IGNORED
@@ -284,7 +298,7 @@ def test_pieces_of_a_batch_sum_to_the_batch(name):
 
 
 def test_distillation_without_a_teacher_is_refused():
-    for model in (tiny_model("memory-2-sinks"), add_lora(tiny_model("block-2"), LORA)):
+    for model in (tiny_model("memory"), add_lora(tiny_model("block-2"), LORA)):
         for settings in (DistillSettings(weight=1.0), DistillSettings(hidden_weight=1.0)):
             with pytest.raises(PhotonError, match="distill.weight or distill.hidden_weight"):
                 TrainingObjective(model, settings)

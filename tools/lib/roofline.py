@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from photon_train import accounting
-from photon_train.accounting import Shape
+from photon_train.accounting.graft import Graft
 
 MAX_BATCH = 1024
 
@@ -61,28 +61,47 @@ def dense_bound(dense: Any, context: int, batch: int, device: Device, dtype_byte
     return _bound(batch, weights, weights + cache, cache, flops, device)
 
 
-def photon_bound(
-    photon: Any, context: int, batch: int, device: Device, dtype_bytes: int = 2, aligned: bool = False
-) -> Bound | None:
+@dataclass(frozen=True)
+class Occasional:
+    """What a row needs once per `span` tokens, in elements: `weights` of the model, and `cached` ones of its own."""
+
+    span: int
+    weights: int
+    cached: int = 0
+
+
+def occasional(photon: Any, context: int) -> list[Occasional]:
+    """What a decoding step after `context` tokens does not always read.
+
+    A graft's chunkers run when a unit leaves the window; of a hierarchical model the layers of level l, and the cache
+    of its encoder, when one of its chunks closes.
+    """
+    costs = accounting.costs_of(photon)
+    shape = costs.shape
+    if isinstance(costs, Graft):
+        chunker = photon.chunk_size * shape.kv * (shape.kv // photon.latents_per_unit)
+        return [Occasional(photon.chunk_size, len(photon.memory_layers) * chunker)]
+    found = []
+    for index, level in enumerate(photon.levels):
+        span = photon.unit_tokens(index + 1)
+        layers = level["encoder_layers"] + (level["decoder_layers"] if index else 0)
+        units = context // span if level["encoder_window"] is None else level["encoder_window"]
+        found.append(Occasional(span, layers * shape.layer, level["encoder_layers"] * units * shape.kv))
+    return found
+
+
+def photon_bound(photon: Any, context: int, batch: int, device: Device, dtype_bytes: int = 2) -> Bound | None:
     """Bound of a PHOTON model at one batch; None if it does not fit.
 
-    Weights of level l are read in the steps in which some row's chunk closes: a share of ``1 - (1 - 1/S_l) ** batch``
-    of them with rows of any phase, ``1/S_l`` if all rows are `aligned`. An encoder's cache is read once per S_l tokens
-    of a row.
+    Rows are of any phase: what a row needs once per S tokens is read in a share of ``1 - (1 - 1/S) ** batch`` of the
+    steps if it is weights, and once per S tokens of each row if it is cached.
     """
-    shape = Shape.of(photon.base_config)
     weights = accounting.photon_parameters(photon) * dtype_bytes
     cache = accounting.cache_bytes(photon, context, dtype_bytes)
     read_weights, read_cache = float(weights), float(cache.growing + cache.constant)
-    for index, level in enumerate(photon.levels):
-        span = photon.span(index + 1)
-        idle = 1 - 1 / span if aligned else (1 - 1 / span) ** batch
-        layers = level["encoder_layers"] + (level["decoder_layers"] if index else 0)
-        read_weights -= idle * layers * shape.layer * dtype_bytes
-        held = context // span
-        if level["encoder_window"] is not None:
-            held = level["encoder_window"]
-        read_cache -= (1 - 1 / span) * level["encoder_layers"] * held * shape.kv * dtype_bytes
+    for one in occasional(photon, context):
+        read_weights -= (1 - 1 / one.unit_tokens) ** batch * one.weights * dtype_bytes
+        read_cache -= (1 - 1 / one.unit_tokens) * one.cached * dtype_bytes
     flops = batch * accounting.photon_flops(photon, context)
     step = read_weights + batch * read_cache
     return _bound(batch, weights, step, batch * cache.total, flops, device)

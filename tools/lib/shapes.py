@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from transformers import LlamaConfig
+from typing import Any
 
-from photon_train.config import RunConfig
+from transformers import LlamaConfig, PretrainedConfig
+
+from photon_train.config import PhotonSettings, RunConfig
 from photon_train.conversion.presets import photon_config
-from photon_train.errors import PhotonError
-from photon_train.models import PhotonConfig
 
 _LLAMA = {"vocab_size": 128256, "max_position_embeddings": 140_000, "rope_parameters": {"rope_type": "default"}}
 _LLAMA["rope_parameters"] |= {"rope_theta": 500_000.0}
@@ -21,6 +21,18 @@ SHAPES = {
         "num_attention_heads": 8,
         "num_key_value_heads": 4,
         "max_position_embeddings": 16_384,
+    },
+    # SmolLM2-135M; its own longest position is 8,192, which random weights do not know.
+    "smollm2": {
+        "vocab_size": 49152,
+        "hidden_size": 576,
+        "intermediate_size": 1536,
+        "num_hidden_layers": 30,
+        "num_attention_heads": 9,
+        "num_key_value_heads": 3,
+        "max_position_embeddings": 32_768,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 100_000.0},
+        "tie_word_embeddings": True,
     },
     # Llama-3.2-1B.
     "1b": _LLAMA
@@ -46,29 +58,28 @@ SHAPES = {
 }
 
 
-def dense_shape(name: str) -> LlamaConfig:
-    """Configuration of a dense model, with PyTorch's attention."""
-    return LlamaConfig(**SHAPES[name], attn_implementation="sdpa")
+# What is compared: the settings of the `photon` group by name, beside the window.
+SYSTEMS: dict[str, tuple[str, dict[str, Any]]] = {
+    "graft": ("graft", {}),
+    "graft-apart": ("graft", {"latents_per_unit": 2}),  # keys and values packed apart
+    "graft-window": ("graft", {"memory_layers": []}),  # window and sinks alone
+    "split": ("split", {}),
+    "paper": ("paper", {}),
+}
 
 
-def photon_shape(dense: LlamaConfig, system: str, window: int) -> PhotonConfig:
-    """Configuration of what a preset makes of a dense model.
+def dense_shape(name: str, layers: int | None = None) -> LlamaConfig:
+    """Configuration of a dense model, with PyTorch's attention; of `layers` layers in place of the shape's own."""
+    own = {} if layers is None else {"num_hidden_layers": layers}
+    return LlamaConfig(**SHAPES[name] | own, attn_implementation="sdpa")
+
+
+def photon_shape(dense: LlamaConfig, system: str, window: int | None = None) -> PretrainedConfig:
+    """Configuration of what a system of `SYSTEMS` makes of a dense model.
 
     Args:
-        system: A preset, or a preset and a conditioning (``graft-residual``); ``graft-apart`` packs the keys and values
-            of latents apart.
-        window: Tokens that the token stream looks back on.
-
-    Raises:
-        PhotonError: for an unknown preset or conditioning, naming it.
+        window: Tokens that the token stream looks back on (`paper` has none); None: the preset's own choice.
     """
-    preset, _, conditioning = system.partition("-")
-    settings = RunConfig(preset=preset)
-    if conditioning == "apart":
-        settings.photon.memory_latent_parts, conditioning = 2, ""
-    settings.photon.window = None if preset == "paper" else window
-    settings.photon.conditioning = conditioning or None
-    try:
-        return photon_config(dense, settings)
-    except PhotonError as error:
-        raise PhotonError(f"system {system!r}: {error}") from error
+    preset, settings = SYSTEMS[system]
+    photon = PhotonSettings(window=None if preset == "paper" else window, **settings)
+    return photon_config(dense, RunConfig(preset=preset, photon=photon))

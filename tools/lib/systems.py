@@ -17,22 +17,23 @@ from photon_train import accounting
 from photon_train.errors import PhotonError
 from photon_train.inference.engine import Engine, EngineSettings
 from photon_train.inference.request import SamplingParams, Sequence
-from photon_train.models import PhotonForCausalLM
 
 SINKS = 4  # of the dense model with a window
 _NO_LIMITS = roofline.Device("", 1.0, math.inf, math.inf)
 
 
 class Clock:
-    """Seconds, with the device's work done."""
+    """Seconds, with the device's work done: on a CPU those of this process, which other work on the machine adds less
+    to, so let one thread compute."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
 
     def now(self) -> float:
-        """Wait for the device, then read the clock."""
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
+        """Read the clock, after the device's work."""
+        if self.device.type != "cuda":
+            return time.process_time()
+        torch.cuda.synchronize(self.device)
         return time.perf_counter()
 
 
@@ -199,19 +200,17 @@ class DenseSystem(System):
 
 
 class PhotonSystem(System):
-    """PHOTON under its engine; the rows' chunk phases are spread evenly, as those of many requests are."""
+    """PHOTON under its engine; the rows' phases within a unit are spread evenly, as those of many requests are."""
 
-    def __init__(self, name: str, model: PhotonForCausalLM, cuda_graphs: str = "auto") -> None:
+    def __init__(self, name: str, model: PreTrainedModel, cuda_graphs: str = "auto") -> None:
         super().__init__(name, model)
-        self.cuda_graphs, self.period = cuda_graphs, model.config.top_span
+        self.cuda_graphs, self.period = cuda_graphs, accounting.costs_of(model.config).unit
 
     def prepare(self, prompt: torch.Tensor, batch: int, room: int, shared: bool) -> float:
         tokens = prompt[0].tolist()
         longest = len(tokens) + room + self.period + 1
         settings = {"max_sequences": batch, "max_prefixes": 0, "max_length": longest, "cuda_graphs": self.cuda_graphs}
-        self.engine = engine = Engine(
-            self.model, settings=EngineSettings(**settings, segment_tokens=2048, step_tokens=2048)
-        )
+        self.engine = engine = Engine(self.model, settings=EngineSettings(**settings))
         params = SamplingParams(max_new_tokens=room + self.period + 1, ignore_eos=True)
         began = self.clock.now()
         number = engine.add(tokens, params)
@@ -221,21 +220,21 @@ class PhotonSystem(System):
         first = engine._open[number][0]
         others = [Sequence(number, i, tokens, params, [], output=list(first.output)) for i in range(1, batch)]
         for sequence in others:
-            sequence.held = engine.cache.fork(first.held, share=shared)
+            sequence.allocation = engine.cache.fork(first.allocation, share=shared)
         engine._open[number] += others
         engine.scheduler.running += others
         self._spread_phases([first, *others])
         return seconds
 
     def _spread_phases(self, sequences: list[Sequence]) -> None:
-        """Feed row i a further ``i % S_L`` tokens."""
+        """Feed row i a further ``i % period`` tokens."""
         for extra in range(1, self.period):
             ahead = [one for place, one in enumerate(sequences) if place % self.period >= extra]
             if not ahead:
                 return
             for one in ahead:
-                self.engine.cache.reserve(one.held, one.held.length + 1)
-            self.engine.runner.decode([(one.held, one.output[-1]) for one in ahead])
+                self.engine.cache.reserve(one.allocation, one.allocation.length + 1)
+            self.engine.runner.decode([(one.allocation, one.output[-1]) for one in ahead])
 
     def decode(self, steps: int) -> list[float]:
         times, began = [], self.clock.now()
@@ -249,8 +248,8 @@ class PhotonSystem(System):
 
     @property
     def phase(self) -> int:
-        """Tokens that the first row's open meta-context holds."""
-        return self.engine.scheduler.running[0].held.length % self.period
+        """Tokens that the first row's open unit has."""
+        return self.engine.scheduler.running[0].allocation.length % self.period
 
     def check(self, ids: torch.Tensor, given: int) -> float:
         settings = EngineSettings(
@@ -261,16 +260,16 @@ class PhotonSystem(System):
             cuda_graphs=self.cuda_graphs,
         )
         engine = Engine(self.model, settings=settings)
-        held = engine.cache.open_sequence()
-        engine.cache.reserve(held, ids.shape[1])
+        allocation = engine.cache.open_sequence()
+        engine.cache.reserve(allocation, ids.shape[1])
         tokens = ids[0].tolist()
         for start in range(0, given, engine.segment_tokens):
-            engine.runner.prefill([(held, tokens[start : min(given, start + engine.segment_tokens)])])
-        rows = [engine.runner.decode([(held, token)])[0].clone() for token in tokens[given:]]
+            engine.runner.prefill([(allocation, tokens[start : min(given, start + engine.segment_tokens)])])
+        rows = [engine.runner.decode([(allocation, token)])[0].clone() for token in tokens[given:]]
         return relative_error(torch.stack(rows), self.model(ids).logits[0, given:])
 
     def kv_bytes(self) -> int:
-        return self.engine.cache.used_bytes(sequence.held for sequence in self.engine.scheduler.running)
+        return self.engine.cache.used_bytes(sequence.allocation for sequence in self.engine.scheduler.running)
 
     def bytes_at(self, tokens: int) -> int:
         return accounting.cache_bytes(self.model.config, tokens, self.model.dtype.itemsize).total

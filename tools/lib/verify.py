@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM
 
-from photon_train.models import PhotonForCausalLM
+from photon_train.checkpoints import read_config
 
 
 @torch.no_grad()
@@ -24,8 +24,10 @@ def verify_preserves(checkpoint_dir: Path, photon_dir: Path, length: int = 64, s
         seed: Seed of the tokens.
     """
     dense = AutoModelForCausalLM.from_pretrained(checkpoint_dir, dtype=torch.float32).eval()
-    photon = PhotonForCausalLM.from_pretrained(photon_dir, dtype=torch.float32).eval()
+    config = read_config(photon_dir)
+    if config.window is not None:
+        config.window = max(length, config.window)
+    photon = AutoModelForCausalLM.from_pretrained(photon_dir, config=config, dtype=torch.float32).eval()
     generator = torch.Generator().manual_seed(seed)
     tokens = torch.randint(dense.config.vocab_size, (2, length), generator=generator)
-    window = max(length, photon.config.window)
-    return (dense(tokens).logits - photon(tokens, window=window).logits).abs().max().item()
+    return (dense(tokens).logits - photon(tokens).logits).abs().max().item()

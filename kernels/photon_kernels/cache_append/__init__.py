@@ -1,4 +1,4 @@
-"""Append to caches at several rates in one launch: tokens, units of each level, open chunks; rings and pages."""
+"""Append to caches at several rates in one launch: tokens, units of each level, open chunks; rings and blocks."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ __all__ = ["Append", "cache_append", "cache_append_naive"]
 
 
 def cache_append(appends: Sequence[Append], backend: str = "torch") -> None:
-    """Store new states in caches, in place; a state whose entry is negative is skipped.
+    """Store new states in caches, in place; a state whose slot is negative is skipped.
 
     Level l appends at 1 / S_l of the tokens' rate. Which rows of a step do so need not be known on the host: give
-    those that do not an entry of -1.
+    those that do not a slot of -1.
 
     Args:
         appends: What goes where; see `Append`. All have the same rows n of the step and the same dtypes; shapes and
-            layouts may differ. No two of them may write the same place.
+            layouts may differ. No two of them may write different states to one slot.
         backend: ``"torch"`` (any device) or ``"triton"`` (GPU, one launch for up to eight of `appends`).
 
     Raises:
@@ -44,13 +44,13 @@ def cache_append(appends: Sequence[Append], backend: str = "torch") -> None:
 
 
 def _check(append: Append) -> None:
-    source, target, rows, entries, pages = append
+    source, target, rows, slots, block_table = append
     if source.dim() != 4 or target.dim() != 4 or source.shape[1::2] != target.shape[1::2]:
         raise ValueError(
             f"expected a source [n, H, Q, D] and a target [R, H, N, D], got {tuple(source.shape)}, "
             f"{tuple(target.shape)}"
         )
     check_integers("rows", rows, source.shape[0])
-    check_integers("entries", entries, source.shape[0], source.shape[2])
-    if pages is not None:
-        check_integers("pages", pages, *pages.shape[:2])
+    check_integers("slots", slots, source.shape[0], source.shape[2])
+    if block_table is not None:
+        check_integers("block_table", block_table, *block_table.shape[:2])

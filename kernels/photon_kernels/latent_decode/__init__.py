@@ -1,4 +1,4 @@
-"""Decode attention over latents that are never unpacked: folded queries against a stream of units, in pages."""
+"""Decode attention over latents that are never unpacked: folded queries against a store of units, in blocks."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ class LatentMix(NamedTuple):
     """What a softmax over the tokens under units leaves of latents.
 
     Attributes:
-        mixed: ``[B, Hq, S, C]``, per head and place under a unit the weighted sum of latents (or their second halves).
-        mass: float32 ``[B, Hq, S]``, the weights' sums; over the places they add up to 1.
+        mixed: ``[B, Hq, S, C]``, per head and token of a unit the weighted sum of latents (or their second halves).
+        mass: float32 ``[B, Hq, S]``, the weights' sums; over a unit's tokens they add up to 1.
         lse: float32 ``[B, Hq]``, natural logarithm of the softmax denominator.
 
     A head that sees nothing has 0, 0 and -inf.
@@ -37,29 +37,31 @@ def latent_decode(
     scale: float,
     first_token: int = 0,
     rows: Tensor | None = None,
-    pages: Tensor | None = None,
+    block_table: Tensor | None = None,
     num_splits: int | None = None,
     backend: str = "torch",
 ) -> LatentMix:
-    """Attend from one query per row and head to the tokens under the first units of a stream.
+    """Attend from one query per row and head to the tokens under the first units of a store.
 
-    A unit is stored as a latent c of 2 * Hkv * D numbers, cut into the halves `keys` and `values` of Hkv heads. The
-    token at place s under unit u has the logit ``scale * (folded[h, s] . c_u + bias[h, s])``, and each head's softmax
-    goes over all places of all visible units: u < visible, and u * S + s >= first_token. Where keys and values were
-    packed apart (C = Hkv * D), logits are products with the first halves alone, and sums those of the second.
+    A unit is stored as a latent c of 2 * Hkv * D numbers, cut into the halves `keys` and `values` of Hkv heads. Token s
+    of unit u has the logit ``scale * (folded[h, s] . c_u + bias[h, s])``, and each head's softmax goes over all tokens
+    of all visible units: u < visible, and u * S + s >= first_token. Where keys and values were packed apart (C = Hkv *
+    D), logits are products with the first halves alone, and sums those of the second.
 
     Args:
         folded: Queries times the map that unpacks keys, ``[B, Hq, S, C]``; C is 2 * Hkv * D, ordered (half, key head,
             dimension), or Hkv * D.
         bias: Queries times that map's bias, ``[B, Hq, S]``.
-        keys: First halves, ``[Bc, Hkv, U, D]``; with ``pages``, ``[number of pages, Hkv, units per page, D]``. What a
+        keys: First halves, ``[Bc, Hkv, U, D]``; with ``block_table``, ``[blocks, Hkv, units per block, D]``. What a
             unit holds that no row sees (NaN included) has no influence.
         values: Second halves, like ``keys``.
         visible: Integer ``[B]``, units that each row sees, 0 to U.
         scale: Factor on the dot products, usually ``D ** -0.5``.
         first_token: Tokens before it are not seen (sinks, which the window holds).
-        rows: Integer ``[B]``, the row of the stream (of ``pages``) that each row of queries reads; ``None``: its own.
-        pages: Optional integer ``[Br, W]``: unit u of row r lies in page ``pages[r, u // E]`` at ``u % E``.
+        rows: Integer ``[B]``, the row of the store (of ``block_table``) that each row of queries reads; ``None``: its
+            own.
+        block_table: Optional integer ``[Br, W]``: unit u of row r is in block ``block_table[r, u // E]`` at ``u % E``.
+            What the table holds beyond the units that a row sees is not read.
         num_splits: Parts into which the Triton backend cuts the sums of latents; ``None`` chooses.
         backend: ``"torch"`` (any device, differentiable) or ``"triton"`` (GPU, forward only).
 
@@ -84,31 +86,31 @@ def latent_decode(
         )
     if bias.shape != folded.shape[:3]:
         raise ValueError(f"bias must be {list(folded.shape[:3])}, got {list(bias.shape)}")
-    if pages is not None:
-        check_integers("pages", pages, pages.shape[0], *pages.shape[1:2])
-    check_rows(rows, folded.shape[0], keys.shape[0] if pages is None else pages.shape[0])
+    if block_table is not None:
+        check_integers("block_table", block_table, block_table.shape[0], *block_table.shape[1:2])
+    check_rows(rows, folded.shape[0], keys.shape[0] if block_table is None else block_table.shape[0])
     check_integers("visible", visible, folded.shape[0])
     if num_splits is not None and num_splits < 1:
         raise ValueError(f"num_splits must be at least 1, got {num_splits}")
-    arguments = folded, bias, keys, values, visible, scale, first_token, rows, pages
+    arguments = folded, bias, keys, values, visible, scale, first_token, rows, block_table
     if backend == "torch":
         return LatentMix(*latent_decode_naive(*arguments))
-    check_triton_inputs(folded, bias, keys, values, visible, rows, pages)
+    check_triton_inputs(folded, bias, keys, values, visible, rows, block_table)
     from photon_kernels.latent_decode.triton import latent_decode_triton
 
     return LatentMix(*latent_decode_triton(*arguments, num_splits))
 
 
 def latent_decode_bytes(
-    batch: int, num_heads: int, places: int, num_units: int, head_dim: int, element_size: int
+    batch: int, num_heads: int, chunk_size: int, num_units: int, head_dim: int, element_size: int
 ) -> int:
     """Bytes that the Triton backend holds beside its inputs and its result while it runs, as far as they grow.
 
-    A weight for every row, query head and token under U units (of whole pages), and in float32 five sums per block of
+    A weight for every row, query head and token under U units (of whole blocks), and in float32 five sums per tile of
     units. What the sums of latents take does not depend on U.
     """
     from photon_kernels.latent_decode.triton import choose_latent_config
 
-    queries = num_heads * places
-    num_blocks = -(-num_units // choose_latent_config(queries, head_dim, element_size).block_n)
-    return batch * queries * (num_units * element_size + num_blocks * 5 * 4)
+    queries = num_heads * chunk_size
+    num_tiles = -(-num_units // choose_latent_config(queries, head_dim, element_size).block_n)
+    return batch * queries * (num_units * element_size + num_tiles * 5 * 4)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from photon_kernels._reference import read_rows
+
 
 def latent_decode_naive(
     folded: Tensor,
@@ -15,22 +17,19 @@ def latent_decode_naive(
     scale: float,
     first_token: int = 0,
     rows: Tensor | None = None,
-    pages: Tensor | None = None,
+    block_table: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The fields of a ``LatentMix``; arguments as in ``latent_decode``."""
-    if pages is not None:
-        pages = pages if rows is None else pages[rows]
-        keys, values = (half[pages].transpose(1, 2).flatten(2, 3) for half in (keys, values))
-    elif rows is not None:
-        keys, values = keys[rows], values[rows]
+    keys, values = (read_rows(half, rows, block_table, visible) for half in (keys, values))
     # [B, U, C]
     latents = torch.stack([keys, values], dim=1).flatten(1, 2).transpose(1, 2).flatten(2)
     units = latents.shape[1]
     seen = torch.arange(units, device=visible.device) < visible[:, None]
     latents = latents.masked_fill(~seen[:, :, None], 0.0)
     scored, summed = latents[..., : folded.shape[3]], latents[..., -folded.shape[3] :]
-    places = folded.shape[2]
-    token = torch.arange(units, device=visible.device) * places + torch.arange(places, device=visible.device)[:, None]
+    chunk_size = folded.shape[2]
+    inside = torch.arange(chunk_size, device=visible.device)[:, None]
+    token = torch.arange(units, device=visible.device) * chunk_size + inside
     seen = (seen[:, None] & (token >= first_token))[:, None]
     precise = torch.promote_types(folded.dtype, torch.float32)
     logits = torch.einsum("bhsc,buc->bhsu", folded, scored).to(precise) + bias[..., None]

@@ -1,6 +1,6 @@
 """Triton kernels of the decode attention over latents: weights of all tokens, then sums of latents.
 
-All heads and places of a row read the same latents, so they are the rows of one matrix product (128 of them for 32
+All heads and tokens of a row read the same latents, so they are the rows of one matrix product (128 of them for 32
 heads and units of 4 tokens): the arithmetic per byte is near that of a GPU's matrix units. Their sums, 128 rows of the
 latent's whole width, are more than a program's registers, and so the two products are two kernels. Between them the
 weights, one number per head and token, lie in memory: for 32 heads, units of 4 and 8 key heads of dimension 64 that
@@ -17,17 +17,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from photon_kernels._attention_config import AttentionConfig
+from photon_kernels._attention_config import AttentionConfig, choose_num_splits
 from photon_kernels._backend import current_device_of, next_power_of_2, with_dense_rows
 from photon_kernels._compile_case import CompileCase
-from photon_kernels._decode_tiles import locate_units
+from photon_kernels._decode_tiles import locate
 from photon_kernels._tiles import tuned
 from photon_kernels._triton_math import LN_2, LOG2_E, dot
-from photon_kernels.summary_decode.triton import choose_num_splits
 
 
 def choose_latent_config(num_queries: int, head_dim: int, element_size: int) -> AttentionConfig:
-    """Configuration, its entries being units, for ``num_queries`` = Hq * S rows and key heads of ``head_dim``."""
+    """Configuration, its keys being units, for ``num_queries`` = Hq * S rows and key heads of ``head_dim``."""
     half_precision = element_size <= 2
     block_d = max(16, next_power_of_2(head_dim))
     # Two sums of block_m x block_d stay in registers.
@@ -37,7 +36,7 @@ def choose_latent_config(num_queries: int, head_dim: int, element_size: int) -> 
     return AttentionConfig(block_n, max(16, block_m), block_d, num_warps=8, num_stages=3 if half_precision else 2)
 
 
-@triton.jit(do_not_specialize=["num_blocks", "capacity", "pitch_pages", "first_token"])
+@triton.jit(do_not_specialize=["num_tiles", "capacity", "pitch_table", "first_token"])
 def latent_weights_kernel(
     folded,
     bias,
@@ -45,14 +44,14 @@ def latent_weights_kernel(
     values,
     visible,
     rows,
-    pages,
+    block_table,
     weights,
     peaks,
     totals,
     scale_log2,
     num_queries,
     capacity,
-    num_blocks,
+    num_tiles,
     first_token,
     stride_fb,
     stride_fr,
@@ -62,10 +61,10 @@ def latent_weights_kernel(
     stride_vb,
     stride_vh,
     stride_vn,
-    pitch_pages,
+    pitch_table,
     HAS_ROWS: tl.constexpr,
-    PER_PAGE: tl.constexpr,
-    PLACES: tl.constexpr,
+    PER_BLOCK: tl.constexpr,
+    CHUNK_SIZE: tl.constexpr,
     JOINT: tl.constexpr,
     KV_HEADS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
@@ -73,13 +72,13 @@ def latent_weights_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """Program ``(n, t, b)``: row b, tile t of its queries and places, block n of its units.
+    """Program ``(n, t, b)``: row b, tile t of its queries and tokens, tile n of its units.
 
-    Writes ``weights [B, R, capacity]``, 2 to the logits minus their largest in the block, and ``peaks, totals [B, R,
-    blocks]``, that largest and the weights' sum; of blocks without a visible unit only the peaks (-inf) and totals (0).
+    Writes ``weights [B, R, capacity]``, 2 to the logits minus their largest in the tile, and ``peaks, totals [B, R,
+    tiles]``, that largest and the weights' sum; of tiles without a visible unit only the peaks (-inf) and totals (0).
     """
     row = tl.program_id(2).to(tl.int64)
-    block = tl.program_id(0)
+    tile = tl.program_id(0)
     queries = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
     is_query = queries < num_queries
     cache_row = row
@@ -87,30 +86,30 @@ def latent_weights_kernel(
         cache_row = tl.load(rows + row).to(tl.int64)
     dims = tl.arange(0, BLOCK_D)
     in_head = dims < HEAD_DIM
-    unit = block * BLOCK_N
+    unit = tile * BLOCK_N
     units = unit + tl.arange(0, BLOCK_N)
     stop = tl.minimum(tl.load(visible + row).to(tl.int32), capacity)
     alive = units < stop
-    summary = (row * num_queries + queries) * num_blocks + block
+    target = (row * num_queries + queries) * num_tiles + tile
     if unit < stop:
-        page, inside = locate_units(unit, units, alive, pages + cache_row * pitch_pages, cache_row, PER_PAGE, BLOCK_N)
+        block, inside = locate(unit, units, alive, block_table + cache_row * pitch_table, cache_row, PER_BLOCK, BLOCK_N)
         mask = alive[:, None] & in_head[None, :]
         query_mask = is_query[:, None] & in_head[None, :]
         products = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
         query_rows = folded + row * stride_fb + queries[:, None] * stride_fr + dims[None, :]
-        key_rows = (keys + page * stride_kb + inside * stride_kn)[:, None] + dims[None, :]
+        key_rows = (keys + block * stride_kb + inside * stride_kn)[:, None] + dims[None, :]
         for head in range(KV_HEADS):
             query = tl.load(query_rows + head * HEAD_DIM, mask=query_mask, other=0.0)
             latent = tl.load(key_rows + head * stride_kh, mask=mask, other=0.0)
             products = dot(query, tl.trans(latent), products)
         if JOINT:
-            value_rows = (values + page * stride_vb + inside * stride_vn)[:, None] + dims[None, :]
+            value_rows = (values + block * stride_vb + inside * stride_vn)[:, None] + dims[None, :]
             for head in range(KV_HEADS):
                 query = tl.load(query_rows + (KV_HEADS + head) * HEAD_DIM, mask=query_mask, other=0.0)
                 latent = tl.load(value_rows + head * stride_vh, mask=mask, other=0.0)
                 products = dot(query, tl.trans(latent), products)
         added = tl.load(bias + row * num_queries + queries, mask=is_query, other=0.0)
-        token = units[None, :] * PLACES + (queries % PLACES)[:, None]
+        token = units[None, :] * CHUNK_SIZE + (queries % CHUNK_SIZE)[:, None]
         logits = tl.where(
             alive[None, :] & (token >= first_token), (products + added[:, None]) * scale_log2, float("-inf")
         )
@@ -122,14 +121,14 @@ def latent_weights_kernel(
             weight.to(weights.dtype.element_ty),
             mask=is_query[:, None] & (units < capacity)[None, :],
         )
-        tl.store(peaks + summary, peak, mask=is_query)
-        tl.store(totals + summary, tl.sum(weight, 1), mask=is_query)
+        tl.store(peaks + target, peak, mask=is_query)
+        tl.store(totals + target, tl.sum(weight, 1), mask=is_query)
     else:
-        tl.store(peaks + summary, tl.full([BLOCK_M], float("-inf"), tl.float32), mask=is_query)
-        tl.store(totals + summary, tl.zeros([BLOCK_M], tl.float32), mask=is_query)
+        tl.store(peaks + target, tl.full([BLOCK_M], float("-inf"), tl.float32), mask=is_query)
+        tl.store(totals + target, tl.zeros([BLOCK_M], tl.float32), mask=is_query)
 
 
-@triton.jit(do_not_specialize=["num_blocks", "num_splits", "capacity", "pitch_pages"])
+@triton.jit(do_not_specialize=["num_tiles", "num_splits", "capacity", "pitch_table"])
 def latent_mix_kernel(
     weights,
     factors,
@@ -137,11 +136,11 @@ def latent_mix_kernel(
     values,
     visible,
     rows,
-    pages,
+    block_table,
     mixed,
     num_queries,
     capacity,
-    num_blocks,
+    num_tiles,
     num_splits,
     stride_kb,
     stride_kh,
@@ -149,9 +148,9 @@ def latent_mix_kernel(
     stride_vb,
     stride_vh,
     stride_vn,
-    pitch_pages,
+    pitch_table,
     HAS_ROWS: tl.constexpr,
-    PER_PAGE: tl.constexpr,
+    PER_BLOCK: tl.constexpr,
     JOINT: tl.constexpr,
     KV_HEADS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
@@ -161,7 +160,7 @@ def latent_mix_kernel(
 ):
     """Program ``(t * KV_HEADS + h, s, b)``: row b, part s of its units, tile t of its queries, head h of the halves.
 
-    Writes ``mixed [S, B, R, C]``: the sums of latents weighted by ``weights`` times ``factors [B, R, blocks]``.
+    Writes ``mixed [S, B, R, C]``: the sums of latents weighted by ``weights`` times ``factors [B, R, tiles]``.
     """
     row = tl.program_id(2).to(tl.int64)
     split = tl.program_id(1)
@@ -185,24 +184,24 @@ def latent_mix_kernel(
     for unit in range(begin, end, BLOCK_N):
         units = unit + tl.arange(0, BLOCK_N)
         alive = units < stop
-        page, inside = locate_units(unit, units, alive, pages + cache_row * pitch_pages, cache_row, PER_PAGE, BLOCK_N)
+        block, inside = locate(unit, units, alive, block_table + cache_row * pitch_table, cache_row, PER_BLOCK, BLOCK_N)
         mask = alive[:, None] & in_head[None, :]
         weight = tl.load(
             weights + query_rows[:, None] * capacity + units[None, :],
             mask=is_query[:, None] & alive[None, :],
             other=0.0,
         ).to(tl.float32)
-        factor = tl.load(factors + query_rows * num_blocks + unit // BLOCK_N, mask=is_query, other=0.0)
+        factor = tl.load(factors + query_rows * num_tiles + unit // BLOCK_N, mask=is_query, other=0.0)
         weight = weight * factor[:, None]
         if JOINT:
             key = tl.load(
-                (keys + page * stride_kb + head * stride_kh + inside * stride_kn)[:, None] + dims[None, :],
+                (keys + block * stride_kb + head * stride_kh + inside * stride_kn)[:, None] + dims[None, :],
                 mask=mask,
                 other=0.0,
             )
             key_sum = dot(weight, key, key_sum)
         value = tl.load(
-            (values + page * stride_vb + head * stride_vh + inside * stride_vn)[:, None] + dims[None, :],
+            (values + block * stride_vb + head * stride_vh + inside * stride_vn)[:, None] + dims[None, :],
             mask=mask,
             other=0.0,
         )
@@ -226,36 +225,40 @@ def latent_decode_triton(
     scale: float,
     first_token: int = 0,
     rows: Tensor | None = None,
-    pages: Tensor | None = None,
+    block_table: Tensor | None = None,
     num_splits: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The fields of a ``LatentMix``; arguments as in ``latent_decode``."""
-    batch, num_heads, places, width = folded.shape
-    kv_heads, per_block, head_dim = keys.shape[1:]
-    num_queries, device = num_heads * places, folded.device
-    capacity = per_block if pages is None else pages.shape[1] * per_block
+    batch, num_heads, chunk_size, width = folded.shape
+    kv_heads, slots_per_block, head_dim = keys.shape[1:]
+    num_queries, device = num_heads * chunk_size, folded.device
+    capacity = slots_per_block if block_table is None else block_table.shape[1] * slots_per_block
     if batch == 0 or capacity == 0:
         empty = torch.zeros(folded.shape[:3], dtype=torch.float32, device=device)
         return torch.zeros_like(folded), empty, empty[..., 0] - torch.inf
-    keys, values, pages = (x if x is None else with_dense_rows(x) for x in (keys, values, pages))
+    keys, values, block_table = (x if x is None else with_dense_rows(x) for x in (keys, values, block_table))
     config = choose_latent_config(num_queries, head_dim, keys.element_size())
     shape = {"queries": num_queries, "dim": head_dim, "bytes": keys.element_size()}
     config = tuned("latent_decode", config, device, **shape)
-    num_blocks, tiles = triton.cdiv(capacity, config.block_n), triton.cdiv(num_queries, config.block_m)
+    num_tiles, query_tiles = triton.cdiv(capacity, config.block_n), triton.cdiv(num_queries, config.block_m)
     if num_splits is None:
-        num_splits = choose_num_splits(capacity, batch * tiles * kv_heads)
+        num_splits = choose_num_splits(capacity, batch * query_tiles * kv_heads)
     weights = torch.empty(batch, num_queries, capacity, dtype=folded.dtype, device=device)
-    peaks = torch.empty(batch, num_queries, num_blocks, dtype=torch.float32, device=device)
+    peaks = torch.empty(batch, num_queries, num_tiles, dtype=torch.float32, device=device)
     totals = torch.empty_like(peaks)
     mixed_type = folded.dtype if num_splits == 1 else torch.float32
     mixed = torch.empty(num_splits, batch, num_queries, width, dtype=mixed_type, device=device)
     queries = folded.reshape(batch, num_queries, width)
     # A kernel wants a pointer even where it reads none.
-    index = (visible.contiguous(), visible if rows is None else rows.contiguous(), visible if pages is None else pages)
-    strides = (*keys.stride()[:3], *values.stride()[:3], 0 if pages is None else pages.stride(0))
+    index = (
+        visible.contiguous(),
+        visible if rows is None else rows.contiguous(),
+        visible if block_table is None else block_table,
+    )
+    strides = (*keys.stride()[:3], *values.stride()[:3], 0 if block_table is None else block_table.stride(0))
     constants = {
         "HAS_ROWS": rows is not None,
-        "PER_PAGE": 0 if pages is None else per_block,
+        "PER_BLOCK": 0 if block_table is None else slots_per_block,
         "JOINT": width == 2 * kv_heads * head_dim,
         "KV_HEADS": kv_heads,
         "HEAD_DIM": head_dim,
@@ -266,7 +269,7 @@ def latent_decode_triton(
         "num_stages": config.num_stages,
     }
     with current_device_of(folded):
-        latent_weights_kernel[(num_blocks, tiles, batch)](
+        latent_weights_kernel[(num_tiles, query_tiles, batch)](
             queries,
             bias.float().contiguous(),
             keys,
@@ -278,23 +281,23 @@ def latent_decode_triton(
             scale * LOG2_E.value,
             num_queries,
             capacity,
-            num_blocks,
+            num_tiles,
             first_token,
             *queries.stride()[:2],
             *strides,
-            PLACES=places,
+            CHUNK_SIZE=chunk_size,
             **constants,
         )
-        # One softmax per head: over its places and their blocks.
-        peaks, totals = (each.view(batch, num_heads, places * num_blocks) for each in (peaks, totals))
+        # One softmax per head: over the tokens of its units and their tiles.
+        peaks, totals = (each.view(batch, num_heads, chunk_size * num_tiles) for each in (peaks, totals))
         peak = peaks.amax(dim=-1, keepdim=True)
         factors = torch.exp2(peaks - peak.masked_fill(peak == -torch.inf, 0.0))
         masses = factors * totals
         total = masses.sum(dim=-1, keepdim=True)
         divisor = total.masked_fill(total == 0.0, 1.0)
         factors = factors / divisor
-        mass = (masses / divisor).unflatten(2, (places, num_blocks)).sum(dim=-1)
-        latent_mix_kernel[(tiles * kv_heads, num_splits, batch)](
+        mass = (masses / divisor).unflatten(2, (chunk_size, num_tiles)).sum(dim=-1)
+        latent_mix_kernel[(query_tiles * kv_heads, num_splits, batch)](
             weights,
             factors,
             keys,
@@ -303,7 +306,7 @@ def latent_decode_triton(
             mixed,
             num_queries,
             capacity,
-            num_blocks,
+            num_tiles,
             num_splits,
             *strides,
             **constants,
@@ -319,19 +322,19 @@ class _Shape(NamedTuple):
     dtype: str
     element_size: int
     num_queries: int
-    places: int
+    chunk_size: int
     kv_heads: int
     head_dim: int
-    per_page: int
+    per_block: int
     joint: bool = True
 
 
 COMPILED_SHAPES = [
-    _Shape("bf16", 2, 128, 4, 8, 64, per_page=64),  # Llama-3.2-1B
-    _Shape("bf16", 2, 128, 4, 8, 128, per_page=64),  # Llama-3.1-8B
-    _Shape("bf16", 2, 128, 4, 8, 64, per_page=64, joint=False),
-    _Shape("bf16", 2, 64, 4, 2, 128, per_page=0, joint=False),
-    _Shape("fp32", 4, 128, 4, 8, 64, per_page=64),
+    _Shape("bf16", 2, 128, 4, 8, 64, per_block=64),  # Llama-3.2-1B
+    _Shape("bf16", 2, 128, 4, 8, 128, per_block=64),  # Llama-3.1-8B
+    _Shape("bf16", 2, 128, 4, 8, 64, per_block=64, joint=False),
+    _Shape("bf16", 2, 64, 4, 2, 128, per_block=0, joint=False),
+    _Shape("fp32", 4, 128, 4, 8, 64, per_block=64),
 ]
 
 
@@ -339,22 +342,22 @@ def compile_cases() -> Iterator[CompileCase]:
     """What ``photon_kernels.aot`` compiles."""
     for shape in COMPILED_SHAPES:
         config = choose_latent_config(shape.num_queries, shape.head_dim, shape.element_size)
-        layout = f"page={shape.per_page}" if shape.per_page else "contiguous"
+        layout = f"block={shape.per_block}" if shape.per_block else "contiguous"
         name = f"{shape.dtype} rows={shape.num_queries} Hkv={shape.kv_heads} D={shape.head_dim} {layout}"
         name += "" if shape.joint else " apart"
         types = {
             **dict.fromkeys(("folded", "keys", "values", "weights"), f"*{shape.dtype}"),
             **dict.fromkeys(("bias", "peaks", "totals", "factors", "mixed"), "*fp32"),
-            **dict.fromkeys(("visible", "rows", "pages"), "*i64"),
+            **dict.fromkeys(("visible", "rows", "block_table"), "*i64"),
             "scale_log2": "fp32",
             **dict.fromkeys(
-                ("num_queries", "capacity", "num_blocks", "num_splits", "first_token", "pitch_pages"), "i32"
+                ("num_queries", "capacity", "num_tiles", "num_splits", "first_token", "pitch_table"), "i32"
             ),
             **{f"stride_{stride}": "i32" for stride in ("fb", "fr", "kb", "kh", "kn", "vb", "vh", "vn")},
         }
         constants = {
             "HAS_ROWS": True,
-            "PER_PAGE": shape.per_page,
+            "PER_BLOCK": shape.per_block,
             "JOINT": shape.joint,
             "KV_HEADS": shape.kv_heads,
             "HEAD_DIM": shape.head_dim,
@@ -364,7 +367,7 @@ def compile_cases() -> Iterator[CompileCase]:
         }
         kernels = {"latent_weights": latent_weights_kernel, "latent_mix": latent_mix_kernel}
         for title, kernel in kernels.items():
-            extra = {"PLACES": shape.places} if title == "latent_weights" else {}
+            extra = {"CHUNK_SIZE": shape.chunk_size} if title == "latent_weights" else {}
             yield CompileCase(
                 name=f"{title} {name}",
                 kernel=kernel,

@@ -5,22 +5,22 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from photon_kernels._masked_attention import masked_attention
+from photon_kernels._reference import masked_attention
 
 
-def visible_in_window(order: Tensor, first_visible: Tensor, last_visible: Tensor, num_sinks: int) -> Tensor:
-    """Which entries each query sees, bool ``[B, Q, N]``, for ``order [B, N]``."""
-    place = order[:, None]
-    is_sink = torch.arange(order.shape[1], device=order.device) < num_sinks
-    old_enough = (place >= 0) & (place <= last_visible[:, :, None])
-    return old_enough & ((place >= first_visible[:, None, None]) | is_sink)
+def visible_in_window(index: Tensor, first_visible: Tensor, last_visible: Tensor, num_sinks: int) -> Tensor:
+    """Which slots each query sees, bool ``[B, Q, N]``, for ``index [B, N]``."""
+    is_sink = torch.arange(index.shape[1], device=index.device) < num_sinks
+    index = index[:, None]
+    known = (index >= 0) & (index <= last_visible[:, :, None])
+    return known & ((index >= first_visible[:, None, None]) | is_sink)
 
 
 def window_decode_attention_naive(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    order: Tensor,
+    index: Tensor,
     first_visible: Tensor,
     last_visible: Tensor,
     scale: float,
@@ -29,5 +29,5 @@ def window_decode_attention_naive(
 ) -> tuple[Tensor, Tensor]:
     """Output ``[B, Hq, Q, D]`` and log-sum-exp ``[B, Hq, Q]``; arguments as in ``window_decode_attention``."""
     if rows is not None:
-        k, v, order = k[rows], v[rows], order[rows]
-    return masked_attention(q, k, v, visible_in_window(order, first_visible, last_visible, num_sinks), scale)
+        k, v, index = k[rows], v[rows], index[rows]
+    return masked_attention(q, k, v, visible_in_window(index, first_visible, last_visible, num_sinks), scale)

@@ -1,7 +1,7 @@
 """Triton kernel of the windowed decode attention.
 
-One program serves one (row, key head) and walks over the entries once with an online softmax; entries that no query of
-the row sees are not even read. With tiny sequences (an isolated chunk has at most R + C entries) a program is one or
+One program serves one (row, key head) and walks over the slots once with an online softmax; slots that no query of
+the row sees are not even read. With tiny sequences (an isolated chunk has at most R + C elements) a program is one or
 two tiles, and the GPU is filled by rows and heads.
 """
 
@@ -17,9 +17,9 @@ from torch import Tensor
 from photon_kernels._attention_config import choose_attention_config
 from photon_kernels._backend import current_device_of, with_dense_rows
 from photon_kernels._compile_case import CompileCase
-from photon_kernels._decode_tiles import attend_ring, query_tile
+from photon_kernels._decode_tiles import query_tile
 from photon_kernels._tiles import tuned
-from photon_kernels._triton_math import LOG2_E, finish_softmax
+from photon_kernels._triton_math import LOG2_E, attend_tile, finish_softmax
 
 
 @triton.jit
@@ -27,7 +27,7 @@ def window_decode_kernel(
     q,
     k,
     v,
-    order,
+    index,
     first_visible,
     last_visible,
     rows,
@@ -35,7 +35,7 @@ def window_decode_kernel(
     lse,
     scale_log2,
     num_positions,
-    num_entries,
+    num_slots,
     num_sinks,
     stride_qb,
     stride_qh,
@@ -46,7 +46,7 @@ def window_decode_kernel(
     stride_vb,
     stride_vh,
     stride_vn,
-    pitch_order,
+    pitch_index,
     HAS_ROWS: tl.constexpr,
     GROUP: tl.constexpr,
     HEAD_DIM: tl.constexpr,
@@ -72,28 +72,22 @@ def window_decode_kernel(
     first = tl.load(first_visible + row)
     last = tl.load(last_visible + row * num_positions + positions, mask=is_query, other=-1)
 
-    peak, total, acc = attend_ring(
-        0,
-        num_entries,
-        queries,
-        k + cache_row * stride_kb + kv_head * stride_kh,
-        v + cache_row * stride_vb + kv_head * stride_vh,
-        order + cache_row * pitch_order,
-        first,
-        last,
-        tl.max(last, 0),
-        num_entries,
-        num_sinks,
-        stride_kn,
-        stride_vn,
-        in_head,
-        scale_log2,
-        tl.full([BLOCK_M], float("-inf"), tl.float32),
-        tl.zeros([BLOCK_M], tl.float32),
-        tl.zeros([BLOCK_M, BLOCK_D], tl.float32),
-        BLOCK_N,
-        BLOCK_D,
-    )
+    newest = tl.max(last, 0)
+    keys_start = k + cache_row * stride_kb + kv_head * stride_kh
+    values_start = v + cache_row * stride_vb + kv_head * stride_vh
+    peak = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    total = tl.zeros([BLOCK_M], tl.float32)
+    acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    for start in range(0, num_slots, BLOCK_N):
+        slots = start + tl.arange(0, BLOCK_N)
+        held = tl.load(index + cache_row * pitch_index + slots, mask=slots < num_slots, other=-1)
+        alive = (held >= 0) & (held <= newest) & ((held >= first) | (slots < num_sinks))
+        mask = alive[:, None] & in_head[None, :]
+        keys = tl.load(keys_start + slots[:, None] * stride_kn + dims[None, :], mask=mask, other=0.0)
+        values = tl.load(values_start + slots[:, None] * stride_vn + dims[None, :], mask=mask, other=0.0)
+        visible = alive[None, :] & (held[None, :] <= last[:, None])
+        offset = tl.where(visible, 0.0, float("-inf"))
+        peak, total, acc = attend_tile(queries, keys, values, offset, scale_log2, peak, total, acc)
 
     result, log_sum = finish_softmax(peak, total, acc)
     target = (row * tl.num_programs(1) * GROUP + heads) * num_positions + positions
@@ -109,7 +103,7 @@ def window_decode_attention_triton(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    order: Tensor,
+    index: Tensor,
     first_visible: Tensor,
     last_visible: Tensor,
     scale: float,
@@ -118,16 +112,16 @@ def window_decode_attention_triton(
 ) -> tuple[Tensor, Tensor]:
     """Output ``[B, Hq, Q, D]`` and log-sum-exp ``[B, Hq, Q]``; arguments as in ``window_decode_attention``."""
     batch, num_heads, num_positions, head_dim = q.shape
-    num_kv_heads, num_entries = k.shape[1:3]
+    num_kv_heads, num_slots = k.shape[1:3]
     group = num_heads // num_kv_heads
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     lse = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
     if out.numel() == 0:
         return out, lse
-    q, k, v, order = (with_dense_rows(tensor) for tensor in (q, k, v, order))
+    q, k, v, index = (with_dense_rows(tensor) for tensor in (q, k, v, index))
     queries, size = group * num_positions, k.element_size()
-    config = choose_attention_config(num_entries, queries, head_dim, size)
-    shape = {"entries": num_entries, "queries": queries, "dim": head_dim, "bytes": size}
+    config = choose_attention_config(num_slots, queries, head_dim, size)
+    shape = {"slots": num_slots, "queries": queries, "dim": head_dim, "bytes": size}
     config = tuned("window_decode", config, q.device, **shape)
     grid = (batch, num_kv_heads, triton.cdiv(group * num_positions, config.block_m))
     with current_device_of(q):
@@ -135,21 +129,21 @@ def window_decode_attention_triton(
             q,
             k,
             v,
-            order,
+            index,
             first_visible.contiguous(),
             last_visible.contiguous(),
             # A kernel wants a pointer even where it reads none.
-            order if rows is None else rows.contiguous(),
+            index if rows is None else rows.contiguous(),
             out,
             lse,
             scale * LOG2_E.value,
             num_positions,
-            num_entries,
+            num_slots,
             num_sinks,
             *q.stride()[:3],
             *k.stride()[:3],
             *v.stride()[:3],
-            order.stride(0),
+            index.stride(0),
             HAS_ROWS=rows is not None,
             GROUP=group,
             HEAD_DIM=head_dim,
@@ -163,7 +157,7 @@ def window_decode_attention_triton(
 
 
 def compile_cases() -> Iterator[CompileCase]:
-    """What ``photon_kernels.aot`` compiles: (dtype, its bytes, entries, queries, group, head dimension) in use."""
+    """What ``photon_kernels.aot`` compiles: (dtype, its bytes, slots, queries, group, head dimension) in use."""
     shapes = [
         ("bf16", 2, 8, 1, 4, 64),
         ("bf16", 2, 72, 1, 4, 64),
@@ -174,18 +168,18 @@ def compile_cases() -> Iterator[CompileCase]:
         ("fp16", 2, 300, 1, 32, 128),
         ("fp32", 4, 300, 1, 4, 128),
     ]
-    for dtype, element_size, num_entries, num_positions, group, head_dim in shapes:
-        config = choose_attention_config(num_entries, group * num_positions, head_dim, element_size)
+    for dtype, element_size, num_slots, num_positions, group, head_dim in shapes:
+        config = choose_attention_config(num_slots, group * num_positions, head_dim, element_size)
         strides = ("qb", "qh", "qq", "kb", "kh", "kn", "vb", "vh", "vn")
         yield CompileCase(
-            name=f"window_decode {dtype} N={num_entries} Q={num_positions} group={group} D={head_dim}",
+            name=f"window_decode {dtype} N={num_slots} Q={num_positions} group={group} D={head_dim}",
             kernel=window_decode_kernel,
             types={
                 **dict.fromkeys(("q", "k", "v", "out"), f"*{dtype}"),
-                **dict.fromkeys(("order", "first_visible", "last_visible", "rows"), "*i64"),
+                **dict.fromkeys(("index", "first_visible", "last_visible", "rows"), "*i64"),
                 "lse": "*fp32",
                 "scale_log2": "fp32",
-                **dict.fromkeys(("num_positions", "num_entries", "num_sinks", "pitch_order"), "i32"),
+                **dict.fromkeys(("num_positions", "num_slots", "num_sinks", "pitch_index"), "i32"),
                 **{f"stride_{name}": "i32" for name in strides},
             },
             constants={

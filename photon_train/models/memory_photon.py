@@ -1,0 +1,195 @@
+"""Memory units as latents: S tokens' keys and values packed into one vector, and unpacked again where they are read.
+
+The paper's chunker (C states -> 1) and converter (1 -> R slots) inside a layer's own softmax: a unit's latent has the
+width of one key and value, and gives one key and value *per token* under the unit when the layer reads it, so that
+single tokens can be told apart. The low-rank joint compression of keys and values of multi-head latent attention (arXiv
+2405.04434), here over the tokens of a unit.
+
+Far keys carry no position: queries meet them with their rotation undone. Beyond the window, where units are read, what
+a retrieval head matches is content; and scores stay linear in the latent, so that decoding folds the converter into the
+query.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import initialization as init
+
+from .cache_photon import KeyValue
+from .configuration_photon import PhotonConfig
+
+
+class PackMap(nn.Linear):
+    """A linear map of the tokens under a unit to a latent."""
+
+
+class LatentMap(nn.Linear):
+    """A linear map of latents that decoding applies to queries and sums instead.
+
+    Its weights are read in its forward alone: that is where hooks that offload or shard weights have them in place.
+    """
+
+    def forward(self, states: torch.Tensor | None, use: Callable | None = None):
+        """Map `states`, or give ``use(weight, bias)``."""
+        return super().forward(states) if use is None else use(self.weight, self.bias)
+
+
+class Chunker(nn.Module):
+    """Keys and values of S tokens -> one latent."""
+
+    def __init__(self, chunk_size: int, width: int, num_latents: int) -> None:
+        super().__init__()
+        size = width // num_latents
+        self.maps = nn.ModuleList(PackMap(chunk_size * size, size, bias=False) for _ in range(num_latents))
+
+    def forward(self, states: torch.Tensor) -> torch.Tensor:
+        """``[B, U, S, width] -> [B, U, width]``."""
+        given = states.chunk(len(self.maps), dim=-1)
+        return torch.cat([part(one.flatten(-2)) for part, one in zip(self.maps, given, strict=True)], dim=-1)
+
+
+class Converter(nn.Module):
+    """One latent -> keys and values of the S tokens under the unit."""
+
+    def __init__(self, chunk_size: int, width: int, num_latents: int) -> None:
+        super().__init__()
+        self.chunk_size = chunk_size
+        size = width // num_latents
+        self.maps = nn.ModuleList(LatentMap(size, chunk_size * size) for _ in range(num_latents))
+
+    def forward(self, latents: torch.Tensor) -> torch.Tensor:
+        """``[B, U, width] -> [B, U, S, width]``."""
+        given = latents.chunk(len(self.maps), dim=-1)
+        slots = [part(one).unflatten(-1, (self.chunk_size, -1)) for part, one in zip(self.maps, given, strict=True)]
+        return torch.cat(slots, dim=-1)
+
+
+class LayerMemory(nn.Module):
+    """What one memory layer adds to its dense attention.
+
+    Args:
+        config: Gives S, key-value heads and their dimension, and the number of latents of a unit.
+    """
+
+    def __init__(self, config: PhotonConfig) -> None:
+        super().__init__()
+        self.chunk_size, self.heads, self.head_dim = config.chunk_size, config.num_key_value_heads, config.head_dim
+        self.num_latents = config.latents_per_unit
+        width = 2 * self.heads * self.head_dim
+        self.chunker = Chunker(self.chunk_size, width, self.num_latents)
+        self.converter = Converter(self.chunk_size, width, self.num_latents)
+
+    def pack(self, keys: torch.Tensor, values: torch.Tensor) -> KeyValue:
+        """Pack the tokens of U units.
+
+        Args:
+            keys: With their rotation undone, ``[B, Hkv, U * S, D]``; values: the same shape.
+
+        Returns:
+            The latents in the shape of keys and values, ``[B, Hkv, U, D]`` each.
+        """
+        states = join_heads(keys, values).unflatten(1, (-1, self.chunk_size))
+        return split_heads(self.chunker(states).to(keys.dtype), self.heads)
+
+    def unpack(self, keys: torch.Tensor, values: torch.Tensor) -> KeyValue:
+        """Unpack latents ``[B, Hkv, U, D]`` (the two halves) to keys and values ``[B, Hkv, U * S, D]``."""
+        slots = self.converter(join_heads(keys, values))
+        return split_heads(slots.flatten(1, 2).to(keys.dtype), self.heads)
+
+    def _with_map(self, half: int, use: Callable[[torch.Tensor, torch.Tensor], Any]) -> Any:
+        """``use(matrix, bias)`` of what the converter does to one latent for keys (`half` 0) or values (-1).
+
+        The matrix is ``[S, Hkv, D, C]``, the bias ``[S, Hkv, D]``; C is the width of what is read: the latent, or of
+        two parts its own half.
+        """
+        shape = (self.chunk_size, 2 // self.num_latents, self.heads, self.head_dim)
+        return self.converter.maps[half](
+            None, lambda weight, bias: use(weight.unflatten(0, shape)[:, half], bias.unflatten(0, shape)[:, half])
+        )
+
+    def fold_queries(self, content: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Do to queries what the converter would do to every latent's keys.
+
+        The absorption of multi-head latent attention: the logit of token s under a unit is the latent's product with
+        the query folded for s, plus a bias.
+
+        Args:
+            content: Queries with their rotation undone, ``[n, Hq, D]``.
+
+        Returns:
+            ``[n, Hq, S, C]``, C as in `_with_map`, and biases ``[n, Hq, S]``.
+        """
+        content = content.unflatten(1, (self.heads, -1))
+
+        def fold(key_map, key_bias):
+            folded = torch.einsum("nhgd,shdc->nhgsc", content, key_map)
+            return folded.flatten(1, 2), torch.einsum("nhgd,shd->nhgs", content, key_bias).flatten(1, 2)
+
+        return self._with_map(0, fold)
+
+    def unfold_values(self, mixed: torch.Tensor, mass: torch.Tensor) -> torch.Tensor:
+        """Weighted sums of values from weighted sums of latents ``[n, Hq, S, C]`` and the weights' ``[n, Hq, S]``.
+
+        Returns:
+            ``[n, Hq, D]``.
+        """
+        mixed, mass = (states.unflatten(1, (self.heads, -1)) for states in (mixed, mass.to(mixed.dtype)))
+
+        def unfold(value_map, value_bias):
+            out = torch.einsum("nhgsc,shdc->nhgd", mixed, value_map)
+            return (out + torch.einsum("nhgs,shd->nhgd", mass, value_bias)).flatten(1, 2)
+
+        return self._with_map(-1, unfold)
+
+    def attend_folded(
+        self, content: torch.Tensor, latents: KeyValue, visible: torch.Tensor, scale: float
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Attention of one query per row over latents that are never unpacked.
+
+        Args:
+            content: Queries with their rotation undone, ``[n, Hq, D]``.
+            latents: Their halves, ``[n, Hkv, U, D]``.
+            visible: Which tokens under units each query sees, ``[n, U * S]``.
+
+        Returns:
+            Output ``[n, Hq, 1, D]`` and log-sum-exp ``[n, Hq, 1]``, -inf where nothing is seen.
+        """
+        parts = join_heads(*latents).chunk(self.num_latents, dim=-1)
+        folded, bias = self.fold_queries(content)
+        scores = (torch.einsum("nhsc,nuc->nhus", folded, parts[0]) + bias[:, :, None]).flatten(2).float() * scale
+        scores = scores.masked_fill(~visible[:, None], -torch.inf)
+        lse = scores.logsumexp(dim=-1)
+        weights = (scores - lse[..., None]).exp().nan_to_num(0.0).to(content.dtype).unflatten(-1, (-1, self.chunk_size))
+        out = self.unfold_values(torch.einsum("nhus,nuc->nhsc", weights, parts[-1]), weights.sum(2))
+        return out[:, :, None], lse[..., None]
+
+
+def initialize(module: nn.Module) -> bool:
+    """Give a map of a memory its starting value (a mean, or copies); False if `module` is none."""
+    # Asked of the maps, not of what holds them: transformers skips modules without parameters of their own.
+    if isinstance(module, PackMap):
+        count = module.in_features // module.out_features
+        eye = torch.eye(module.out_features, device=module.weight.device)
+        init.copy_(module.weight, eye.repeat(1, count) / count)
+    elif isinstance(module, LatentMap):
+        count = module.out_features // module.in_features
+        init.copy_(module.weight, torch.eye(module.in_features, device=module.weight.device).repeat(count, 1))
+        init.zeros_(module.bias)
+    else:
+        return False
+    return True
+
+
+def join_heads(keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+    """``[B, Hkv, E, D]`` twice -> ``[B, E, 2 * Hkv * D]``."""
+    return torch.stack([keys, values], dim=1).flatten(1, 2).transpose(1, 2).flatten(2)
+
+
+def split_heads(states: torch.Tensor, heads: int) -> KeyValue:
+    """``[B, E, 2 * Hkv * D]`` -> keys and values ``[B, Hkv, E, D]``."""
+    keys, values = states.unflatten(-1, (2, heads, -1)).movedim(2, 0)
+    return keys.transpose(1, 2), values.transpose(1, 2)

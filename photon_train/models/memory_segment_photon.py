@@ -1,0 +1,208 @@
+"""The segment of a memory layer: a window, and the tokens under the units outside it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import cached_property
+
+import torch
+
+from .attention_photon import NewElements, load_kernels, unrotate
+from .cache_photon import KeyValue, SlotMapping
+from .flex_photon import attend_window
+from .memory_photon import LayerMemory
+from .segments_photon import WindowSegment
+from .softmax_photon import FarKeys, additive
+
+
+class MemorySegment(WindowSegment):
+    """A window whose softmax also holds, one by one, the tokens under the units outside it, read from latents.
+
+    A unit is packed when it leaves the window, from the keys and values that the ring still holds or from the segment's
+    own. Sinks are seen beside the window, not under their unit.
+
+    Args:
+        chunk_size: S, tokens under a unit.
+        units: Holds the latents; None: none are kept.
+        packed: Units of each row before this segment and after it, ``[B or 1]`` twice.
+        host_packed: The same on the host, two lists; None where the host must not be waited for (every row then packs
+            the unit that left its window last: it is there already, or leaves now).
+        rotation: ``positions [B or 1, E] -> cosine, sine [B or 1, E, D]``.
+    """
+
+    def __init__(self, new: NewElements, chunk_size, units, packed, host_packed, rotation, **window) -> None:
+        super().__init__(new, **window)
+        self.chunk_size, self.units, self.rotation = chunk_size, units, rotation
+        self.before, self.after = packed
+        self.host_packed = host_packed
+        if host_packed is None:
+            self.num_new, real = 1, None
+            self.unit = (self.after - 1).clamp(min=0)[:, None]
+        else:
+            self.num_new = max(after - before for before, after in zip(*host_packed, strict=True))
+            self.unit = self.before[:, None] + torch.arange(self.num_new, device=self.index.device)
+            real = None if self.index.shape[0] == 1 else self.unit < self.after[:, None]
+        self.has_units = host_packed is None or max(host_packed[1]) > 0
+        self.had_units = host_packed is not None and max(host_packed[0]) > 0
+        if units is not None and self.num_new:
+            if host_packed is not None:
+                units.reserve(max(host_packed[1]))
+            elements = NewElements(new.batch, self.unit, valid=real, rows=new.rows, backend=new.backend)
+            self.unit_slots = elements.slot_mapping(units)
+
+    @cached_property
+    def content_rotation(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Of the segment's own queries."""
+        return self.rotation(self.index)
+
+    @cached_property
+    def _tokens(self) -> torch.Tensor:
+        """Tokens under the new units, ``[B or 1, U * S]``."""
+        inside = torch.arange(self.chunk_size, device=self.index.device)
+        return (self.unit[:, :, None] * self.chunk_size + inside).flatten(1)
+
+    @cached_property
+    def token_rotation(self) -> tuple[torch.Tensor, torch.Tensor]:
+        return self.rotation(self._tokens)
+
+    def attend(self, module, query, key, value, scale):
+        memory: LayerMemory = module.memory
+        content = unrotate(query, self.content_rotation)
+        if self._decodes(key):
+            return self._attend(module, query, key, value, scale, lambda: self._decode_far(module, content, scale))
+        latents = self._pack(module, key, value)
+        if latents is None:
+            return self._attend(module, query, key, value, scale)
+        keys, values = memory.unpack(*latents)
+        return self._attend(module, query, key, value, scale, lambda: (content, keys, values))
+
+    # --- packing ---
+
+    def _pack(self, module, key, value) -> KeyValue | None:
+        """Pack and store the units that leave the window in this segment; the latents of all units, or None."""
+        layer, new = module.layer_idx, None
+        # In training the modules run on nothing too: every parameter then has a gradient, on every process.
+        if self.num_new or (torch.is_grad_enabled() and not self.had_units):
+            keys, values = self._take(layer, key, value)
+            new = module.memory.pack(unrotate(keys, self.token_rotation), values)
+            if self.units is not None and self.num_new:
+                self.new.append(self.units, layer, self.unit_slots, *new)
+        if not self.had_units:
+            return new
+        count = max(self.host_packed[1])
+        held = self.units.read(layer, self.new.rows, count)
+        if new is not None and torch.is_grad_enabled() and key.requires_grad:
+            where = self.unit.expand(key.shape[0], -1)[:, None, :, None]
+            held = tuple(old.scatter(2, where.expand_as(own), own) for old, own in zip(held, new, strict=True))
+        return held
+
+    def _take(self, layer: int, key: torch.Tensor, value: torch.Tensor) -> KeyValue:
+        """Keys and values of the tokens under the new units, ``[B, Hkv, U * S, D]``."""
+        if not self.new.has_past:
+            stop = self.num_new * self.chunk_size
+            return key[:, :, :stop], value[:, :, :stop]
+        own = self.index[:, :1]
+        slots = self.ring.capacity
+        where = torch.where(
+            self._tokens >= own, slots + (self._tokens - own).clamp(max=self.length - 1), self.ring.slot(self._tokens)
+        )
+        past = self.ring.read(layer, self.new.rows)
+        return tuple(_gather(torch.cat(pair, dim=2), where) for pair in zip(past, (key, value), strict=True))
+
+    # --- decoding ---
+
+    def _decode_far(self, module, content: torch.Tensor, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
+        layer, memory = module.layer_idx, module.memory
+        if self.num_new:
+            self._pack_departed(module)
+        if not self.has_units:
+            return torch.zeros_like(content), content.new_full(content.shape[:3], -torch.inf, dtype=torch.float32)
+        if self.new.backend == "triton":
+            kernels = load_kernels()
+            keys, values, block_table = self.units.operands(layer)
+            mixed, mass, lse = kernels.latent_decode(
+                *memory.fold_queries(content[:, :, 0]),
+                keys,
+                values,
+                self.after.expand(self.new.batch),
+                scale,
+                first_token=self.num_sinks,
+                rows=self.new.kernel_rows,
+                block_table=block_table,
+                backend="triton",
+            )
+            return memory.unfold_values(mixed, mass)[:, :, None].to(content.dtype), lse[..., None]
+        latents = self.units.read(layer, self.new.rows, max(self.host_packed[1]) if self.host_packed else None)
+        token = torch.arange(latents[0].shape[2] * self.chunk_size, device=content.device)
+        visible = (token // self.chunk_size < self.after[:, None]) & (token >= self.num_sinks)
+        return memory.attend_folded(content[:, :, 0], latents, visible.expand(self.new.batch, -1), scale)
+
+    @cached_property
+    def _departed(self) -> tuple[torch.Tensor | None, torch.Tensor]:
+        """Rows of the pass whose unit leaves the window now (None: all), and its tokens' slots, ``[n or 1, S]``."""
+        slots = self.ring.slot(self._tokens)
+        if self.host_packed is None or self.index.shape[0] == 1:
+            return None, slots
+        rows = [row for row, (had, has) in enumerate(zip(*self.host_packed, strict=True)) if has > had]
+        which = torch.tensor(rows, device=slots.device)
+        return which, slots[which]
+
+    def _pack_departed(self, module) -> None:
+        """Pack the unit that leaves the window with this token: it lies in the ring."""
+        layer, (which, slots) = module.layer_idx, self._departed
+        keys, values, _ = self.ring.operands(layer)
+        rows = self.new.rows if which is None else (which if self.new.rows is None else self.new.rows[which])
+        if rows is None:
+            taken = tuple(_gather(states, slots) for states in (keys, values))
+        else:
+            taken = tuple(states[rows[:, None], :, slots].transpose(1, 2) for states in (keys, values))
+        rotary = self.token_rotation
+        if which is not None:
+            rotary = tuple(part[which] if part.shape[0] > 1 else part for part in rotary)
+        new = module.memory.pack(unrotate(taken[0], rotary), taken[1])
+        slot_mapping = self.unit_slots
+        if which is not None:
+            batch = torch.arange(len(which), device=which.device)
+            slot_mapping = SlotMapping(rows, torch.zeros_like(batch), self.unit[which, 0], batch)
+        self.new.append(self.units, layer, slot_mapping, *new)
+
+    # --- the plan of `blockwise_attention` ---
+
+    @cached_property
+    def _seen(self) -> list[tuple[int, int]]:
+        """Per block, the far tokens that each of its queries sees, and those that one of them sees."""
+        # What is no token stands after a row's last one, where nothing is packed yet.
+        seen = self.start.clamp(min=0, max=max(self.host_packed[1]) * self.chunk_size).cpu()
+        ends = [min(self.length, begin + self.block) - 1 for begin in range(0, self.length, self.block)]
+        return [
+            (int(seen[:, begin].min()), int(seen[:, end].max()))
+            for begin, end in zip(range(0, self.length, self.block), ends, strict=True)
+        ]
+
+    def far(self, queries: slice, like: torch.Tensor) -> Iterator[FarKeys]:
+        whole, some = self._seen[queries.start // self.block]
+        whole = max(whole, self.num_sinks)
+        if whole > self.num_sinks:
+            yield FarKeys(slice(self.num_sinks, whole), None)
+        if some > whole:
+            yield FarKeys(slice(whole, some), self._far_bias(queries, whole, some, like.dtype))
+
+    def _far_bias(self, queries: slice, whole: int, some: int, dtype: torch.dtype) -> torch.Tensor:
+        name = ("far", queries.start, dtype)
+        if name not in self._biases:
+            token = torch.arange(whole, some, device=self.start.device)
+            visible = token < self.start[:, queries, None]
+            self._biases[name] = additive(visible, dtype)[:, None]
+        return self._biases[name]
+
+    def _attend_fused(self, query, key, value, scale, far) -> torch.Tensor:
+        return attend_window(
+            query, key, value, self.start[0], self.index[0], self.num_sinks, scale, far, self.chunk_size
+        )
+
+
+def _gather(states: torch.Tensor, where: torch.Tensor) -> torch.Tensor:
+    """``states [B, H, N, D]`` at ``where [B or 1, E]``."""
+    if where.shape[0] == 1:
+        return states.index_select(2, where[0])
+    return states.gather(2, where[:, None, :, None].expand(-1, states.shape[1], -1, states.shape[3]))

@@ -1,0 +1,125 @@
+"""transformers' own `generate` on a hierarchical model, against a loop over the whole pass."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from tiny_hierarchical import HIERARCHIES, hierarchical_model, tokens
+from transformers import DynamicCache, StoppingCriteria, StoppingCriteriaList
+from transformers.generation.streamers import BaseStreamer
+
+NEW = 12
+NAMES = sorted(HIERARCHIES)
+
+
+@pytest.fixture(params=["block-2", "stream-2-slots"])
+def model(request):
+    return hierarchical_model(request.param)
+
+
+@torch.no_grad()
+def naive_greedy(model, prompt: torch.Tensor, steps: int) -> torch.Tensor:
+    ids = prompt
+    for _ in range(steps):
+        ids = torch.cat([ids, model(ids, use_cache=False).logits[:, -1].argmax(-1, keepdim=True)], dim=1)
+    return ids
+
+
+def generate(model, ids, **settings):
+    return model.generate(ids, **{"max_new_tokens": NEW, "do_sample": False, "eos_token_id": None, **settings})
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_greedy_equals_the_whole_pass(name):
+    model = hierarchical_model(name)
+    for length in (1, 7):
+        prompt = tokens(2, length, seed=length)
+        assert torch.equal(generate(model, prompt), naive_greedy(model, prompt, NEW))
+
+
+def test_generate_without_cache_is_the_same(model):
+    prompt = tokens(2, 9)
+    assert torch.equal(generate(model, prompt, use_cache=False), generate(model, prompt))
+
+
+def test_left_padded_batch_equals_each_prompt_alone(model):
+    rows = [tokens(1, length, seed=length) for length in (3, 8, 11)]
+    ids, mask = torch.full((3, 11), 2), torch.zeros(3, 11, dtype=torch.long)
+    for index, row in enumerate(rows):
+        ids[index, -row.shape[1] :], mask[index, -row.shape[1] :] = row[0], 1
+    out = generate(model, ids, attention_mask=mask)
+    for index, row in enumerate(rows):
+        assert torch.equal(out[index, 11:], naive_greedy(model, row, NEW)[0, row.shape[1] :])
+
+
+def test_beam_search_finds_what_it_finds_without_a_cache(model):
+    prompt = tokens(2, 5)
+    with_cache = generate(model, prompt, num_beams=3)
+    assert torch.equal(with_cache, generate(model, prompt, num_beams=3, use_cache=False))
+    assert with_cache.shape == (2, 5 + NEW)
+
+
+def test_sampling_is_a_function_of_the_seed_and_returns_several_sequences(model):
+    def sample():
+        torch.manual_seed(7)
+        return generate(model, tokens(2, 6), do_sample=True, top_k=20, temperature=0.8, num_return_sequences=3)
+
+    first = sample()
+    assert torch.equal(first, sample())
+    assert first.shape == (6, 6 + NEW) and len({tuple(row.tolist()) for row in first}) > 2
+
+
+def test_streamer_receives_every_token(model):
+    class Collect(BaseStreamer):
+        def __init__(self):
+            self.tokens, self.ended = [], False
+
+        def put(self, value):
+            self.tokens += value.flatten().tolist()
+
+        def end(self):
+            self.ended = True
+
+    streamer, prompt = Collect(), tokens(1, 6)
+    out = generate(model, prompt, streamer=streamer)
+    assert streamer.tokens == out[0].tolist() and streamer.ended
+
+
+def test_stopping_criteria_and_end_token_stop(model):
+    class After(StoppingCriteria):
+        def __call__(self, input_ids, scores, **kwargs):
+            return torch.full((input_ids.shape[0],), input_ids.shape[1] >= 10)
+
+    prompt = tokens(1, 6)
+    assert generate(model, prompt, stopping_criteria=StoppingCriteriaList([After()])).shape[1] == 10
+    free = generate(model, prompt)[0, 6:]
+    end = int(free[5])
+    stopped = generate(model, prompt, eos_token_id=end)
+    assert int(stopped[0, -1]) == end and stopped.shape[1] == 6 + int((free == end).nonzero()[0]) + 1
+
+
+def test_going_on_from_a_cache_equals_generating_at_once(model):
+    prompt, more = tokens(2, 9), tokens(2, 5, seed=4)
+    out = generate(model, prompt, return_dict_in_generate=True)
+    # The last generated token has not been fed yet: the next call feeds it with the new text.
+    text = torch.cat([out.sequences, more], dim=1)
+    continued = generate(model, text, past_key_values=out.past_key_values)
+    assert torch.equal(continued, naive_greedy(model, text, NEW))
+
+
+def test_a_prompt_may_be_embeddings(model):
+    prompt = tokens(2, 7)
+    out = generate(model, None, inputs_embeds=model.get_input_embeddings()(prompt))
+    assert torch.equal(out, naive_greedy(model, prompt, NEW)[:, 7:])
+
+
+def test_what_cannot_work_says_so(model):
+    prompt = tokens(1, 6)
+    with pytest.raises(ValueError, match="[Aa]ssisted|stateful|_is_stateful"):
+        generate(model, prompt, prompt_lookup_num_tokens=3)
+    with pytest.raises(NotImplementedError, match="continuous batching"):
+        model.generate_batch([prompt[0].tolist()])
+    with pytest.raises(ValueError, match="must be a HierarchicalCache, not DynamicCache"):
+        generate(model, prompt, past_key_values=DynamicCache())
+    with pytest.raises(ValueError, match="cache_implementation='static'"):
+        generate(model, prompt, cache_implementation="static")

@@ -1,0 +1,113 @@
+"""What a grafted model computes, written from the design's words in loops and float64: no code of the package is used.
+
+Every attention layer has a sliding window of W tokens and a few sinks; a memory layer also reads, inside the same
+softmax, the tokens under the units of S tokens that lie wholly outside the window. A unit's S keys (their rotation
+undone) and values are packed into a latent by the chunker and unpacked by the converter, and far keys meet the query
+with its rotation undone. Window and units cover every earlier token once: the window reaches back to a multiple of S.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+
+
+def rotate(vector: torch.Tensor, position: int, theta: float, sign: int = 1) -> torch.Tensor:
+    """Rotary embedding of one head's vector ``[D]``, pairs (i, i + D / 2)."""
+    half = len(vector) // 2
+    out = vector.clone()
+    for index in range(half):
+        angle = sign * position / theta ** (2 * index / len(vector))
+        a, b = vector[index], vector[index + half]
+        out[index] = a * math.cos(angle) - b * math.sin(angle)
+        out[index + half] = b * math.cos(angle) + a * math.sin(angle)
+    return out
+
+
+def norm(states: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    return states / (states.pow(2).mean(-1, keepdim=True) + eps).sqrt() * weight
+
+
+def logits(weights: dict[str, torch.Tensor], config: dict[str, Any], ids: list[int]) -> torch.Tensor:
+    """Logits ``[T, V]`` of a Llama with PHOTON's attention.
+
+    Args:
+        weights: The model's state dict.
+        config: Its configuration as a dict.
+        ids: Tokens of one sequence.
+    """
+    weights = {name: tensor.double() for name, tensor in weights.items()}
+    hidden = weights["model.embed_tokens.weight"][ids]
+    eps = config["rms_norm_eps"]
+    for layer in range(config["num_hidden_layers"]):
+        prefix = f"model.layers.{layer}."
+        own = {name.removeprefix(prefix): tensor for name, tensor in weights.items() if name.startswith(prefix)}
+        hidden = hidden + attention(own, config, layer, norm(hidden, own["input_layernorm.weight"], eps))
+        inner = norm(hidden, own["post_attention_layernorm.weight"], eps)
+        gate = torch.nn.functional.silu(inner @ own["mlp.gate_proj.weight"].T)
+        hidden = hidden + (gate * (inner @ own["mlp.up_proj.weight"].T)) @ own["mlp.down_proj.weight"].T
+    hidden = norm(hidden, weights["model.norm.weight"], eps)
+    return hidden @ weights.get("lm_head.weight", weights["model.embed_tokens.weight"]).T
+
+
+def attention(own: dict[str, torch.Tensor], config: dict[str, Any], layer: int, states: torch.Tensor) -> torch.Tensor:
+    length, size = len(states), config["head_dim"]
+    heads, kv_heads = config["num_attention_heads"], config["num_key_value_heads"]
+    theta = config["rope_parameters"]["rope_theta"]
+    projected = {
+        name: (states @ own[f"self_attn.{name}_proj.weight"].T).view(length, count, size)
+        for name, count in (("q", heads), ("k", kv_heads), ("v", kv_heads))
+    }
+    chunk, remembers = config["chunk_size"], layer in config["memory_layers"]
+    aligns = chunk if config["memory_layers"] else 1
+    units = unpacked(own, config, projected) if remembers else {}
+    out = torch.zeros(length, heads, size, dtype=torch.float64)
+    for query in range(length):
+        first = max(0, query - config["window"] + 1) // aligns * aligns
+        if layer in config["full_attention_layers"]:
+            first = 0
+        for head in range(heads):
+            kv_head = head // (heads // kv_heads)
+            content = projected["q"][query, head]
+            scores, values = [], []
+            for token in range(query + 1):
+                key, value = projected["k"][token, kv_head], projected["v"][token, kv_head]
+                if token >= first or token < config["num_sinks"]:
+                    turned = rotate(content, query, theta) @ rotate(key, token, theta)
+                    scores.append(turned)
+                    values.append(value)
+                elif remembers:
+                    far_key, far_value = units[token]
+                    scores.append(content @ far_key[kv_head])
+                    values.append(far_value[kv_head])
+            shares = (torch.stack(scores) / math.sqrt(size)).softmax(0)
+            out[query, head] = shares @ torch.stack(values)
+    return out.view(length, heads * size) @ own["self_attn.o_proj.weight"].T
+
+
+def unpacked(own, config, projected) -> dict[int, tuple[torch.Tensor, torch.Tensor]]:
+    """By token of every complete unit, its far key and value, ``[Hkv, D]`` each."""
+    chunk, kv_heads, size = config["chunk_size"], config["num_key_value_heads"], config["head_dim"]
+    count = config["latents_per_unit"]
+    half = kv_heads * size
+    result = {}
+    for begin in range(0, len(projected["k"]) - chunk + 1, chunk):
+        members = range(begin, begin + chunk)
+        keys = [projected["k"][token].reshape(half) for token in members]
+        values = [projected["v"][token].reshape(half) for token in members]
+        if count == 1:
+            inputs = [torch.cat([part for pair in zip(keys, values, strict=True) for part in pair])]
+        else:
+            inputs = [torch.cat(keys), torch.cat(values)]
+        slots = []
+        for number, states in enumerate(inputs):
+            name = f"self_attn.memory.{{}}.maps.{number}."
+            latent = own[name.format("chunker") + "weight"] @ states
+            back = own[name.format("converter") + "weight"] @ latent + own[name.format("converter") + "bias"]
+            slots.append(back.view(chunk, -1))
+        for place, token in enumerate(members):
+            row = torch.cat([part[place] for part in slots])
+            result[token] = row[:half].view(kv_heads, size), row[half:].view(kv_heads, size)
+    return result
