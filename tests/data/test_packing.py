@@ -126,8 +126,8 @@ def test_documents_start_with_bos_where_the_tokenizer_puts_one() -> None:
     assert real_tokens(dataset) == [bos, *x, EOS, bos, *y, EOS]
 
 
-def test_sequence_length_must_fit_the_span(tokenizer) -> None:
-    with pytest.raises(PhotonError, match=r"train.seq_len = 50 .*span, 16 tokens: take 48"):
+def test_sequence_length_must_fit_the_units(tokenizer) -> None:
+    with pytest.raises(PhotonError, match=r"train.seq_len = 50 .*16 tokens under a unit: take 48"):
         pack(documents(TEXTS), tokenizer, 50, 16, EOS, progress=False)
     for seq_len, align in ((0, 1), (-4, 4), (16, 0)):
         with pytest.raises(PhotonError, match=f"train.seq_len = {seq_len} "):

@@ -63,9 +63,9 @@ def dense_bound(dense: Any, context: int, batch: int, device: Device, dtype_byte
 
 @dataclass(frozen=True)
 class Occasional:
-    """What a row needs once per `span` tokens, in elements: `weights` of the model, and `cached` ones of its own."""
+    """What a row needs once per unit, in elements: `weights` of the model, and `cached` ones of its own."""
 
-    span: int
+    unit_tokens: int
     weights: int
     cached: int = 0
 
