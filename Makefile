@@ -60,7 +60,7 @@ $(PEERS)/.installed: $(VENV)/.installed requirements-peers.txt
 	@touch $@
 
 test-peers: $(PEERS)/.installed
-	PYTHONPATH=$(abspath $(PEERS)) TRANSFORMERS=$(TRANSFORMERS) $(BIN)/python -m pytest -n $(JOBS) --dist loadscope tests/peers
+	PYTHONPATH=$(abspath $(PEERS)) TRANSFORMERS=$(TRANSFORMERS) $(BIN)/python -m pytest -n $(JOBS) --dist loadgroup tests/peers
 
 lint: venv
 	$(BIN)/ruff check .

@@ -13,6 +13,9 @@ from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+# One process makes the export, for all who use it.
+pytestmark = pytest.mark.xdist_group("export")
+
 # Longer than the export's window; texts of several lengths, so that batches have padding.
 SENTENCES = [
     "The harbour was quiet, and nobody on the quay knew whose boat had come in during the night.",

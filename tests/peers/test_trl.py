@@ -14,6 +14,8 @@ from typing import Any
 
 import pytest
 
+# One process makes the export, for all who use it.
+pytestmark = pytest.mark.xdist_group("export")
 SCRIPT = Path(__file__).with_name("train_with_trl.py")
 
 
