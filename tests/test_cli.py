@@ -291,7 +291,7 @@ def test_token_is_never_written() -> None:
 
 
 def _fail() -> None:
-    raise PhotonError("a.yaml:\n  mend it")
+    raise PhotonError("a.yaml:\n  fix it")
 
 
 def _fill_the_disk() -> None:
@@ -307,7 +307,7 @@ def test_an_error_of_one_process_alone_is_said(capsys, monkeypatch) -> None:
     with pytest.raises(SystemExit) as stop:
         main_wrapper(_fail)
     assert stop.value.code == 2 and waited[0] >= 5
-    assert capsys.readouterr().err == "error (process 9): a.yaml: mend it\n"
+    assert capsys.readouterr().err == "error (process 9): a.yaml: fix it\n"
 
 
 def test_main_wrapper(capsys, monkeypatch) -> None:
@@ -315,7 +315,7 @@ def test_main_wrapper(capsys, monkeypatch) -> None:
     with pytest.raises(SystemExit) as stop:
         main_wrapper(_fail)
     assert stop.value.code == 2
-    assert capsys.readouterr().err == "error: a.yaml: mend it\n"
+    assert capsys.readouterr().err == "error: a.yaml: fix it\n"
     with pytest.raises(SystemExit) as stop:
         main_wrapper(_fill_the_disk)
     assert stop.value.code == 2

@@ -1,4 +1,4 @@
-"""Tile sizes, launch options and numbers of parts of the attention kernels."""
+"""Tile sizes, launch options and numbers of splits of the attention kernels."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from photon_kernels._backend import next_power_of_2
 MAX_BLOCK_M = 64
 # Enough programs for two on each of an H100's or H200's 132 multiprocessors.
 TARGET_PROGRAMS = 264
-# A part shorter than this costs more in the combining pass than it gains.
+# A split shorter than this costs more in the combining pass than it gains.
 MIN_PER_SPLIT = 256
 MAX_SPLITS = 64
 

@@ -83,7 +83,8 @@ class Graft:
     def flops(self, context: int) -> float:
         """Forward FLOPs of the token after `context` tokens; a unit's packing is spread over its tokens.
 
-        A converter is folded into the queries: these then meet latents, or of two parts their half, once per token.
+        A converter is folded into the queries: these then meet latents (of two per unit, their own one), once per
+        token.
         """
         config, shape, chunk = self.config, self.shape, self.config.chunk_size
         weights = self.num_layers * shape.layer_matrices + shape.vocab * shape.hidden

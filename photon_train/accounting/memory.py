@@ -111,7 +111,7 @@ class TrainingMemory:
         buffers: What DeepSpeed (or DDP) holds beside them: buckets, gathered weights, shards of gradients.
         activations: What the backward pass keeps and works on when it begins.
         step: What the optimiser step works on, gradients left aside.
-        accumulates: Whether gradients are held when the backward pass begins.
+        accumulates: Whether gradients are in memory when the backward pass begins.
         host: What offloading keeps in main memory instead.
     """
 

@@ -30,7 +30,7 @@ def make_parser(prog: str = "photon-train serve") -> argparse.ArgumentParser:
     )
     parser.add_argument("--max-sequences", type=int, default=64, help="sequences that run at a time")
     parser.add_argument("--max-length", type=int, default=None, help="longest sequence; default: the model's")
-    parser.add_argument("--max-prefixes", type=int, default=8, help="beginnings of prompts that are kept")
+    parser.add_argument("--max-prefixes", type=int, default=8, help="prefixes of prompts that are kept")
     parser.add_argument("--cuda-graphs", default="auto", help="auto or off")
     return parser
 

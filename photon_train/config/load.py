@@ -37,8 +37,8 @@ def load_config(argv: list[str] | None, *, prog: str, description: str, defaults
         A new, checked configuration.
 
     Raises:
-        PhotonError: one line that names key, place and what is allowed, for a key that is unknown, a value that is not
-            allowed, or a file that cannot be read.
+        PhotonError: one line that names the key, where it stands and what is allowed, for an unknown key, a value that
+            is not allowed, or a file that cannot be read.
         SystemExit: with status 0 after ``--help``.
     """
     defaults = defaults or RunConfig()

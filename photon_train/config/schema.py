@@ -72,9 +72,9 @@ class LevelOverrides:
     """One level of the hierarchy; level 0 of the list is the first above the tokens."""
 
     chunk_size: Count | None = None
-    """Units of the level below that one unit of this level summarises."""
+    """Units of the level below that are packed into one unit of this level."""
     num_slots: Count | None = None
-    """Conditioning vectors that one state of this level is expanded to."""
+    """Slots that one state of this level is expanded to, before what lies under it."""
     encoder_layers: Natural | None = None
     """Depth of the causal transformer over this level's units."""
     encoder_window: Natural | None = None
@@ -85,7 +85,7 @@ class LevelOverrides:
 
 @dataclass(config=_CHECKED)
 class PhotonSettings:
-    """The window, and what stands in for what lies outside it. Unset fields take the preset's choice."""
+    """The window, and the memory or the levels for what lies outside it. Unset fields take the preset's choice."""
 
     window: Count | None = None
     """Tokens that a windowed layer looks back on (`graft`, and the token stream of `split`)."""
@@ -221,7 +221,7 @@ class TrainSettings:
 
 @dataclass(config=_CHECKED)
 class LoraSettings:
-    """Low-rank adaptation of the copied stacks (peft)."""
+    """Low-rank adaptation of the dense model's layers (peft)."""
 
     rank: Natural = 16
     """Rank of the update; 0 trains every weight in full."""

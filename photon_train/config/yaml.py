@@ -62,7 +62,7 @@ def parse_yaml(text: str, source: str) -> Any:
     """Return the content of YAML text; nothing at all is an empty mapping.
 
     Raises:
-        PhotonError: naming `source` and the place if the text is no valid YAML.
+        PhotonError: naming `source` and the line if the text is no valid YAML.
     """
     try:
         content = yaml.load(text, Loader=_Loader)  # a SafeLoader: builds plain values only

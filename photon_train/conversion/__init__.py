@@ -1,1 +1,1 @@
-"""Dense checkpoints to PHOTON checkpoints: source -> presets -> plan -> apply -> calibrate -> verify."""
+"""Dense checkpoints to PHOTON checkpoints: source -> presets -> plan -> apply -> calibrate."""

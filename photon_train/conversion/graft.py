@@ -3,8 +3,8 @@
 Choices where the user makes none: a window of 256 tokens, or 64 for models of hidden size <= 512 (such as the demo's),
 and 4 sinks; N / 8 memory layers with one latent per 4 tokens (8 in models of fewer than 8 layers), 3.1% of the dense
 model's growing KV. The layers should come from a probe of the dense model (`photon.choose_layers`); without one they
-lie evenly in the upper half. Latents wider than 4,096 numbers (models without grouped heads) are packed in two parts.
-`photon.memory_layers` set to the empty list leaves window and sinks alone (StreamingLLM, arXiv 2309.17453).
+lie evenly in the upper half. Latents wider than 4,096 numbers (models without grouped heads) are packed apart, two per
+unit. `photon.memory_layers` set to the empty list leaves window and sinks alone (StreamingLLM, arXiv 2309.17453).
 """
 
 from __future__ import annotations

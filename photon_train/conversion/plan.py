@@ -59,7 +59,7 @@ class ConversionPlan:
         dtype: Type of every target tensor, e.g. ``bfloat16``.
         preserves_dense: Whether the converted model is the dense model exactly while the window holds the
             whole text.
-        tensors: One entry per target tensor.
+        tensors: One plan per target tensor.
         dropped: Dense tensors that are left out.
     """
 

@@ -76,7 +76,7 @@ def make_plan(checkpoint: DenseCheckpoint, config: PretrainedConfig, dtype: str 
 
 
 def _drop_reason(name: str, config: PretrainedConfig) -> str:
-    """Why a dense tensor has no place; empty (which the check refuses) if there is no known reason."""
+    """Why a dense tensor is not used; empty (which the check refuses) if there is no known reason."""
     if name == "lm_head.weight" and config.tie_word_embeddings:
         return "the head shares the embedding's weight"
     if name.endswith("rotary_emb.inv_freq"):

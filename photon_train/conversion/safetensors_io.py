@@ -62,7 +62,7 @@ class TensorInfo:
 
 
 def read_header(path: Path) -> dict[str, TensorInfo]:
-    """Read the names, shapes and places of a file's tensors, and check the file's length against them.
+    """Read the names, shapes and offsets of a file's tensors, and check the file's length against them.
 
     Raises:
         PhotonError: if the file is truncated, corrupt or not safetensors.

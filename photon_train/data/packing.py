@@ -78,7 +78,7 @@ def pack(
 
     Each document is its tokens and `eos_id` (after a BOS token where the tokenizer puts one). Documents follow one
     another; a document that does not fit goes on at position 0 of the next sequence. With `align` > 1 filler stands
-    between documents so that each starts on a multiple of `align`: no chunk holds parts of two documents.
+    between documents so that each starts on a multiple of `align`: no unit holds tokens of two documents.
     Conversations are written with the chat template instead, and only the assistant's words get labels.
 
     Args:

@@ -340,7 +340,7 @@ class CorpusDataset(torch.utils.data.Dataset):
         return {"input_ids": input_ids, "labels": input_ids.masked_fill(torch.from_numpy(masked), IGNORED_LABEL)}
 
     def _parts(self, index: int) -> Iterator[tuple[int, int, int, int]]:
-        """Pieces of sequence `index`: place in it, shard, first token there, tokens."""
+        """Pieces of sequence `index`: start in it, shard, first token there, tokens."""
         begin, end = index * self.seq_len, (index + 1) * self.seq_len
         number = max(0, int(np.searchsorted(self.starts, begin, side="right")) - 1)
         while number < len(self.starts) and self.starts[number] < end:

@@ -157,7 +157,7 @@ class PagedCache:
         return copy
 
     def close(self, allocation: Allocation) -> None:
-        """Give back a sequence's row and its part in its blocks."""
+        """Give back a sequence's row and its references to its blocks."""
         self.pool.release(allocation.blocks)
         heapq.heappush(self._free_rows, allocation.row)
         allocation.blocks = []

@@ -240,7 +240,7 @@ class Engine:
     def stream(
         self, prompts: Iterable[Prompt], params: SamplingParams | list[SamplingParams] | None = None
     ) -> Iterator[Event]:
-        """The tokens of all prompts as they come; a request's number is its prompt's place, from 0.
+        """The tokens of all prompts as they come; a request's number is its prompt's index, from 0.
 
         Ending the iteration early drops what is unfinished.
         """

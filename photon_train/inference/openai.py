@@ -158,7 +158,7 @@ class Choice:
     """One continuation as it comes.
 
     Attributes:
-        index: Its place in the answer.
+        index: Its number in the answer.
         events: Its tokens.
     """
 

@@ -1,4 +1,4 @@
-"""Prefixes of prompts that are kept, so that equal beginnings are encoded once.
+"""Prefixes of prompts that are kept, so that equal ones are encoded once.
 
 A prefix is found by the hash of its tokens. Kept are the state at the end of each prefill segment and at the end of
 each prompt, the latter with the logits of what follows. A kept prefix is a sequence of the cache that nobody writes:
@@ -17,11 +17,11 @@ import torch
 from photon_train.inference.blocks import Allocation
 from photon_train.inference.cache import PagedCache
 
-_END = b"end of prompt"  # A prompt and the same tokens as the beginning of a longer one keep different things.
+_END = b"end of prompt"  # A prompt and the same tokens as the prefix of a longer one keep different things.
 
 
 def prefix_keys(tokens: list[int], stride: int) -> list[tuple[int, bytes]]:
-    """``(length, hash)`` of the beginnings of `tokens`: every `stride` tokens, and the whole as a prompt's end."""
+    """``(length, hash)`` of the prefixes of `tokens`: every `stride` tokens, and the whole as a prompt's end."""
     chain, keys = hashlib.sha256(), []
     for start in range(0, len(tokens), stride):
         chain.update(array("q", tokens[start : start + stride]).tobytes())

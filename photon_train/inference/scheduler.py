@@ -117,7 +117,7 @@ class Scheduler:
         self.waiting.extendleft(reversed(deferred))
 
     def _is_being_encoded(self, sequence: Sequence) -> bool:
-        """Whether a longer beginning of the prompt than is kept will be there once a running prefill has passed it."""
+        """Whether a longer prefix of the prompt than is kept will be there once a running prefill has passed it."""
         if sequence.saved is not None or self.prefixes.max_prefixes == 0:
             return False
         found = self.prefixes.find(sequence.keys)

@@ -28,8 +28,8 @@ class HierarchicalCache(RowCache):
         open: Per level, the states of the open chunk's children, ``[rows, C, d]``; child k lies in slot ``k % C``.
         conditions: With `recgen`, per level below the top: what the decoder above predicts of the open unit,
             ``[rows, d]``.
-        run: How a piece of one-token decoding is run, ``run(part, level, rows, *tensors)``; None calls it. `rows` and
-            tensors have an entry per row, and the shapes of all that it computes follow from their number.
+        run: How a piece of one-token decoding is run, ``run(piece, level, rows, *tensors)``; None calls it. `rows` and
+            tensors have an element per row, and the shapes of all that it computes follow from their number.
     """
 
     def __init__(

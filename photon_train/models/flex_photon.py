@@ -27,8 +27,8 @@ class FlexMask:
 
         ``i >= after[j]`` and ``at_least[j] <= starts[i] <= at_most[j]``.
 
-    For a near key, `after` is its place and `at_most` its index (no limit for a sink); for a far one, `at_least` is the
-    end of its unit.
+    For a near key, `after` is its column and `at_most` its index (no limit for a sink); for a far one, `at_least` is
+    the end of its unit.
 
     Attributes:
         starts: First visible element of each query, ``[T]``, non-decreasing.

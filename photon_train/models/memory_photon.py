@@ -104,7 +104,7 @@ class LayerMemory(nn.Module):
         """``use(matrix, bias)`` of what the converter does to one latent for keys (`half` 0) or values (-1).
 
         The matrix is ``[S, Hkv, D, C]``, the bias ``[S, Hkv, D]``; C is the width of what is read: the latent, or of
-        two parts its own half.
+        two latents its own half.
         """
         shape = (self.chunk_size, 2 // self.num_latents, self.heads, self.head_dim)
         return self.converter.maps[half](

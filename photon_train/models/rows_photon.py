@@ -21,8 +21,8 @@ class Rows:
         valid: Which tokens are real, ``[B, T]``, the others follow them; None: all.
         lengths: New tokens of each row, ``[B]``; past: tokens before them, ``[B]``.
         host_lengths, host_past: The same on the host; `host_past` is None where the host may not decide anything.
-        order: Column of the input that each place of a row takes, ``[B, T]``; None: they are the same.
-        place: Place that each column of the input has taken, ``[B, T]``, or None.
+        order: Column of the input that each token of a row comes from, ``[B, T]``; None: they are the same.
+        place: Where in its row each column of the input is, ``[B, T]``, or None.
         rows: Rows of the cache, ``[B]``; None: all.
     """
 

@@ -88,7 +88,7 @@ def estimate_training(
 
 
 def document_alignment(photon: PretrainedConfig, config: RunConfig) -> int:
-    """Tokens to whose multiples documents are aligned, so that no unit holds parts of two; 1 does not align.
+    """Tokens to whose multiples documents are aligned, so that no unit holds tokens of two; 1 does not align.
 
     Raises:
         PhotonError: if `train.seq_len` is no multiple of them.

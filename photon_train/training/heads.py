@@ -1,4 +1,4 @@
-"""Losses over the vocabulary in chunks of positions, so that the logits of a whole sequence are never held.
+"""Losses over the vocabulary in chunks of positions, so that the logits of a whole sequence are never in memory.
 
 For a vocabulary of 128k and 32k tokens the logits in fp32, with their gradient, would be 32 GiB. Here the model returns
 what its head would read, and head and loss are taken chunk by chunk; the backward pass computes a chunk's logits again.

@@ -50,7 +50,7 @@ class TrainResult:
     Attributes:
         model: The model as training holds it (wrapped, perhaps sharded): for `collect.gather_full_model`, and valid
             until the next `train` with the same accelerator.
-        history: The records of `metrics.jsonl`, with `step` and `train/...` or `eval/...` entries (main process).
+        history: The records of `metrics.jsonl`, with `step` and `train/...` or `eval/...` keys (main process).
         metrics: The last of each: `eval/ce`, `eval/perplexity`, `train/...`.
         initial_ce: Held-out cross-entropy before the first step (nats per token).
         steps: Optimiser steps done.
@@ -95,7 +95,7 @@ def evaluate(accelerator: Accelerator, objective: nn.Module, dataset: PackedData
     sums = torch.zeros(2, device=accelerator.device)
     was_training = objective.training
     objective.eval()
-    # Every process runs every round, since sharded parameters are gathered in step; places past the end are masked.
+    # Every process runs every round, since sharded parameters are gathered in step; sequences past the end are masked.
     for first in range(0, count, size * processes):
         indices = first + accelerator.process_index * size + torch.arange(size)
         batch = dataset.batch(indices.clamp(max=count - 1))

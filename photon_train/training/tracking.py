@@ -145,7 +145,7 @@ def tracked(
         output_dir: Where W&B and tensorboard write.
         name: What is trained (`photon`, `dense`): part of the run's name and W&B's job type. In a sweep, whose agent
             expects one run per process, the dense comparison is not tracked.
-        extra: More entries of the run's configuration, such as the KV ratio.
+        extra: More keys of the run's configuration, such as the KV ratio.
         start_step: Step that a resumed training goes on from.
 
     Raises:

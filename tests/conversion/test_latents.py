@@ -184,7 +184,7 @@ def test_latents_are_measured_in_as_many_groups_as_memory_asks_for(name, groups,
 
 @torch.no_grad()
 def test_far_scores_are_as_large_as_near_ones_under_yarn():
-    """YaRN multiplies cosines and sines; queries and keys have that factor once, whether rotated or turned back."""
+    """YaRN multiplies cosines and sines; queries and keys have that factor once, whether rotated or not."""
     rope = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 8.0, "original_max_position_embeddings": 64}
     settings = base_config(rope_parameters=rope)
     config = PhotonConfig(base_model_type=settings.pop("model_type"), **settings, **GRAFTS["memory"])

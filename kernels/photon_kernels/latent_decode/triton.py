@@ -158,7 +158,7 @@ def latent_mix_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """Program ``(t * KV_HEADS + h, s, b)``: row b, part s of its units, tile t of its queries, head h of the halves.
+    """Program ``(t * KV_HEADS + h, s, b)``: row b, split s of its units, tile t of its queries, head h of the halves.
 
     Writes ``mixed [S, B, R, C]``: the sums of latents weighted by ``weights`` times ``factors [B, R, tiles]``.
     """
@@ -174,7 +174,7 @@ def latent_mix_kernel(
     dims = tl.arange(0, BLOCK_D)
     in_head = dims < HEAD_DIM
     stop = tl.minimum(tl.load(visible + row).to(tl.int32), capacity)
-    # Each row is cut by its own length, in whole tiles, so that its parts are equally long.
+    # Each row is cut by its own length, in whole tiles, so that its splits are equally long.
     per_split = tl.cdiv(tl.cdiv(stop, BLOCK_N), num_splits) * BLOCK_N
     begin = split * per_split
     end = tl.minimum(begin + per_split, stop)

@@ -41,7 +41,7 @@ def paged_decode_attention(
         block_table: Optional integer ``[Br, W]``: element n of row r is in block ``block_table[r, n // E]`` at index
             ``n % E``, where E is the number of elements per block; then N is ``W * E``. What the table holds beyond the
             elements that a row's queries see is not read.
-        num_splits: Parts into which the Triton kernel cuts each row, to keep a GPU busy when there are few rows;
+        num_splits: Pieces into which the Triton kernel splits each row, to keep a GPU busy when there are few rows;
             ``None`` chooses. It changes rounding only. The torch backend ignores it.
         backend: ``"torch"`` (any device, differentiable) or ``"triton"`` (GPU, forward only).
 

@@ -1,7 +1,7 @@
 """Triton kernels of the decode attention over a growing store: split over the sequence, then combined.
 
 A decode step offers B * Hkv independent rows, too few for a GPU at small batches, while the store is long. So each row
-is cut into parts that are attended to independently ("flash-decoding"); their outputs are joined by their log-sum-exps.
+is cut into splits, attended to independently ("flash-decoding"); their outputs are joined by their log-sum-exps.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ def paged_split_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """Program ``(b, h, t * num_splits + s)`` attends from the t-th tile of queries to part s of row b.
+    """Program ``(b, h, t * num_splits + s)`` attends from the t-th tile of queries to split s of row b.
 
     Writes ``out [B, Hq, Q, S, D]`` and ``lse [B, Hq, Q, S]``. PER_BLOCK is the number of elements per block, 0 for a
     store in one piece.
@@ -79,7 +79,7 @@ def paged_split_kernel(
         other=0.0,
     )
 
-    # Elements that any of the queries sees. Each row is cut by its own, in whole tiles, so that its parts are equal.
+    # Elements that any of the queries sees. Each row is cut by its own, in whole tiles, so that its splits are equal.
     count = tl.load(seen + row * num_positions + positions, mask=is_query, other=0).to(tl.int32)
     count = tl.minimum(count, num_elements)
     stop = tl.max(count, 0)
