@@ -195,8 +195,11 @@ class PagedCache:
     def begin(self, sequences: list[Allocation]) -> None:
         """Choose the rows of the next pass, in this order."""
         self.table.begin(sequences)
+        rows = [allocation.row for allocation in sequences]
         self.state.host_lengths = [allocation.length for allocation in sequences]
-        self.state.rows = torch.tensor([allocation.row for allocation in sequences], device=self.table.blocks.device)
+        # All rows, in order, are read as they lie; others are gathered.
+        whole = rows == list(range(self.layout.num_rows)) and not self.table.rounded
+        self.state.rows = None if whole else torch.tensor(rows, device=self.table.blocks.device)
 
     def fix_shapes(self, max_blocks: int) -> None:
         """Keep the shapes that passes see few: a table of `max_blocks` per row, and rounded numbers of blocks.

@@ -67,12 +67,15 @@ class Runner:
     @torch.no_grad()
     def decode(self, work: list[tuple[Allocation, int]]) -> torch.Tensor:
         """Feed each sequence one token; logits of what follows it, ``[n, V]``."""
-        allocations = [allocation for allocation, _ in work]
-        ids = torch.tensor([[token] for _, token in work])
+        order = sorted(range(len(work)), key=lambda index: work[index][0].row)
+        allocations = [work[index][0] for index in order]
+        ids = torch.tensor([[work[index][1]] for index in order])
         logits = self._forward(allocations, ids, None)
         for allocation in allocations:
             allocation.length += 1
-        return logits
+        if order == sorted(order):
+            return logits
+        return torch.empty_like(logits).index_copy(0, torch.tensor(order, device=logits.device), logits)
 
     def _forward(self, allocations: list[Allocation], ids: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
         self.cache.begin(allocations)

@@ -67,12 +67,13 @@ def merge(first: tuple[torch.Tensor, torch.Tensor], second: tuple[torch.Tensor, 
     return (out * next(weights) + other * next(weights)).to(out.dtype), joint
 
 
-def attend_set(query, key, value, bias, scale):
+def attend_set(query, key, value, bias, scale, may_see_none: bool = False):
     """Attend to one set of keys.
 
     Args:
         query: ``[B, Hq, R, D]``; key, value: ``[B, Hkv, K, D]``.
         bias: Additive mask, ``[1 or B, 1, R, K]``, or None.
+        may_see_none: Whether `bias` may leave a query without any key.
 
     Returns:
         Output ``[B, Hq, R, D]`` and log-sum-exp ``[B, Hq, R]`` in fp32 (-inf for a query that sees nothing).
@@ -80,7 +81,7 @@ def attend_set(query, key, value, bias, scale):
     if query.device.type == _FLASH_DEVICE:
         operation = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
         out, lse = operation(query, key, value, 0.0, False, attn_mask=bias, scale=scale)
-        if bias is not None:
+        if may_see_none and bias is not None:
             # The operation leaves 0 for a query that sees nothing.
             lse = lse.masked_fill((bias == -torch.inf).all(dim=-1), -torch.inf)
         return out, lse
@@ -139,7 +140,7 @@ class _Blockwise(torch.autograd.Function):
             if far_query is not None:
                 for seen, bias in plan.far(rows, query):
                     states = far_query[:, :, rows], far_key[:, :, seen], far_value[:, :, seen]
-                    found = merge(found, attend_set(*states, bias, scale))
+                    found = merge(found, attend_set(*states, bias, scale, may_see_none=True))
             out[:, :, rows], total[:, :, rows] = found
         ctx.plan, ctx.scale, ctx.past = plan, scale, past
         ctx.save_for_backward(query, key, value, far_query, far_key, far_value, out, total)
