@@ -6,6 +6,7 @@ import pytest
 import torch
 from tiny import GRAFTS, photon_model, tokens
 
+from photon_train.inference.blocks import Allocation, BlockTable
 from photon_train.inference.engine import Engine, EngineSettings
 from photon_train.inference.request import Completion, SamplingParams
 from photon_train.inference.runner import Runner
@@ -82,3 +83,18 @@ def test_a_request_that_overflows_leaves_nothing():
         ((alone,),) = Engine(model, settings=settings).generate([prompt], params)
         assert answer.tokens == alone.tokens
         torch.testing.assert_close(torch.tensor(answer.logprobs), torch.tensor(alone.logprobs), atol=2e-4, rtol=0)
+
+
+def test_a_row_of_the_table_names_its_own_blocks_alone():
+    table = BlockTable(3, torch.device("cpu"))
+    first, second = Allocation(0, [7]), Allocation(2, [4, 9, 5])
+    table.set(first)
+    table.set(second)  # wider than the table was
+    table.widen(8)
+    first.blocks += [3, 8]
+    table.set(first, 1)
+    assert table.blocks[0].tolist() == [7, 3, 8, 8, 8, 8, 8, 8]
+    assert table.blocks[2].tolist() == [4, 9, 5, 5, 5, 5, 5, 5]
+    second.blocks = [6]  # another sequence in the row of the second
+    table.set(second)
+    assert table.blocks[2].tolist() == [6] * 8
