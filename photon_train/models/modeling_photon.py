@@ -10,6 +10,7 @@ from torch import nn
 from transformers import GenerationConfig, GenerationMixin, PreTrainedModel
 from transformers.generation.configuration_utils import GenerationMode
 from transformers.modeling_outputs import BaseModelOutputWithPast
+from transformers.utils import can_return_tuple
 from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY
 
 from .attention_photon import ATTENTION_NAME, BACKENDS, NewElements, Segment, load_kernels
@@ -69,6 +70,7 @@ class PhotonModel(PhotonPreTrainedModel):
         for layer in self.config.memory_layers:
             self.layers[layer].self_attn.memory = LayerMemory(self.config)
 
+    @can_return_tuple
     def forward(
         self,
         input_ids: torch.LongTensor | None = None,
@@ -112,6 +114,7 @@ class PhotonModel(PhotonPreTrainedModel):
             position_ids=rows.index,
             past_key_values=cache,
             use_cache=cache is not None,
+            return_dict=True,
             photon_segments=photon_segments or self._segments(rows, cache, as_dense),
             **kwargs,
         )
