@@ -34,7 +34,7 @@ from photon_train.pipeline.prepare import (
 )
 from photon_train.pipeline.stages import Stages
 from photon_train.training.accelerator import make_accelerator
-from photon_train.training.loop import evaluate, place
+from photon_train.training.loop import evaluate, prepare_for_evaluation
 from photon_train.training.lora import add_lora
 from photon_train.training.losses import TrainingObjective
 
@@ -183,7 +183,7 @@ class _ConversionRun(TrainingRun):
         """The dense model as it is, and fine-tuned as PHOTON will be."""
         model = self.load(AutoModelForCausalLM, directory)
         if not self.config.train.dense_baseline:
-            objective = place(self.accelerator, TrainingObjective(model))
+            objective = prepare_for_evaluation(self.accelerator, TrainingObjective(model))
             return {"initial_ce": evaluate(self.accelerator, objective, text.held_out, self.config)}
         self.say("Fine-tuning the dense model the same way, for comparison.")
         config = _as_baseline(self.config)

@@ -111,7 +111,7 @@ def evaluate(accelerator: Accelerator, objective: nn.Module, dataset: PackedData
     return total / tokens
 
 
-def place(accelerator: Accelerator, objective: nn.Module) -> nn.Module:
+def prepare_for_evaluation(accelerator: Accelerator, objective: nn.Module) -> nn.Module:
     """`objective` ready for `evaluate` without a training: on this process's device, with ZeRO-3 in shards.
 
     A model that is trained in shards need not fit one GPU. The next `train` releases it.

@@ -19,7 +19,7 @@ from photon_train.config import ConsistencySettings, DistillSettings, RunConfig
 from photon_train.training import heads
 from photon_train.training.accelerator import make_accelerator
 from photon_train.training.collect import gather_full_model
-from photon_train.training.loop import TrainResult, evaluate, place, train
+from photon_train.training.loop import TrainResult, evaluate, prepare_for_evaluation, train
 from photon_train.training.lora import add_lora
 from photon_train.training.losses import TrainingObjective
 
@@ -99,7 +99,7 @@ def main(output: Path, batch_size: int, names: list[str]) -> None:
             summary["skipped"] = {r["step"]: r["train/skipped_steps"] for r in poisoned if "train/skipped_steps" in r}
             summary["poisoned"] = losses(poisoned)
             accelerator.free_memory()
-            untrained = place(accelerator, TrainingObjective(tiny_model(name)))
+            untrained = prepare_for_evaluation(accelerator, TrainingObjective(tiny_model(name)))
             summary["untrained"] = evaluate(accelerator, untrained, tiny_data(7, seed=2), run_config(name, batch_size))
             summary["largest"] = max(parameter.numel() for parameter in untrained.parameters())
         if accelerator.is_main_process:
