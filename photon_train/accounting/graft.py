@@ -62,7 +62,7 @@ class Graft:
             return 0
         square = (self.config.chunk_size * self._latent) ** 2
         held = min(self.fit_at_once, self._memories * self.config.latents_per_unit)
-        return 16 * square * held + 24 * square
+        return 16 * square * (held + 1)
 
     @property
     def growing_per_token(self) -> float:

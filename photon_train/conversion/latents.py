@@ -182,11 +182,11 @@ def _regress(found: _Moments, errors: torch.Tensor, rank: int) -> tuple[torch.Te
     xx = found.sums.pop("xx").div_(found.count).addr_(mean_x, mean_x, alpha=-1)
     xx.diagonal().add_(RIDGE * xx.diagonal().mean())
     factor = torch.linalg.cholesky(xx)  # x @ inverse(factor).T has unit covariance
+    del xx
     xy = found.sums.pop("xy").div_(found.count).addr_(mean_x, mean_y, alpha=-1)
     xy = torch.linalg.solve_triangular(factor, xy, upper=False)
-    del xx
     # The best directions are those of the largest eigenvalues, which fp32 finds in half of the memory.
-    directions = torch.linalg.eigh(_weighted(xy, errors).float())[1][:, -rank:].double()
+    directions = torch.linalg.eigh(_weighted(xy.float(), errors.float()))[1][:, -rank:].double()
     pack, unpack = torch.linalg.solve_triangular(factor.T, directions, upper=True).T, xy.T @ directions
     return pack, unpack, mean_y - unpack @ (pack @ mean_x)
 
@@ -194,9 +194,9 @@ def _regress(found: _Moments, errors: torch.Tensor, rank: int) -> tuple[torch.Te
 def _weighted(xy: torch.Tensor, errors: torch.Tensor) -> torch.Tensor:
     """Sum over tokens of ``xy W W' xy'``, keys and values each scaled to the same trace."""
     kinds, heads, size, _ = errors.shape
-    parts = xy.unflatten(1, (-1, kinds, heads, size))
-    total = 0
+    by_kind = xy.unflatten(1, (-1, kinds, heads, size))
+    total = torch.zeros(len(xy), len(xy), dtype=xy.dtype, device=xy.device)
     for kind, error in enumerate(errors):
-        part = torch.einsum("xshd,hde->xshe", parts[:, :, kind], error).flatten(1)
-        total = total + part @ part.T / part.pow(2).sum()
+        seen = torch.einsum("xshd,hde->xshe", by_kind[:, :, kind], error).flatten(1)
+        total.addmm_(seen, seen.T, alpha=1 / float(seen.norm()) ** 2)
     return total
