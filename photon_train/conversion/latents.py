@@ -137,7 +137,7 @@ def _mean_rotation(model: PhotonForCausalLM, begin: int, end: int) -> tuple[torc
 
 
 def _turn(keys: torch.Tensor, away: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
-    """Unrotated keys ``[B, H, E, D]`` turned back by the mean distance, in fp32."""
+    """Unrotated keys ``[B, H, E, D]`` rotated back by the mean distance, in fp32."""
     return unrotate(keys.float(), away)
 
 
