@@ -86,11 +86,6 @@ class PhotonConfig(PretrainedConfig):
         settings = {key: value for key, value in self.to_dict().items() if key not in (*PHOTON_KEYS, "model_type")}
         return config_class(self.base_model_type)(**settings)
 
-    @property
-    def is_windowed(self) -> bool:
-        """Whether any layer has PHOTON's window."""
-        return any(self.has_window(layer) for layer in range(self.num_hidden_layers))
-
     def family_window(self, layer: int) -> int | None:
         """The window that the dense family itself gives `layer` (sliding layers of Mistral, Qwen), or None."""
         window = getattr(self, "sliding_window", None)

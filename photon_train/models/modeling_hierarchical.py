@@ -7,18 +7,16 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import GenerationConfig, GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.utils.generic import can_return_tuple
 
-from .attention_photon import ATTENTION_NAME, BACKENDS, load_kernels
+from .base_photon import BasePreTrainedModel, PhotonGenerationMixin
 from .cache_hierarchical import PROTOCOLS, HierarchicalCache
 from .configuration_hierarchical import HierarchicalConfig
 from .families_photon import family
 from .modules_hierarchical import Chunker, Converter, InputScale, Level, StartState, initialize, stack_config
 from .pass_hierarchical import HierarchicalPass
 from .rows_photon import Rows, align_rows
-from .segments_photon import FUSED
 
 
 @dataclass
@@ -40,28 +38,18 @@ class HierarchicalCausalLMOutput(CausalLMOutputWithPast):
     consistency_loss: torch.FloatTensor | None = None
 
 
-class HierarchicalPreTrainedModel(PreTrainedModel):
+class HierarchicalPreTrainedModel(BasePreTrainedModel):
     """Weight initialisation and what transformers needs to know of every hierarchical model."""
 
     config_class = HierarchicalConfig
-    base_model_prefix = "model"
-    supports_gradient_checkpointing = True
+    cache_class = HierarchicalCache
     # What layers see is laid out once, for all levels, on one device.
     _no_split_modules = ["HierarchicalModel"]
     _skip_keys_device_placement = ["past_key_values"]
-    _supports_sdpa = _supports_flash_attn = _supports_flex_attn = _supports_attention_backend = False
-    _can_compile_fullgraph = False
 
     def _init_weights(self, module: nn.Module) -> None:
         if not initialize(module):
             super()._init_weights(module)
-
-    def _check_and_adjust_attn_implementation(self, attn_implementation: str | None, *args: Any, **kwargs: Any) -> str:
-        if attn_implementation not in (None, ATTENTION_NAME):
-            raise ValueError(
-                f"PHOTON has an attention of its own: leave attn_implementation={attn_implementation!r} out"
-            )
-        return ATTENTION_NAME
 
     def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
         """As in transformers, which names in ``auto_map`` only the class that is saved: the base model is added."""
@@ -86,6 +74,8 @@ class HierarchicalModel(HierarchicalPreTrainedModel):
         backend, fused_windows, protocol: See the setters of `HierarchicalForCausalLM`.
     """
 
+    backend, fused_windows, protocol = "torch", "auto", "hiergen"
+
     def __init__(self, config: HierarchicalConfig) -> None:
         super().__init__(config)
         base, classes = stack_config(config), family(config.base_config["model_type"])
@@ -94,7 +84,6 @@ class HierarchicalModel(HierarchicalPreTrainedModel):
         self.start = StartState(base.hidden_size)
         self.norm = classes.norm(base.hidden_size, eps=base.rms_norm_eps)
         self.rotary_emb = classes.rotary(config=base)
-        self.backend, self.fused_windows, self.protocol = "torch", "auto", "hiergen"
         self.gradient_checkpointing = False
         self.post_init()
 
@@ -131,9 +120,10 @@ class HierarchicalModel(HierarchicalPreTrainedModel):
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give either input_ids or inputs_embeds")
         embeds = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
-        cache = self._cache(past_key_values, use_cache)
+        cache = self._choose_cache(past_key_values, use_cache)
         if cache is not None and not cache.is_initialized:
-            self._allocate(cache, embeds)
+            heads, size = self.config.num_key_value_heads, self.config.head_dim
+            cache.allocate(len(embeds), heads, size, self._cache_like(embeds), embeds)
         rows = align_rows(attention_mask, position_ids, embeds, cache)
         hidden, consistency = self._feed(rows, rows.gather(embeds), cache)
         if cache is not None:
@@ -164,27 +154,11 @@ class HierarchicalModel(HierarchicalPreTrainedModel):
         hidden.append(hidden[0].new_zeros(len(new), embeds.shape[1] - max(new), embeds.shape[2]))
         return torch.cat(hidden, dim=1), None
 
-    def _cache(self, cache: HierarchicalCache | None, use_cache: bool | None) -> HierarchicalCache | None:
-        checkpoints = self.training and self.gradient_checkpointing
-        if cache is None and not checkpoints:
-            use_cache = (self.config.use_cache and not self.training) if use_cache is None else use_cache
-            return HierarchicalCache(self.config, self.protocol) if use_cache else None
-        if cache is None:
-            return None
-        if not isinstance(cache, HierarchicalCache):
-            raise ValueError(f"past_key_values must be a HierarchicalCache, not {type(cache).__name__}: leave it out")
-        if checkpoints:
-            raise ValueError("gradient checkpointing computes layers twice and cannot fill a cache: leave it out")
-        return cache
-
-    def _allocate(self, cache: HierarchicalCache, embeds: torch.Tensor) -> None:
-        device = embeds.device.type
-        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else embeds.dtype
-        like = embeds.new_zeros((), dtype=dtype)
-        cache.allocate(embeds.shape[0], self.config.num_key_value_heads, self.config.head_dim, like, embeds)
+    def _new_cache(self) -> HierarchicalCache:
+        return HierarchicalCache(self.config, self.protocol)
 
 
-class HierarchicalForCausalLM(HierarchicalPreTrainedModel, GenerationMixin):
+class HierarchicalForCausalLM(HierarchicalPreTrainedModel, PhotonGenerationMixin):
     """The hierarchy with a language-model head; logits i predict token i + 1.
 
     Works with `generate` (greedy, sampling, beams), Trainer and peft like any causal LM of transformers. Any length is
@@ -196,6 +170,7 @@ class HierarchicalForCausalLM(HierarchicalPreTrainedModel, GenerationMixin):
     _is_stateful = True
     # The layers of the dense model are divided between encoders and decoders: there is no dense function to distil.
     holds_dense_model = False
+    new_module_classes = (Chunker, Converter, StartState, InputScale)
 
     def __init__(self, config: HierarchicalConfig) -> None:
         super().__init__(config)
@@ -246,43 +221,10 @@ class HierarchicalForCausalLM(HierarchicalPreTrainedModel, GenerationMixin):
             loss=loss, logits=logits, past_key_values=out.past_key_values, consistency_loss=consistency
         )
 
-    def new_module_names(self) -> list[str]:
-        """Names of the modules that a conversion adds, for peft's `modules_to_save`."""
-        new = (Chunker, Converter, StartState, InputScale)
-        return [name for name, module in self.named_modules() if isinstance(module, new)]
-
-    @property
-    def backend(self) -> str:
-        """How one token per row is computed: ``torch`` or ``triton``."""
-        return self.model.backend
-
     @property
     def protocol(self) -> str:
         """What new caches feed upward: ``hiergen`` or ``recgen``."""
         return self.model.protocol
-
-    def set_backend(self, backend: str) -> None:
-        """Choose how one token per row is computed: ``torch`` or ``triton``.
-
-        Raises:
-            ValueError: for another name.
-            ImportError: if ``triton`` is asked for and the kernels are not installed.
-        """
-        if backend not in BACKENDS:
-            raise ValueError(f"backend {backend!r} is not one of {', '.join(BACKENDS)}")
-        if backend == "triton":
-            load_kernels()
-        self.model.backend = backend
-
-    def set_fused_windows(self, fused: str) -> None:
-        """Choose how training attends to windows: ``auto``, ``yes`` (flex_attention) or ``no`` (block by block).
-
-        Raises:
-            ValueError: for another name.
-        """
-        if fused not in FUSED:
-            raise ValueError(f"fused={fused!r} is not one of {', '.join(FUSED)}")
-        self.model.fused_windows = fused
 
     def set_protocol(self, protocol: str) -> None:
         """Choose what new caches feed upward after their first pass: `hiergen` (default) or `recgen` (definition A.3).
@@ -310,23 +252,3 @@ class HierarchicalForCausalLM(HierarchicalPreTrainedModel, GenerationMixin):
     def prepare_inputs_for_generation(self, input_ids, inputs_embeds=None, **kwargs: Any) -> dict[str, Any]:
         # transformers takes embeddings for the prompt only where this signature names them.
         return super().prepare_inputs_for_generation(input_ids, inputs_embeds=inputs_embeds, **kwargs)
-
-    def _prepare_cache_for_generation(
-        self, generation_config: GenerationConfig, model_kwargs: dict[str, Any], *args: Any, **_: Any
-    ) -> None:
-        if generation_config.cache_implementation is not None:
-            raise ValueError(
-                f"cache_implementation={generation_config.cache_implementation!r}: PHOTON has its own, leave it out"
-            )
-        if model_kwargs.get("past_key_values") is None and generation_config.use_cache is not False:
-            model_kwargs["past_key_values"] = self.new_cache()
-
-    def generate_batch(self, *args: Any, **kwargs: Any) -> None:
-        """Not supported: transformers' continuous batching does not know PHOTON's cache and would be silently wrong.
-
-        Raises:
-            NotImplementedError: always.
-        """
-        raise NotImplementedError("continuous batching of transformers does not support PHOTON's cache: use generate()")
-
-    init_continuous_batching = generate_batch

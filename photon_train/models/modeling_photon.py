@@ -7,33 +7,31 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import GenerationConfig, GenerationMixin, PreTrainedModel
+from transformers import GenerationConfig, PreTrainedModel
 from transformers.generation.configuration_utils import GenerationMode
 from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.utils import can_return_tuple
 from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY
 
-from .attention_photon import ATTENTION_NAME, BACKENDS, NewElements, Segment, load_kernels
+from .attention_photon import NewElements, Segment
+from .base_photon import BasePreTrainedModel, PhotonGenerationMixin
 from .cache_photon import PhotonCache
 from .configuration_photon import PhotonConfig
 from .families_photon import family
 from .memory_photon import LayerMemory, initialize
 from .memory_segment_photon import MemorySegment
 from .rows_photon import Rows, align_rows
-from .segments_photon import FUSED, FullSegment, WindowSegment
+from .segments_photon import FullSegment, WindowSegment
 
 # Least number of tokens that a cache made for assisted generation can take back.
 _ROLLBACK = 64
 
 
-class PhotonPreTrainedModel(PreTrainedModel):
+class PhotonPreTrainedModel(BasePreTrainedModel):
     """What a PHOTON model is beside its family's: its configuration, and the initialisation of its memory."""
 
     config_class = PhotonConfig
-    base_model_prefix = "model"
-    supports_gradient_checkpointing = True
-    _supports_sdpa = _supports_flash_attn = _supports_flex_attn = _supports_attention_backend = False
-    _can_compile_fullgraph = False
+    cache_class = PhotonCache
 
     def _init_weights(self, module: nn.Module) -> None:
         if not initialize(module):
@@ -43,20 +41,18 @@ class PhotonPreTrainedModel(PreTrainedModel):
         # The class of a family's instance is made at run time and has no importable name.
         return _restore, (self.config.base_model_type, type(self).__name__), self.__getstate__()
 
-    def _check_and_adjust_attn_implementation(self, attn_implementation: str | None, *args: Any, **kwargs: Any) -> str:
-        if attn_implementation not in (None, ATTENTION_NAME):
-            raise ValueError(
-                f"PHOTON has an attention of its own: leave attn_implementation={attn_implementation!r} out"
-            )
-        return ATTENTION_NAME
-
 
 class PhotonModel(PhotonPreTrainedModel):
     """The family's decoder stack (`LlamaModel`, ...), with the signature and output of a base model of transformers.
 
     An instance is one of the family's base model too; ``PhotonModel(config)`` chooses it by ``config.base_model_type``.
     Weights keep the dense model's names; the memory of layer i is ``layers.i.self_attn.memory``.
+
+    Attributes:
+        backend, fused_windows: See the setters of `PhotonForCausalLM`.
     """
+
+    backend, fused_windows = "torch", "auto"
 
     def __new__(cls, config: PhotonConfig | None = None, *args: Any, **kwargs: Any) -> PhotonModel:
         return super().__new__(cls if config is None else _base_model(config.base_model_type))
@@ -105,9 +101,12 @@ class PhotonModel(PhotonPreTrainedModel):
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give either input_ids or inputs_embeds")
         embeds = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
-        cache = self._cache(past_key_values, use_cache, as_dense)
+        cache = self._choose_cache(past_key_values, False if as_dense else use_cache)
+        if as_dense and cache is not None:
+            raise ValueError("as_dense is for whole sequences: leave past_key_values out")
         if cache is not None and not cache.is_initialized:
-            self._allocate(cache, embeds)
+            config = self.config
+            cache.allocate(len(embeds), config.num_key_value_heads, config.head_dim, self._cache_like(embeds))
         rows = align_rows(attention_mask, position_ids, embeds, cache)
         out = super().forward(
             inputs_embeds=rows.gather(embeds),
@@ -123,45 +122,21 @@ class PhotonModel(PhotonPreTrainedModel):
         out.past_key_values = cache
         return rows.scatter(out)
 
-    def _cache(self, cache: PhotonCache | None, use_cache: bool | None, as_dense: bool) -> PhotonCache | None:
-        checkpoints = self.training and getattr(self, "gradient_checkpointing", False)
-        if cache is None and not as_dense and not checkpoints:
-            use_cache = (self.config.use_cache and not self.training) if use_cache is None else use_cache
-            cache = PhotonCache(self.config) if use_cache else None
-        if cache is None:
-            return None
-        if not isinstance(cache, PhotonCache):
-            raise ValueError(f"past_key_values must be a PhotonCache, not {type(cache).__name__}: leave it out")
-        if as_dense:
-            raise ValueError("as_dense is for whole sequences: leave past_key_values out")
-        if checkpoints:
-            raise ValueError("gradient checkpointing computes layers twice and cannot fill a cache: leave it out")
-        return cache
-
-    def _allocate(self, cache: PhotonCache, embeds: torch.Tensor) -> None:
-        weight = self.layers[0].self_attn.v_proj.weight
-        dtype = torch.get_autocast_dtype(weight.device.type) if torch.is_autocast_enabled() else embeds.dtype
-        like = embeds.new_zeros((), dtype=dtype)
-        cache.allocate(embeds.shape[0], self.config.num_key_value_heads, self.config.head_dim, like)
-
     def _segments(self, rows: Rows, cache: PhotonCache | None, as_dense: bool) -> list[Segment]:
         """One segment per layer; layers of a kind share theirs."""
         config, made = self.config, {}
-        new = NewElements(
-            rows.batch, rows.index, rows.base, rows.valid, rows.rows, rows.has_past, getattr(self, "backend", "torch")
-        )
-        fused = getattr(self, "fused_windows", "auto")
+        new = NewElements(rows.batch, rows.index, rows.base, rows.valid, rows.rows, rows.has_past, self.backend)
 
         def full() -> Segment:
             return FullSegment(new, None if cache is None else cache.full, rows.longest)
 
         def local(own: int) -> Segment:
             ring = None if cache is None else cache.local[own]
-            return WindowSegment(new, rows.index - own + 1, own - 1, ring=ring, fused=fused)
+            return WindowSegment(new, rows.index - own + 1, own - 1, ring=ring, fused=self.fused_windows)
 
         def windowed(memory: bool) -> Segment:
             settings = {
-                "fused": fused,
+                "fused": self.fused_windows,
                 "start": config.window_start(rows.index),
                 "reach": config.window - 1 + (config.chunk_size - 1 if config.memory_layers else 0),
                 "period": config.chunk_size if config.memory_layers else 1,
@@ -215,7 +190,7 @@ class PhotonModel(PhotonPreTrainedModel):
         return cosine / scaling, sine / scaling
 
 
-class PhotonForCausalLM(PhotonPreTrainedModel, GenerationMixin):
+class PhotonForCausalLM(PhotonPreTrainedModel, PhotonGenerationMixin):
     """The family's causal LM (`LlamaForCausalLM`, ...) on a `PhotonModel`; logits i predict token i + 1.
 
     An instance is one of the family's causal LM too; ``PhotonForCausalLM(config)`` chooses it by
@@ -226,6 +201,7 @@ class PhotonForCausalLM(PhotonPreTrainedModel, GenerationMixin):
     _is_stateful = False
     # `as_dense=True` computes the dense model from the same weights.
     holds_dense_model = True
+    new_module_classes = (LayerMemory,)
 
     def __new__(cls, config: PhotonConfig | None = None, *args: Any, **kwargs: Any) -> PhotonForCausalLM:
         return super().__new__(cls if config is None else _causal_lm(config.base_model_type))
@@ -238,38 +214,6 @@ class PhotonForCausalLM(PhotonPreTrainedModel, GenerationMixin):
         # What `output_hidden_states` records is listed by class, when one is built.
         _CAN_RECORD_REGISTRY[_record_key(self.model)] = self.model._can_record_outputs
         self.post_init()
-
-    def new_module_names(self) -> list[str]:
-        """Names of the modules that a conversion adds, for peft's `modules_to_save`."""
-        return [name for name, module in self.named_modules() if isinstance(module, LayerMemory)]
-
-    @property
-    def backend(self) -> str:
-        """How one token per row is computed: ``torch`` or ``triton``."""
-        return getattr(self.model, "backend", "torch")
-
-    def set_backend(self, backend: str) -> None:
-        """Choose how one token per row is computed: ``torch`` or ``triton``.
-
-        Raises:
-            ValueError: for another name.
-            ImportError: if ``triton`` is asked for and the kernels are not installed.
-        """
-        if backend not in BACKENDS:
-            raise ValueError(f"backend {backend!r} is not one of {', '.join(BACKENDS)}")
-        if backend == "triton":
-            load_kernels()
-        self.model.backend = backend
-
-    def set_fused_windows(self, fused: str) -> None:
-        """Choose how training attends to windows: ``auto``, ``yes`` (flex_attention) or ``no`` (block by block).
-
-        Raises:
-            ValueError: for another name.
-        """
-        if fused not in FUSED:
-            raise ValueError(f"fused={fused!r} is not one of {', '.join(FUSED)}")
-        self.model.fused_windows = fused
 
     def new_cache(self, **settings: Any) -> PhotonCache:
         """An empty cache; settings as for `PhotonCache`."""
@@ -284,31 +228,12 @@ class PhotonForCausalLM(PhotonPreTrainedModel, GenerationMixin):
         )
         return inputs | {"as_dense": True} if as_dense else inputs
 
-    def _prepare_cache_for_generation(
-        self, generation_config: GenerationConfig, model_kwargs: dict[str, Any], generation_mode, *args: Any, **_: Any
-    ) -> None:
-        if generation_config.cache_implementation is not None:
-            raise ValueError(
-                f"cache_implementation={generation_config.cache_implementation!r}: leave it out, PHOTON has its own"
-            )
-        given = model_kwargs.get("past_key_values")
-        if given is None and generation_config.use_cache is not False:
-            # The model and its assistant both take drafts back.
-            assisted = generation_mode == GenerationMode.ASSISTED_GENERATION
-            assisted = assisted or getattr(generation_config, "is_assistant", False)
-            drafts = (generation_config.num_assistant_tokens, generation_config.prompt_lookup_num_tokens, _ROLLBACK)
-            rollback = max(count or 0 for count in drafts) if assisted else 0
-            model_kwargs["past_key_values"] = self.new_cache(rollback=rollback)
-
-    def generate_batch(self, *args: Any, **kwargs: Any) -> None:
-        """Not supported: transformers' continuous batching does not know PHOTON's cache and would be silently wrong.
-
-        Raises:
-            NotImplementedError: always.
-        """
-        raise NotImplementedError("continuous batching of transformers does not support PHOTON's cache: use generate()")
-
-    init_continuous_batching = generate_batch
+    def _cache_for_generation(self, generation_config: GenerationConfig, generation_mode: Any) -> PhotonCache:
+        # The model and its assistant both take drafts back.
+        assisted = generation_mode == GenerationMode.ASSISTED_GENERATION
+        assisted = assisted or getattr(generation_config, "is_assistant", False)
+        drafts = (generation_config.num_assistant_tokens, generation_config.prompt_lookup_num_tokens, _ROLLBACK)
+        return self.new_cache(rollback=max(count or 0 for count in drafts) if assisted else 0)
 
 
 def _record_key(model: PreTrainedModel) -> Any:

@@ -171,6 +171,20 @@ def test_half_precision_keeps_the_dense_models_residual_stream():
     assert [s.dtype for s in states] == [s.dtype for s in dense]
 
 
+@pytest.mark.parametrize("name", ["memory", "memory-full"])
+@torch.no_grad()
+def test_under_autocast_a_cache_has_the_type_of_the_computation(name):
+    model, ids = photon_model(name), tokens(2, 24)
+    expected = model(ids, use_cache=False).logits[:, -1]
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        cache = model(ids[:, :20], use_cache=True).past_key_values
+        model(ids[:, 20:23], past_key_values=cache)
+        found = model(ids[:, 23:], past_key_values=cache).logits[:, -1]
+    stores = (*cache.rings(), *cache.growing())
+    assert {states.dtype for store in stores for states in store.keys.values()} == {torch.bfloat16}
+    assert (found - expected).norm() < 0.05 * expected.norm()
+
+
 def test_a_resized_vocabulary_survives_saving(tmp_path):
     model, ids = photon_model("memory"), tokens(2, 9)
     model.resize_token_embeddings(VOCABULARY + 3)
