@@ -32,7 +32,7 @@ def counted(model: torch.nn.Module, trainable: bool = False) -> int:
 
 def on_meta(config):
     with torch.device("meta"):
-        return presets.target_of(config).model()(config)
+        return presets.target_of(config).model(config)
 
 
 def converted(dense, preset: str = "graft", **photon):
@@ -73,7 +73,7 @@ def test_what_lora_trains(target_modules, preset):
     settings = RunConfig().lora
     settings.rank, settings.target_modules = 3, target_modules
     config = converted(dense_config(), preset)
-    model = add_lora(presets.target_of(config).model()(config), settings)
+    model = add_lora(presets.target_of(config).model(config), settings)
     assert accounting.trainable_parameters(config, 3, target_modules) == counted(model, trainable=True)
     assert accounting.trainable_parameters(config, 0) == accounting.photon_parameters(config)
     # What `training_memory` counts as held: the originals of the new modules stay beside their copies.
@@ -130,7 +130,7 @@ def test_layers_that_the_family_keeps_local_hold_their_own_window():
 @pytest.mark.parametrize("length", [1, 11, 40])
 def test_cache_bytes_of_a_hierarchy_are_those_of_its_cache(preset, length):
     config = converted(dense_config(), preset)
-    model = presets.target_of(config).model()(config).eval()
+    model = presets.target_of(config).model(config).eval()
     cache = model(tokens(1, length), use_cache=True).past_key_values
     assert held(cache) == expected(config, length)
 
@@ -169,7 +169,7 @@ def test_the_dense_cache(model_type, changes):
 @pytest.mark.parametrize("preset", PRESETS)
 def test_layer_positions_are_those_that_run(preset):
     config = converted(dense_config(num_hidden_layers=8), preset)
-    model = presets.target_of(config).model()(config).eval()
+    model = presets.target_of(config).model(config).eval()
     ran = []
     for module in model.modules():
         if isinstance(module, LlamaDecoderLayer):

@@ -87,7 +87,7 @@ class Bench:
 
     def _photon(self, name: str) -> System:
         config = photon_shape(dense_shape(self.options.shape), name, self.options.window)
-        model = self._place(lambda: target_of(config).model()(config))
+        model = self._place(lambda: target_of(config).model(config))
         model.set_backend(self.options.backend)
         return PhotonSystem(name, model, self.options.cuda_graphs)
 

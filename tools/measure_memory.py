@@ -182,7 +182,7 @@ def measure(point: Point, output: Path, accelerator: Accelerator | None = None) 
     accelerator.free_memory()
     gc.collect()
     with PeakMemory(accelerator.device) as memory:
-        model = add_lora(target_of(photon).model()(photon).to(getattr(torch, point.weights)), config.lora)
+        model = add_lora(target_of(photon).model(photon).to(getattr(torch, point.weights)), config.lora)
 
         def on_step(step: int) -> None:
             if step == 1:

@@ -136,7 +136,7 @@ def _write_weights(
 def _write_small_files(
     checkpoint: DenseCheckpoint, plan: ConversionPlan, config: PretrainedConfig, directory: Path
 ) -> None:
-    config.architectures = [target_of(config).model().__name__]
+    config.architectures = [target_of(config).model.__name__]
     config.dtype = plan.torch_dtype
     config.save_pretrained(directory)
     (directory / PLAN).write_text(plan.to_json(), encoding="utf-8")

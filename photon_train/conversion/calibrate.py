@@ -39,7 +39,7 @@ def calibrate_directory(
         PhotonError: if the text is too short, or gives no value.
     """
     target = target_of(AutoConfig.from_pretrained(directory))
-    model = target.model().from_pretrained(directory, dtype="auto").to(device)
+    model = target.model.from_pretrained(directory, dtype="auto").to(device)
     names = target.fit(model, list(batches))
     parameters = dict(model.named_parameters())
     rewrite_new_tensors(directory, {name: parameters[name] for name in names})

@@ -10,28 +10,25 @@ unit. `photon.memory_layers` set to the empty list leaves window and sinks alone
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
-from typing import Any
 
-import torch
-from transformers import PretrainedConfig, PreTrainedModel
+from transformers import PretrainedConfig
 
 from photon_train.accounting.shape import Shape
 from photon_train.config import PhotonSettings, RunConfig
-from photon_train.conversion.families import family_of, layer_config, stored_as
+from photon_train.conversion.families import family_of, layer_config
+from photon_train.conversion.latents import fit_latents
 from photon_train.conversion.plan import TensorPlan
-from photon_train.conversion.target import Target
+from photon_train.conversion.target import NUM_SINKS, ROLES, Target, copied, default_window
 from photon_train.errors import PhotonError
-from photon_train.models.configuration_photon import PHOTON_KEYS, PhotonConfig
+from photon_train.models import PhotonConfig, PhotonForCausalLM
+from photon_train.models.configuration_photon import PHOTON_KEYS
 
-CHUNK_SIZE, NUM_SINKS = 4, 4
-WINDOW, SMALL_WINDOW, SMALL_HIDDEN = 256, 64, 512
+CHUNK_SIZE = 4
 LAYERS_PER_MEMORY = 8
 # Width of a latent (all keys and values of a token) beyond which its halves are packed apart: its maps grow with the
 # square of it, and models without grouped heads have wide ones.
 WIDE_LATENT = 4096
 
-_ROLES = {"model.embed_tokens.weight": "embedding", "model.norm.weight": "final norm", "lm_head.weight": "head"}
 _MEMORY = re.compile(r"model\.layers\.\d+\.self_attn\.memory\.(chunker|converter)\.maps\.\d+\.(weight|bias)")
 _VALUES = {
     ("chunker", "weight"): ("mean_chunk", {}),
@@ -65,7 +62,7 @@ def configure(dense: PretrainedConfig, settings: RunConfig) -> PhotonConfig:
     if chunk_size is None:
         chunk_size = CHUNK_SIZE if dense.num_hidden_layers >= LAYERS_PER_MEMORY else 2 * CHUNK_SIZE
     if window is None:
-        window = max(chunk_size, SMALL_WINDOW if dense.hidden_size <= SMALL_HIDDEN else WINDOW)
+        window = max(chunk_size, default_window(dense))
     parts = photon.latents_per_unit
     if parts is None:
         parts = 2 if Shape.of(dense).kv > WIDE_LATENT else 1
@@ -119,29 +116,14 @@ def plan_tensor(name: str, shape: tuple[int, ...], dense: PretrainedConfig, conf
     if match := _MEMORY.fullmatch(name):
         operator, arguments = _VALUES[match[1], match[2]]
         return TensorPlan(name, operator, f"memory {match[1]}", 0, shape, (), arguments)
-    source, row = stored_as(dense, name)
-    operator, arguments = ("copy", {}) if row is None else ("split", {"row": row})
-    return TensorPlan(name, operator, _ROLES.get(name, "layers"), 0, shape, (source,), arguments)
-
-
-def _model() -> type[PreTrainedModel]:
-    from photon_train.models import PhotonForCausalLM
-
-    return PhotonForCausalLM
-
-
-def _fit(model: Any, batches: Sequence[torch.Tensor]) -> list[str]:
-    from photon_train.conversion.latents import fit_latents
-
-    return fit_latents(model, batches)
+    return copied(name, shape, dense, ROLES.get(name, "layers"))
 
 
 GRAFT = Target(
-    model_type=PhotonConfig.model_type,
     preserves_dense=True,
     preset=lambda config: "graft",
     configure=configure,
-    model=_model,
+    model=PhotonForCausalLM,
     plan=plan_tensor,
-    fit=_fit,
+    fit=fit_latents,
 )

@@ -23,23 +23,22 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from transformers import PretrainedConfig, PreTrainedModel
+from transformers import PretrainedConfig
 
 from photon_train.accounting.shape import Shape
 from photon_train.config import LevelOverrides, PhotonSettings, RunConfig
-from photon_train.conversion.families import family_of, layer_config, stored_as
+from photon_train.conversion.families import family_of, layer_config
 from photon_train.conversion.plan import TensorPlan
-from photon_train.conversion.target import Target
+from photon_train.conversion.scales import calibrate
+from photon_train.conversion.target import NUM_SINKS, ROLES, Target, copied, default_window
 from photon_train.errors import PhotonError
+from photon_train.models import HierarchicalConfig, HierarchicalForCausalLM
 
-LEVELS, CHUNK_SIZE, ENCODER_WINDOW, NUM_SINKS = 2, 4, 64, 4
-WINDOW, SMALL_WINDOW, SMALL_HIDDEN = 256, 64, 512
-MODEL_TYPE = "photon_hierarchical"
+LEVELS, CHUNK_SIZE, ENCODER_WINDOW = 2, 4, 64
 LAYOUTS = {"split": "stream", "paper": "block"}
 _OF_GRAFT = ("chunk_size", "memory_layers", "choose_layers", "num_memory_layers", "latents_per_unit")
 _OF_STREAMS = ("window", "num_sinks")
 
-_COPIED = {"model.embed_tokens.weight": "embedding", "model.norm.weight": "final norm", "lm_head.weight": "head"}
 _STACK = re.compile(r"model\.levels\.(\d+)\.(encoder|decoder)\.layers\.(\d+)\.(.+)")
 _NEW = re.compile(r"model\.levels\.(\d+)\.(?:decoder\.)?(chunker|converter|input_scale)\.(.+)")
 _VALUES = {
@@ -48,7 +47,7 @@ _VALUES = {
 }
 
 
-def configure(dense: PretrainedConfig, settings: RunConfig) -> PretrainedConfig:
+def configure(dense: PretrainedConfig, settings: RunConfig) -> HierarchicalConfig:
     """The configuration of the hierarchy that a dense model's layers are divided into.
 
     Args:
@@ -58,8 +57,6 @@ def configure(dense: PretrainedConfig, settings: RunConfig) -> PretrainedConfig:
     Raises:
         PhotonError: naming the dotted key and the fix, for settings that the preset or the model cannot serve.
     """
-    from photon_train.models.configuration_hierarchical import HierarchicalConfig
-
     family_of(dense)
     photon, preset = settings.photon, settings.preset
     layout = LAYOUTS[preset]
@@ -146,8 +143,7 @@ def _depths(total: int, preset: str, overrides: Sequence[LevelOverrides]) -> tup
 
 def _stream(dense: PretrainedConfig, photon: PhotonSettings, top_unit: int) -> dict[str, int]:
     """Window and sinks of the token stream."""
-    default = SMALL_WINDOW if dense.hidden_size <= SMALL_HIDDEN else WINDOW
-    window = max(top_unit, default) if photon.window is None else photon.window
+    window = max(top_unit, default_window(dense)) if photon.window is None else photon.window
     if window < top_unit:
         raise PhotonError(
             f"photon.window={window} does not reach back over the open unit: it must be at least {top_unit}, the "
@@ -173,16 +169,14 @@ def copied_layers(config: Any) -> tuple[list[range], list[range]]:
 
 def plan_tensor(name: str, shape: tuple[int, ...], dense: PretrainedConfig, config: Any) -> TensorPlan:
     """The dense layers divided among the stacks; new modules start as means and copies."""
-    if name in _COPIED:
-        return TensorPlan(name, "copy", _COPIED[name], 0, shape, (name,))
+    if name in ROLES:
+        return copied(name, shape, dense, ROLES[name])
     if match := _STACK.fullmatch(name):
         level, stack = int(match[1]), match[2]
         role = "token decoder" if stack == "decoder" and level == 0 else stack
         encoders, decoders = copied_layers(config)
-        copied = (encoders if stack == "encoder" else decoders)[level][int(match[3])]
-        source, row = stored_as(dense, f"model.layers.{copied}.{match[4]}")
-        operator, arguments = ("copy", {}) if row is None else ("split", {"row": row})
-        return TensorPlan(name, operator, role, level + 1, shape, (source,), arguments)
+        layer = (encoders if stack == "encoder" else decoders)[level][int(match[3])]
+        return copied(name, shape, dense, role, level + 1, f"model.layers.{layer}.{match[4]}")
     if name == "model.start.state":
         return TensorPlan(name, "constant", "start state", len(config.levels), shape, (), {"value": 0.0})
     if (match := _NEW.fullmatch(name)) is None:
@@ -191,24 +185,15 @@ def plan_tensor(name: str, shape: tuple[int, ...], dense: PretrainedConfig, conf
     return TensorPlan(name, operator, match[2].replace("_", " "), int(match[1]) + 1, shape, (), arguments)
 
 
-def _model() -> type[PreTrainedModel]:
-    from photon_train.models.modeling_hierarchical import HierarchicalForCausalLM
-
-    return HierarchicalForCausalLM
-
-
 def _fit(model: Any, batches: Sequence[torch.Tensor]) -> list[str]:
-    from photon_train.conversion.scales import calibrate
-
     return list(calibrate(model, batches[:1]))
 
 
 HIERARCHICAL = Target(
-    model_type=MODEL_TYPE,
     preserves_dense=False,
     preset=lambda config: config.preset,
     configure=configure,
-    model=_model,
+    model=HierarchicalForCausalLM,
     plan=plan_tensor,
     fit=_fit,
 )

@@ -13,7 +13,7 @@ from photon_train.conversion.source import DenseCheckpoint
 from photon_train.conversion.target import Target
 
 PRESETS: dict[str, Target] = {"graft": GRAFT, "split": HIERARCHICAL, "paper": HIERARCHICAL}
-_BY_MODEL_TYPE = {target.model_type: target for target in PRESETS.values()}
+_BY_MODEL_TYPE = {target.model.config_class.model_type: target for target in PRESETS.values()}
 
 
 def photon_config(dense: PretrainedConfig, settings: RunConfig) -> PretrainedConfig:
@@ -36,7 +36,7 @@ def target_tensors(config: PretrainedConfig) -> dict[str, tuple[int, ...]]:
     A head that shares the embedding's weight is not stored.
     """
     with torch.device("meta"):
-        model = target_of(config).model()(config)
+        model = target_of(config).model(config)
     shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     if config.tie_word_embeddings:
         shapes.pop("lm_head.weight", None)

@@ -147,7 +147,7 @@ def test_operators_make_what_an_untrained_model_starts_with(preset, count, monke
 
     plan, config = plan_for(checkpoint_like(dense_config()), preset)
     torch.manual_seed(0)
-    fresh = target_of(config).model()(config).state_dict()
+    fresh = target_of(config).model(config).state_dict()
     monkeypatch.setattr(operators, "PIECE_BYTES", 4 * 1000)  # several pieces per tensor
     made = 0
     for entry in plan.tensors:
