@@ -16,8 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from photon_train.config import load_config
 from photon_train.conversion.apply import convert
-from photon_train.conversion.plan import make_plan
-from photon_train.conversion.presets import layer_map, photon_config
+from photon_train.conversion.presets import make_plan, photon_config
 from photon_train.conversion.source import DenseCheckpoint
 from photon_train.errors import PhotonError
 from photon_train.evaluation.harness import open_tasks
@@ -57,8 +56,7 @@ def models(tmp_path_factory) -> tuple[Path, Path]:
     config = load_config(["--photon.window", "64"], prog="", description="")
     checkpoint = DenseCheckpoint.open(str(dense))
     target = photon_config(checkpoint.config, config)
-    plan = make_plan(checkpoint, target, layer_map(checkpoint.config, config), seed=0)
-    convert(checkpoint, plan, target, directory / "photon", progress=False)
+    convert(checkpoint, make_plan(checkpoint, target), target, directory / "photon", progress=False)
     AutoTokenizer.from_pretrained(dense).save_pretrained(directory / "photon")
     return dense, directory / "photon"
 

@@ -12,7 +12,8 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from reference_hierarchical import Reference
-from tiny_hierarchical import HIERARCHIES, base_config, hierarchical_config, hierarchical_model, shake, tokens
+from tiny import shake, tokens
+from tiny_hierarchical import HIERARCHIES, base_config, hierarchical_config, hierarchical_model
 from transformers import AutoModel, AutoModelForCausalLM
 
 from photon_train.models import HierarchicalConfig, HierarchicalForCausalLM, HierarchicalModel

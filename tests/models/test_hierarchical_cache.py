@@ -6,7 +6,8 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from tiny_hierarchical import HIERARCHIES, hierarchical_config, hierarchical_model, tokens
+from tiny import tokens
+from tiny_hierarchical import HIERARCHIES, hierarchical_config, hierarchical_model
 
 from photon_train.models import HierarchicalCache
 from photon_train.models.cache_photon import GrowingStore

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tiny_hierarchical import HIERARCHIES, hierarchical_model, tokens
+from tiny import tokens
+from tiny_hierarchical import HIERARCHIES, hierarchical_model
 from transformers import DynamicCache, StoppingCriteria, StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 from reference_hierarchical import Reference
-from tiny_hierarchical import HIERARCHIES, hierarchical_model, tokens
+from tiny import tokens
+from tiny_hierarchical import HIERARCHIES, hierarchical_model
 
 from photon_train.models import HierarchicalCache
 

@@ -6,7 +6,8 @@ import pytest
 import torch
 from accelerate import infer_auto_device_map
 from peft import LoraConfig, get_peft_model
-from tiny_hierarchical import HIERARCHIES, VOCABULARY, hierarchical_config, hierarchical_model, shake, tokens
+from tiny import VOCABULARY, shake, tokens
+from tiny_hierarchical import HIERARCHIES, hierarchical_config, hierarchical_model
 
 from photon_train.models import HierarchicalForCausalLM
 

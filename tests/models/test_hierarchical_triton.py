@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tiny_hierarchical import hierarchical_model, tokens
+from tiny import tokens
+from tiny_hierarchical import hierarchical_model
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # Groups and a bounded encoder; a stream with sinks, its slots and a top encoder of all units.

@@ -2,32 +2,15 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
-import torch
+import tiny
+from tiny import shake
 
 from photon_train.models import HierarchicalConfig, HierarchicalForCausalLM
 
-VOCABULARY = 61
-
-
-def base_config(model_type: str = "llama", **changes: Any) -> dict[str, Any]:
-    """A dense family's configuration, tiny, with grouped-query heads."""
-    settings = {
-        "model_type": model_type,
-        "hidden_size": 32,
-        "intermediate_size": 48,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "head_dim": 8,
-        "vocab_size": VOCABULARY,
-        "max_position_embeddings": 512,
-        "bos_token_id": 0,
-        "eos_token_id": 1,
-        "pad_token_id": 2,
-    }
-    return {**settings, **changes}
+base_config = partial(tiny.base_config, num_hidden_layers=2)
 
 
 def _levels(*chunks: int, slots: tuple[int, ...], windows: tuple[int | None, ...] | None = None, layers: int = 2):
@@ -65,22 +48,6 @@ def hierarchical_config(name: str, model_type: str = "llama", **changes: Any) ->
     return HierarchicalConfig(**{"base_config": base_config(model_type), **HIERARCHIES[name], **changes})
 
 
-def shake(model: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
-    """Give every parameter a value that no initialiser would, so that no path hides behind a 0 or a 1."""
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            noise = torch.randn(parameter.shape, generator=generator)
-            # Vectors (norms, scales, biases) vary around a value that is neither 0 nor 1.
-            parameter.copy_(0.7 + 0.3 * noise if parameter.dim() <= 1 else noise * parameter.shape[-1] ** -0.5)
-    return model
-
-
 def hierarchical_model(name: str, model_type: str = "llama", seed: int = 0, **changes: Any) -> HierarchicalForCausalLM:
     """A shaken model in evaluation mode, fp32."""
     return shake(HierarchicalForCausalLM(hierarchical_config(name, model_type, **changes)), seed).eval()
-
-
-def tokens(batch: int, length: int, seed: int = 0) -> torch.Tensor:
-    """Random token ids ``[batch, length]`` without the special ones."""
-    return torch.randint(3, VOCABULARY, (batch, length), generator=torch.Generator().manual_seed(seed))
