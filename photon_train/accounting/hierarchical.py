@@ -11,7 +11,7 @@ class Hierarchical:
     """Closed formulas for a configuration with the attributes of `HierarchicalConfig`; attributes as in `Graft`."""
 
     inputs = 2  # the hierarchy reads the embeddings too, padded to whole top units
-    memory_states, fit_bytes = (0, 0.0), 0
+    memory_states, fit_bytes = (0.0, 0.0), 0
 
     def __init__(self, config: Any) -> None:
         self.config, self.dense, self.shape = config, config.base_config, Shape.of(config.base_config)
@@ -34,17 +34,20 @@ class Hierarchical:
         sizes = [(level["chunk_size"] + level["num_slots"]) * hidden**2 + 3 for level in self.config.levels]
         return hidden + sum(sizes)
 
-    @property
-    def growing_per_token(self) -> float:
-        """Elements that a token adds to the cache, on average."""
-        return self.shape.kv * sum(
-            level["encoder_layers"] * units
-            for level, units in zip(self.config.levels, self._units, strict=True)
-            if level["encoder_window"] is None
+    def growing_per_token(self, dtype_bytes: int) -> float:
+        """Bytes that a token adds to the cache, on average."""
+        return (
+            dtype_bytes
+            * self.shape.kv
+            * sum(
+                level["encoder_layers"] * units
+                for level, units in zip(self.config.levels, self._units, strict=True)
+                if level["encoder_window"] is None
+            )
         )
 
-    def cache(self, tokens: int) -> tuple[int, int]:
-        """Elements of `HierarchicalCache` for one sequence of `tokens`: those that grow with the text, and the others.
+    def cache(self, tokens: int, dtype_bytes: int) -> tuple[int, int]:
+        """Bytes of `HierarchicalCache` for one sequence of `tokens`: those that grow with the text, and the others.
 
         With S_l tokens under a level-l unit, an unbounded encoder layer of level l holds floor(tokens / S_l) keys and
         values. Constant are encoders with a window, decoders, and the states of open chunks.
@@ -58,7 +61,8 @@ class Hierarchical:
                 constant += level["encoder_layers"] * window
             constant += level["decoder_layers"] * (stream.num_sinks + stream.ring_size)
             buffers += level["chunk_size"]
-        return growing * self.shape.kv, constant * self.shape.kv + buffers * self.shape.hidden
+        constant = constant * self.shape.kv + buffers * self.shape.hidden
+        return growing * self.shape.kv * dtype_bytes, constant * dtype_bytes
 
     def flops(self, context: int) -> float:
         """Forward FLOPs of the token after `context` tokens, the work at unit rate spread over the tokens of a unit."""

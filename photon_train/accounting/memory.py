@@ -187,15 +187,14 @@ def activation_bytes(photon: Any, setup: TrainingSetup) -> int:
     positions, layer = tokens * costs.layer_positions, _layer_bytes(costs, setup)
     widest = tokens * costs.widest
     backward = widest * (3 * inner * compute + 2 * hidden * stream)
-    memories, memory = costs.memory_states
-    memory *= tokens * compute
+    memory, widest_memory = (tokens * compute * states for states in costs.memory_states)
     if setup.gradient_checkpointing:
         kept += positions * hidden * stream
-        backward += min(memories, 1) * memory
+        backward += widest_memory
         shared = 4 * hidden if stream == 4 else 0  # the layer's input is the first norm's
         backward += widest * (layer - shared) + cast_layers // costs.num_layers
     else:
-        kept += positions * layer + memories * memory + cast_layers
+        kept += positions * layer + memory + cast_layers
     return int(kept + cast_others + max(head, backward))
 
 

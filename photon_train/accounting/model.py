@@ -68,12 +68,12 @@ def trainable_parameters(photon: Any, rank: int, target_modules: Iterable[str] =
 
 def cache_bytes(photon: Any, tokens: int, dtype_bytes: int = 2) -> CacheBytes:
     """Bytes of the model's cache for one sequence of `tokens`, exactly."""
-    return CacheBytes(*(elements * dtype_bytes for elements in costs_of(photon).cache(tokens)))
+    return CacheBytes(*costs_of(photon).cache(tokens, dtype_bytes))
 
 
 def growing_bytes_per_token(photon: Any, dtype_bytes: int = 2) -> float:
     """Slope of `cache_bytes` over the tokens."""
-    return costs_of(photon).growing_per_token * dtype_bytes
+    return costs_of(photon).growing_per_token(dtype_bytes)
 
 
 def layer_positions(photon: Any) -> float:

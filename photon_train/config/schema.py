@@ -40,10 +40,10 @@ def _size(value: str) -> str:
     return value
 
 
-def _once(layers: list[int]) -> list[int]:
-    if len(set(layers)) != len(layers):
-        raise ValueError("a layer stands twice")
-    return layers
+def _once(items: list) -> list:
+    if len(set(items)) != len(items):
+        raise ValueError("an item stands twice")
+    return items
 
 
 _NUMBER = BeforeValidator(_number)
@@ -55,6 +55,11 @@ Flag = Annotated[bool, Strict()]
 NonEmpty = Annotated[str, MinLen(1), _expected("text that is not empty")]
 Size = Annotated[str, AfterValidator(_size), _expected("a size such as 5GB or 80GiB")]
 Layers = Annotated[list[Natural], AfterValidator(_once), _expected("a list of layers, each a whole number, given once")]
+
+Cell = Annotated[str, Field(pattern=r"^\d+:\d+$")]
+Cells = Annotated[
+    list[Cell], AfterValidator(_once), _expected("a list of layer:head (7:2,18:0), whole numbers, each given once")
+]
 
 Preset = Literal["graft", "split", "paper"]
 WandbMode = Literal["auto", "online", "offline", "disabled"]
@@ -93,17 +98,18 @@ class PhotonSettings:
     """First tokens of each sequence that stay visible beside the window (`graft`, `split`)."""
     chunk_size: Count | None = None
     """`graft`: tokens under one memory unit."""
-    memory_layers: Layers | None = None
-    """`graft`: layers that also read the units outside the window; the empty list leaves window and sinks alone."""
-    choose_layers: Literal["preset", "probe"] | None = None
-    """`graft`: how `memory_layers` are chosen where they are unset: `preset` (by their number alone), or `probe`: where
-    far attention is missed most by the dense model on the run's own text. Unset probes where the sequences are longer
-    than the window."""
-    num_memory_layers: Count | None = None
-    """`graft`: memory layers to choose; unset takes an eighth of all layers."""
+    memory_cells: Cells | None = None
+    """`graft`: memory cells, each as layer:head (a layer's key-value head), whose queries also read the units outside
+    the window; the empty list leaves window and sinks alone. Unset: those whose far attention the dense model misses
+    most, by a probe on the run's own text (where its sequences exceed the window)."""
+    memory_budget: Annotated[float, Strict(), Gt(0), Le(100), _NUMBER] | None = None
+    """`graft`: what the memory may add to the cache per token, in percent of the dense model's keys and values, where
+    `memory_cells` are unset."""
+    memory_bits: Literal[4, 8, 16] | None = None
+    """`graft`: bits in which the cache stores a number of a latent; 16 is the model's own type."""
     latents_per_unit: Annotated[int, Strict(), Ge(1), Le(2), _NUMBER] | None = None
     """`graft`: 1 packs keys and values together, 2 apart: half the arithmetic of reading and half the parameters; unset
-    takes 2 where a token's keys and values are more than 4,096 numbers."""
+    takes 2 where those of a layer's memory cells are more than 4,096 numbers."""
     full_attention_layers: Layers = Field(default_factory=list)
     """`graft`: layers kept at full attention (growing KV each)."""
     num_levels: Count | None = None
@@ -113,10 +119,8 @@ class PhotonSettings:
 
     @model_validator(mode="after")
     def _agrees(self) -> PhotonSettings:
-        if self.memory_layers is not None and self.choose_layers == "probe":
-            raise ValueError("photon.memory_layers is set, and photon.choose_layers=probe would choose them: drop one")
-        if self.memory_layers is not None and self.num_memory_layers is not None:
-            raise ValueError("photon.memory_layers is set, and photon.num_memory_layers has them chosen: drop one")
+        if self.memory_cells is not None and self.memory_budget is not None:
+            raise ValueError("photon.memory_cells is set, and photon.memory_budget has them chosen: drop one")
         if self.num_levels is not None and len(self.levels) > self.num_levels:
             raise ValueError(
                 f"photon.levels sets {len(self.levels)} levels but photon.num_levels is {self.num_levels}: raise it or "

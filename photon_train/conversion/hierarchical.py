@@ -36,7 +36,7 @@ from photon_train.models import HierarchicalConfig, HierarchicalForCausalLM
 
 LEVELS, CHUNK_SIZE, ENCODER_WINDOW = 2, 4, 64
 LAYOUTS = {"split": "stream", "paper": "block"}
-_OF_GRAFT = ("chunk_size", "memory_layers", "choose_layers", "num_memory_layers", "latents_per_unit")
+_OF_GRAFT = ("chunk_size", "memory_cells", "memory_budget", "memory_bits", "latents_per_unit")
 _OF_STREAMS = ("window", "num_sinks")
 
 _STACK = re.compile(r"model\.levels\.(\d+)\.(encoder|decoder)\.layers\.(\d+)\.(.+)")

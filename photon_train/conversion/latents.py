@@ -8,7 +8,9 @@ the S tokens' keys and values (unrotated) that predicts best what the layer need
   of the layer's queries.
 - values. An error counts as it changes the layer's output: by its output projection.
 
-Both are scaled to the same total, and the means go into the converters' biases, where they cost no cache.
+Both are scaled to the same total, and the means go into the maps' biases, where they cost no cache. Of the bases in
+which a latent can be written, it gets one in which an error of any number counts the same, turned at random: then no
+number has a larger range than others, and few bits lose least (as rotations do in QuaRot, arXiv 2404.00456).
 """
 
 from __future__ import annotations
@@ -22,7 +24,7 @@ from photon_train.accounting.graft import Graft
 from photon_train.conversion.dense_attention import DenseAttention
 from photon_train.models import PhotonForCausalLM
 from photon_train.models.attention_photon import Segment, unrotate
-from photon_train.models.memory_photon import join_heads
+from photon_train.models.memory_photon import join_heads, take_heads
 
 # Of the mean variance of a layer's keys and values: keeps directions that the text hardly shows out of the fit.
 RIDGE = 1e-4
@@ -107,8 +109,11 @@ def _measure(
     begin = min(config.window, batch.shape[1] // 2)
     away = _mean_rotation(model, begin, batch.shape[1])
     for layer, seen in queries.items():
+        memory = model.model.layers[layer].self_attn.memory
         query, key, value = segments[layer].seen
         segments[layer].seen = None
+        query = take_heads(query, memory.query_heads)
+        key, value = (take_heads(states, memory.cells) for states in (key, value))
         key = unrotate(key, rotary)
         far = unrotate(query, rotary)[:, :, begin:].unflatten(1, (key.shape[1], -1)).float()
         seen.count += far.shape[0] * far.shape[2] * far.shape[3]
@@ -148,11 +153,18 @@ def _root(matrix: torch.Tensor) -> torch.Tensor:
 
 
 def _weights(model: PhotonForCausalLM, layer: int, queries: _Moments) -> torch.Tensor:
-    """Square roots of what errors of a layer's keys and values count, ``[2, Hkv, D, D]``."""
+    """Square roots of what errors of a layer's keys and values count, ``[2, m, D, D]``."""
+    attention = model.model.layers[layer].self_attn
     heads, size = model.config.num_key_value_heads, model.config.head_dim
-    out = model.model.layers[layer].self_attn.o_proj.weight.double().unflatten(1, (heads, -1, size))
+    out = attention.o_proj.weight.double().unflatten(1, (heads, -1, size))[:, list(attention.memory.cells)]
     values = torch.einsum("ohgd,ohge->hde", out, out)
-    return torch.stack([_root(queries.mean("qq")), _root(values)])
+    return torch.stack([_root(_floored(queries.mean("qq"))), _root(_floored(values))])
+
+
+def _floored(counts: torch.Tensor) -> torch.Tensor:
+    """``[m, D, D]`` with what hardly counts raised to a hundredth of the mean: other queries will come."""
+    mean = counts.diagonal(dim1=1, dim2=2).mean(1)
+    return counts + 1e-2 * mean[:, None, None] * torch.eye(counts.shape[1], device=counts.device)
 
 
 def _fit(model: PhotonForCausalLM, layer: int, number: int, found: _Moments, queries: _Moments) -> list[str]:
@@ -163,6 +175,7 @@ def _fit(model: PhotonForCausalLM, layer: int, number: int, found: _Moments, que
     chunker, converter = memory.chunker.maps[number], memory.converter.maps[number]
     fitted = {
         "chunker.maps.{}.weight": chunker.weight,
+        "chunker.maps.{}.bias": chunker.bias,
         "converter.maps.{}.weight": converter.weight,
         "converter.maps.{}.bias": converter.bias,
     }
@@ -171,12 +184,13 @@ def _fit(model: PhotonForCausalLM, layer: int, number: int, found: _Moments, que
     return [f"{prefix}.{name.format(number)}" for name in fitted]
 
 
-def _regress(found: _Moments, errors: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The map from a unit's n numbers to `rank`, ``[rank, n]``, the one back, ``[n, rank]``, and its bias ``[n]``.
+def _regress(found: _Moments, errors: torch.Tensor, rank: int) -> tuple[torch.Tensor, ...]:
+    """The map from a unit's n numbers to `rank`, ``[rank, n]`` and bias ``[rank]``, and the one back, ``[n, rank]`` and
+    ``[n]``.
 
     Args:
         found: Used up, since its matrices are large.
-        errors: Square roots of what errors count, ``[kinds, Hkv, D, D]``.
+        errors: Square roots of what errors count, ``[kinds, m, D, D]``.
     """
     mean_x, mean_y = found.mean("x"), found.mean("y")
     xx = found.sums.pop("xx").div_(found.count).addr_(mean_x, mean_x, alpha=-1)
@@ -186,9 +200,19 @@ def _regress(found: _Moments, errors: torch.Tensor, rank: int) -> tuple[torch.Te
     xy = found.sums.pop("xy").div_(found.count).addr_(mean_x, mean_y, alpha=-1)
     xy = torch.linalg.solve_triangular(factor, xy, upper=False)
     # The best directions are those of the largest eigenvalues, which fp32 finds in half of the memory.
-    directions = torch.linalg.eigh(_weighted(xy.float(), errors.float()))[1][:, -rank:].double()
+    counts, directions = torch.linalg.eigh(_weighted(xy.float(), errors.float()))
+    spread, directions = counts[-rank:].double().clamp(min=1e-12).sqrt(), directions[:, -rank:].double()
     pack, unpack = torch.linalg.solve_triangular(factor.T, directions, upper=True).T, xy.T @ directions
-    return pack, unpack, mean_y - unpack @ (pack @ mean_x)
+    # Along a direction, what is unpacked varies by the root of its eigenvalue, as it counts.
+    turn = _random_rotation(rank).to(pack.device)
+    pack, unpack = turn @ (spread[:, None] * pack), unpack / spread @ turn.T
+    return pack, -pack @ mean_x, unpack, mean_y
+
+
+def _random_rotation(size: int) -> torch.Tensor:
+    """An orthogonal matrix ``[size, size]``, always the same."""
+    noise = torch.randn(size, size, generator=torch.Generator().manual_seed(size), dtype=torch.float64)
+    return torch.linalg.qr(noise)[0]
 
 
 def _weighted(xy: torch.Tensor, errors: torch.Tensor) -> torch.Tensor:

@@ -7,12 +7,12 @@ one sequence alone.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
 
-from photon_train.models.cache_photon import GrowingStore, KeyValue, SlotMapping
+from photon_train.models.cache_photon import GrowingStore, Part, SlotMapping
 
 
 @dataclass(eq=False)
@@ -113,7 +113,7 @@ class BlockTable:
 
 
 class BlockStore(GrowingStore):
-    """A `GrowingStore` in blocks, ``[blocks, Hkv, slots, D]`` per layer: element i of a row is in its i-th slot.
+    """A `GrowingStore` in blocks, ``[blocks, heads, slots, size]``: element i of a row is in its i-th slot.
 
     On the torch path a read gathers the rows' blocks into one tensor (a copy of what grows, a few percent of a dense
     model's keys); kernels read the blocks in place.
@@ -123,44 +123,43 @@ class BlockStore(GrowingStore):
     """
 
     def __init__(
-        self, layers: Iterable[int], unit_tokens: int, table: BlockTable, num_blocks: int, block_size: int
+        self,
+        formats: Mapping[int, Sequence[Part]],
+        unit_tokens: int,
+        table: BlockTable,
+        num_blocks: int,
+        block_size: int,
     ) -> None:
-        super().__init__(layers, unit_tokens)
+        super().__init__(formats, unit_tokens)
         self.table, self.num_blocks, self.per_block = table, num_blocks, block_size // unit_tokens
 
-    def allocate(self, rows: int, heads: int, head_dim: int, like: torch.Tensor) -> None:
-        for states in (self.keys, self.values):
-            for layer in self.layers:
-                states[layer] = like.new_zeros(self.num_blocks, heads, self.per_block, head_dim)
+    def allocate(self, rows: int, like: torch.Tensor) -> None:
+        self._make(self.num_blocks, self.per_block, like)
 
     def reserve(self, count: int | None) -> None:
         """Nothing: the scheduler has reserved the blocks."""
 
-    def read(self, layer: int, rows: torch.Tensor | None, count: int | None) -> KeyValue:
-        return self._gather(self.keys[layer], rows), self._gather(self.values[layer], rows)
+    def read(self, layer: int, rows: torch.Tensor | None, count: int | None) -> tuple[torch.Tensor, ...]:
+        return tuple(self._gather(part, rows) for part in self.states[layer])
 
-    def write(self, layer: int, slot_mapping: SlotMapping, key: torch.Tensor, value: torch.Tensor) -> None:
+    def write(self, layer: int, slot_mapping: SlotMapping, *new: torch.Tensor) -> None:
         slots = slot_mapping.slots
         if slot_mapping.batch is None:
             rows = self._rows(slot_mapping.rows)
             where = self.table.blocks[rows[:, None], slots // self.per_block], (slots % self.per_block).expand(1, -1)
         else:
             where = self.table.blocks[slot_mapping.cache_rows, slots // self.per_block], slots % self.per_block
-        for stored, new in ((self.keys[layer], key), (self.values[layer], value)):
-            new = new.detach().transpose(1, 2).to(stored.dtype)
-            new = (
-                new[:, slot_mapping.columns]
+        for stored, states in zip(self.states[layer], new, strict=True):
+            states = states.detach().transpose(1, 2).to(stored.dtype)
+            states = (
+                states[:, slot_mapping.columns]
                 if slot_mapping.batch is None
-                else new[slot_mapping.batch, slot_mapping.columns]
+                else states[slot_mapping.batch, slot_mapping.columns]
             )
-            stored[where[0], :, where[1]] = new
+            stored[where[0], :, where[1]] = states
 
-    def operands(self, layer: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        return self.keys[layer], self.values[layer], self.table.blocks[:, : self.table.bound]
-
-    def tensors(self) -> list[torch.Tensor]:
-        """Everything that belongs to blocks, blocks first."""
-        return [*self.keys.values(), *self.values.values()]
+    def operands(self, layer: int) -> tuple[torch.Tensor, ...]:
+        return (*self.states[layer], self.table.blocks[:, : self.table.bound])
 
     def _rows(self, rows: torch.Tensor | None) -> torch.Tensor:
         blocks = self.table.blocks

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import heapq
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 from photon_train import accounting
 from photon_train.errors import PhotonError
 from photon_train.inference.blocks import Allocation, BlockPool, BlockStore, BlockTable, SwappedState
+from photon_train.models.cache_photon import Part
 
 BLOCK_SIZE = 256
 
@@ -95,8 +96,8 @@ class PagedCache:
         self.table = BlockTable(layout.num_rows, like.device)
         self._free_rows = list(range(layout.num_rows))
 
-        def store(layers: list[int], unit_tokens: int) -> BlockStore:
-            return BlockStore(layers, unit_tokens, self.table, layout.num_blocks, layout.block_size)
+        def store(formats: Mapping[int, Sequence[Part]], unit_tokens: int) -> BlockStore:
+            return BlockStore(formats, unit_tokens, self.table, layout.num_blocks, layout.block_size)
 
         self.state = model.new_cache(growing=store)
         self.state.allocate(layout.num_rows, model.config.num_key_value_heads, model.config.head_dim, like)
@@ -214,7 +215,7 @@ class PagedCache:
     def allocated_bytes(self) -> int:
         """Bytes of keys, values and buffers (lengths and indices of slots left aside)."""
         stored = [*self.state.row_tensors(), *self._block_tensors()]
-        return sum(states.numel() * states.element_size() for states in stored if states.is_floating_point())
+        return sum(states.numel() * states.element_size() for states in stored if states.dtype != torch.long)
 
     def used_bytes(self, sequences: Iterable[Allocation]) -> int:
         """Bytes of the rows and blocks that `sequences` have; a shared block counts once."""

@@ -45,9 +45,11 @@ def decode_bytes(model: PreTrainedModel, rows: int, tokens: int) -> int:
         rows: Sequences that decode at a time; tokens: those of the longest, in whole blocks.
     """
     config = model.config
-    if model.backend != "triton" or not getattr(config, "memory_layers", None):
+    if model.backend != "triton" or not getattr(config, "memory_cells", None):
         return 0
-    heads, element_size = config.num_attention_heads, model.get_input_embeddings().weight.element_size()
+    groups = config.num_attention_heads // config.num_key_value_heads
+    heads = groups * max(map(len, config.memory_cells.values()))  # one layer decodes at a time
+    element_size = model.get_input_embeddings().weight.element_size()
     units = tokens // config.chunk_size
     return load_kernels().latent_decode_bytes(rows, heads, config.chunk_size, units, config.head_dim, element_size)
 

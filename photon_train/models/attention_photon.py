@@ -169,18 +169,20 @@ class NewElements:
             self._rings[id(ring)] = key_index[:1] if self.index.shape[0] == 1 else key_index, slot_mapping
         return self._rings[id(ring)]
 
-    def append(self, store: RingStore | GrowingStore, layer: int, slot_mapping: SlotMapping, key, value) -> None:
-        """Store keys and values ``[B, Hkv, T, D]``, at one element per row by the backend."""
+    def append(
+        self, store: RingStore | GrowingStore, layer: int, slot_mapping: SlotMapping, *new: torch.Tensor
+    ) -> None:
+        """Store ``new [B, heads, T, size]``, one per tensor of the store, at one element per row by the backend."""
         if self.backend != "triton" or slot_mapping.batch is None:
-            store.write(layer, slot_mapping, key, value)
+            store.write(layer, slot_mapping, *new)
             return
         kernels = load_kernels()
         *stored, block_table = store.operands(layer)
         slots = slot_mapping.slots[:, None]
-        appends = [
-            kernels.Append(
-                new[slot_mapping.batch, :, slot_mapping.columns, None], to, slot_mapping.cache_rows, slots, block_table
-            )
-            for new, to in zip((key, value), stored, strict=True)
-        ]
-        kernels.cache_append(appends, backend="triton")
+        appends: dict[torch.dtype, list] = {}
+        for states, to in zip(new, stored, strict=True):
+            source = states[slot_mapping.batch, :, slot_mapping.columns, None]
+            append = kernels.Append(source, to, slot_mapping.cache_rows, slots, block_table)
+            appends.setdefault(to.dtype, []).append(append)  # one launch takes tensors of one type
+        for each in appends.values():
+            kernels.cache_append(each, backend="triton")

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import torch
 
-from .cache_photon import GrowingStore, RingStore, RowCache
+from .cache_photon import GrowingStore, RingStore, RowCache, key_value_parts
 from .configuration_hierarchical import HierarchicalConfig
 
 PROTOCOLS = ("hiergen", "recgen")
@@ -20,7 +20,7 @@ class HierarchicalCache(RowCache):
     Args:
         config: The model's.
         protocol: What is fed upward after the first pass; see `HierarchicalForCausalLM.set_protocol`.
-        growing: Makes the stores that grow, ``growing(layers, unit_tokens)``.
+        growing: Makes the stores that grow, ``growing(formats, unit_tokens)``.
 
     Attributes:
         encoders: Per level, the encoder's units.
@@ -36,7 +36,7 @@ class HierarchicalCache(RowCache):
         self,
         config: HierarchicalConfig,
         protocol: str = "hiergen",
-        growing: Callable[[list[int], int], GrowingStore] = GrowingStore,
+        growing: Callable[..., GrowingStore] = GrowingStore,
     ) -> None:
         super().__init__()
         if protocol not in PROTOCOLS:
@@ -48,9 +48,12 @@ class HierarchicalCache(RowCache):
         self.encoders: list[RingStore | GrowingStore] = []
         self.decoders: list[RingStore] = []
         for index, level in enumerate(config.levels):
-            layers, window = list(range(level["encoder_layers"])), level["encoder_window"]
-            unit_tokens = config.unit_tokens(index + 1)
-            self.encoders.append(growing(layers, unit_tokens) if window is None else RingStore(layers, 0, window))
+            layers, window = range(level["encoder_layers"]), level["encoder_window"]
+            if window is None:
+                formats = dict.fromkeys(layers, key_value_parts(config))
+                self.encoders.append(growing(formats, config.unit_tokens(index + 1)))
+            else:
+                self.encoders.append(RingStore(layers, 0, window))
             stream = config.slot_stream(index)
             self.decoders.append(RingStore(range(level["decoder_layers"]), stream.num_sinks, stream.ring_size))
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -121,61 +121,91 @@ class RingStore:
         return sum(t.numel() * t.element_size() for t in (*self.keys.values(), *self.values.values()))
 
 
-class GrowingStore:
-    """Keys and values of all elements of a row, in order, ``[rows, Hkv, capacity, D]``.
+@dataclass(frozen=True)
+class Part:
+    """One tensor of a growing store: what it keeps of every element.
 
     Attributes:
-        layers: Layers that it holds.
-        unit_tokens: Tokens that one element stands for.
+        heads, size: It has ``[heads, size]`` numbers of an element.
+        dtype: Their type; None: that of the model's states.
     """
 
-    def __init__(self, layers: Iterable[int], unit_tokens: int = 1) -> None:
-        self.layers, self.unit_tokens = list(layers), unit_tokens
-        self.keys: dict[int, torch.Tensor] = {}
-        self.values: dict[int, torch.Tensor] = {}
+    heads: int
+    size: int
+    dtype: torch.dtype | None = None
 
-    def allocate(self, rows: int, heads: int, head_dim: int, like: torch.Tensor) -> None:
-        """Make `rows` empty rows with the type and device of `like`."""
-        for states in (self.keys, self.values):
-            for layer in self.layers:
-                states[layer] = like.new_zeros(rows, heads, 0, head_dim)
+    def nbytes(self, dtype_bytes: int) -> int:
+        """Bytes of an element, where those of a state are `dtype_bytes`."""
+        return self.heads * self.size * (dtype_bytes if self.dtype is None else self.dtype.itemsize)
+
+
+class GrowingStore:
+    """What all elements of a row leave behind (keys and values, latents), in order, ``[rows, heads, capacity, size]``.
+
+    Args:
+        formats: By layer, the tensors that are kept of an element.
+        unit_tokens: Tokens that one element stands for.
+
+    Attributes:
+        states: By layer, the tensors.
+    """
+
+    def __init__(self, formats: Mapping[int, Sequence[Part]], unit_tokens: int = 1) -> None:
+        self.formats, self.unit_tokens = dict(formats), unit_tokens
+        self.states: dict[int, list[torch.Tensor]] = {}
+
+    @property
+    def layers(self) -> list[int]:
+        """Layers that it holds."""
+        return list(self.formats)
+
+    def allocate(self, rows: int, like: torch.Tensor) -> None:
+        """Make `rows` empty rows; states have the type and all the device of `like`."""
+        self._make(rows, 0, like)
+
+    def _make(self, rows: int, slots: int, like: torch.Tensor) -> None:
+        for layer, parts in self.formats.items():
+            self.states[layer] = [
+                torch.zeros(rows, part.heads, slots, part.size, dtype=part.dtype or like.dtype, device=like.device)
+                for part in parts
+            ]
 
     def reserve(self, count: int) -> None:
         """Make room for `count` elements of every row."""
-        if not self.layers:
-            return
-        have = self.keys[self.layers[0]].shape[2]
+        have = next((parts[0].shape[2] for parts in self.states.values()), count)
         if count > have:
             # A quarter more than needed: tokens that come one by one copy the store rarely.
             missing = count - have + count // 4
-            for states in (self.keys, self.values):
-                for layer in self.layers:
-                    states[layer] = torch.nn.functional.pad(states[layer], (0, 0, 0, missing))
+            for layer, parts in self.states.items():
+                self.states[layer] = [torch.nn.functional.pad(part, (0, 0, 0, missing)) for part in parts]
 
-    def read(self, layer: int, rows: torch.Tensor | None, count: int) -> KeyValue:
-        """Keys and values of at least the first `count` elements (as many as there are), ``[n, Hkv, >= count, D]``."""
-        parts = (states[layer][:, :, :count] for states in (self.keys, self.values))
+    def read(self, layer: int, rows: torch.Tensor | None, count: int) -> tuple[torch.Tensor, ...]:
+        """At least the first `count` elements (as many as there are), ``[n, heads, >= count, size]`` of each part."""
+        parts = (part[:, :, :count] for part in self.states[layer])
         return tuple(part if rows is None else part[rows] for part in parts)
 
-    def write(self, layer: int, slot_mapping: SlotMapping, key: torch.Tensor, value: torch.Tensor) -> None:
-        """Store ``key, value [n, Hkv, T, D]``; a slot is an element's index."""
-        slot_mapping.put(self.keys[layer], key)
-        slot_mapping.put(self.values[layer], value)
+    def write(self, layer: int, slot_mapping: SlotMapping, *new: torch.Tensor) -> None:
+        """Store ``new [n, heads, T, size]``, one for each part; a slot is an element's index."""
+        for stored, states in zip(self.states[layer], new, strict=True):
+            slot_mapping.put(stored, states)
 
-    def operands(self, layer: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-        """What a kernel reads in place: keys, values, and the block table (None: row r lies in row r)."""
-        return self.keys[layer], self.values[layer], None
+    def operands(self, layer: int) -> tuple[torch.Tensor | None, ...]:
+        """What a kernel reads in place: the parts, and the block table (None: row r lies in row r)."""
+        return (*self.states[layer], None)
+
+    def tensors(self) -> list[torch.Tensor]:
+        """Everything stored, rows (or blocks) first."""
+        return [part for parts in self.states.values() for part in parts]
 
     def select(self, rows: torch.Tensor) -> None:
         """Keep `rows`, in that order."""
-        for states in (self.keys, self.values):
-            states.update({layer: stored.index_select(0, rows) for layer, stored in states.items()})
+        for layer, parts in self.states.items():
+            self.states[layer] = [part.index_select(0, rows) for part in parts]
 
     def nbytes(self, counts: Iterable[int]) -> int:
-        """Bytes of the first ``counts[b]`` keys and values of each row."""
+        """Bytes of the first ``counts[b]`` elements of each row."""
         total = sum(counts)
-        stored = (*self.keys.values(), *self.values.values())
-        return sum(total * t.shape[1] * t.shape[3] * t.element_size() for t in stored)
+        return sum(total * part.shape[1] * part.shape[3] * part.element_size() for part in self.tensors())
 
 
 class RowCache(Cache):
@@ -210,8 +240,10 @@ class RowCache(Cache):
         self.lengths = torch.zeros(rows, dtype=torch.long, device=like.device)
         if self.host_lengths is None:
             self.host_lengths = [0] * rows
-        for store in (*self.rings(), *self.growing()):
-            store.allocate(rows, heads, head_dim, like)
+        for ring in self.rings():
+            ring.allocate(rows, heads, head_dim, like)
+        for store in self.growing():
+            store.allocate(rows, like)
 
     def row_tensors(self) -> list[torch.Tensor]:
         """Everything bounded that belongs to rows, rows first."""
@@ -295,6 +327,19 @@ class RowCache(Cache):
             self.batch_select_indices(rows.repeat_interleave(repeats))
 
 
+def key_value_parts(config: Any) -> tuple[Part, ...]:
+    """A token's keys and values in a layer of any PHOTON model."""
+    return (Part(config.num_key_value_heads, config.head_dim),) * 2
+
+
+def latent_parts(config: PhotonConfig, heads: int) -> tuple[Part, ...]:
+    """A unit's latents of so many key-value heads: its halves, or their codes and then their scales."""
+    if config.memory_bits == 16:
+        return (Part(heads, config.head_dim),) * 2
+    codes, scales = Part(heads, config.head_dim * config.memory_bits // 8, torch.uint8), Part(heads, 1, torch.bfloat16)
+    return codes, codes, scales, scales
+
+
 class PhotonCache(RowCache):
     """Cache of `PhotonForCausalLM`.
 
@@ -304,7 +349,7 @@ class PhotonCache(RowCache):
     Args:
         config: The model's.
         rollback: Latest tokens that `crop` can take back at any length; windowed layers keep so many more.
-        growing: Makes the stores that grow, ``growing(layers, unit_tokens)``.
+        growing: Makes the stores that grow, ``growing(formats, unit_tokens)``.
 
     Attributes:
         window: Windowed layers; `local`: layers with the family's own window; `full`: full attention; `units`: latents
@@ -312,7 +357,7 @@ class PhotonCache(RowCache):
     """
 
     def __init__(
-        self, config: PhotonConfig, rollback: int = 0, growing: Callable[[list[int], int], GrowingStore] = GrowingStore
+        self, config: PhotonConfig, rollback: int = 0, growing: Callable[..., GrowingStore] = GrowingStore
     ) -> None:
         super().__init__()
         self.config, self.rollback, self._make_growing = config, rollback, growing
@@ -327,7 +372,10 @@ class PhotonCache(RowCache):
                 full.append(layer)
         self.window = RingStore(windowed, config.num_sinks, config.ring_size + rollback)
         self.local = {own: RingStore(layers, 0, own + rollback) for own, layers in local.items()}
-        self.full, self.units = growing(full, 1), growing(config.memory_layers, config.chunk_size)
+        self.full = growing(dict.fromkeys(full, key_value_parts(config)), 1)
+        self.units = growing(
+            {layer: latent_parts(config, len(heads)) for layer, heads in config.memory_cells.items()}, config.chunk_size
+        )
 
     def rings(self) -> list[RingStore]:
         return [self.window, *self.local.values()]

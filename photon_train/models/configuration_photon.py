@@ -9,13 +9,16 @@ from transformers import PretrainedConfig
 
 from .families_photon import config_class
 
+# Bits of a number of a latent in the cache; 16 stands for the cache's own type.
+MEMORY_BITS = (16, 8, 4)
 # Keys of PHOTON beside the family's.
 PHOTON_KEYS = (
     "base_model_type",
     "window",
     "num_sinks",
     "chunk_size",
-    "memory_layers",
+    "memory_cells",
+    "memory_bits",
     "latents_per_unit",
     "full_attention_layers",
 )
@@ -33,7 +36,8 @@ class PhotonConfig(PretrainedConfig):
             multiple of `chunk_size`, so that no token falls between the window and the units.
         num_sinks: First tokens that stay visible in every windowed layer.
         chunk_size: S, the tokens under one memory unit.
-        memory_layers: Windowed layers that also read the units outside the window.
+        memory_cells: By windowed layer, the key-value heads whose queries also read the units outside the window.
+        memory_bits: Bits in which the cache stores a number of a latent: 16 (the cache's own type), 8 or 4.
         latents_per_unit: Latents of a unit: 1 packs keys and values together, 2 apart, each into its half.
         full_attention_layers: Layers that keep full causal attention.
         **kwargs: The family's fields.
@@ -54,21 +58,23 @@ class PhotonConfig(PretrainedConfig):
         window: int = 256,
         num_sinks: int = 4,
         chunk_size: int = 4,
-        memory_layers: list[int] | None = None,
+        memory_cells: dict[int, list[int]] | None = None,
+        memory_bits: int = 16,
         latents_per_unit: int = 1,
         full_attention_layers: list[int] | None = None,
         **kwargs: Any,
     ) -> None:
-        if "base_config" in kwargs or "levels" in kwargs:
+        if old := [key for key in ("base_config", "levels", "memory_layers") if key in kwargs]:
             raise ValueError(
-                "this configuration has the layout of an older photon-train (base_config, levels): convert the dense "
-                "model again"
+                f"this configuration has the layout of an older photon-train ({old[0]}): convert the dense model again"
             )
         self.base_model_type = base_model_type
         self.window = window
         self.num_sinks = num_sinks
         self.chunk_size = chunk_size
-        self.memory_layers = sorted(memory_layers or [])
+        # JSON makes names of numbers.
+        self.memory_cells = {int(layer): sorted(heads) for layer, heads in _by_layer(memory_cells or {})}
+        self.memory_bits = memory_bits
         self.latents_per_unit = latents_per_unit
         self.full_attention_layers = sorted(full_attention_layers or [])
         kwargs.pop("model_type", None)
@@ -80,6 +86,11 @@ class PhotonConfig(PretrainedConfig):
     def __reduce__(self):
         # The class of a family's instance is made at run time and has no importable name.
         return _restore, (self.base_model_type,), self.__dict__
+
+    @property
+    def memory_layers(self) -> list[int]:
+        """Layers with memory, in order."""
+        return list(self.memory_cells)
 
     def dense_config(self) -> PretrainedConfig:
         """The dense family's configuration, without PHOTON's keys."""
@@ -111,7 +122,7 @@ class PhotonConfig(PretrainedConfig):
         It is moved back to a multiple of the chunk: the unit that holds the oldest token is then covered whole.
         """
         start = position - self.window + 1
-        return start - start % self.chunk_size if self.memory_layers else start
+        return start - start % self.chunk_size if self.memory_cells else start
 
     def num_units(self, length: Any) -> Any:
         """Units outside the window of the last of `length` tokens (a number or a tensor)."""
@@ -124,7 +135,7 @@ class PhotonConfig(PretrainedConfig):
 
         The longest window, and the unit that has left it last: it is packed from here.
         """
-        return self.window + (2 * self.chunk_size - 1 if self.memory_layers else 0)
+        return self.window + (2 * self.chunk_size - 1 if self.memory_cells else 0)
 
     def _check(self) -> None:
         def need(condition: bool, message: str) -> None:
@@ -135,17 +146,25 @@ class PhotonConfig(PretrainedConfig):
             value = getattr(self, key)
             need(isinstance(value, int) and value >= least, f"{key}={value!r} must be a whole number >= {least}")
         need(self.latents_per_unit in (1, 2), f"latents_per_unit={self.latents_per_unit} must be 1 or 2")
-        layers = range(self.num_hidden_layers)
-        for key in ("memory_layers", "full_attention_layers"):
-            named = getattr(self, key)
+        need(self.memory_bits in MEMORY_BITS, f"memory_bits={self.memory_bits} must be 16, 8 or 4")
+        layers, heads = range(self.num_hidden_layers), range(self.num_key_value_heads)
+        for key in ("memory_cells", "full_attention_layers"):
+            named = list(getattr(self, key))
             need(len(set(named)) == len(named), f"{key} names a layer twice: {named}")
             for layer in named:
                 need(layer in layers, f"{key} names layer {layer}; the model has layers 0...{len(layers) - 1}")
-        both = sorted(set(self.memory_layers) & set(self.full_attention_layers))
-        need(not both, f"layers {both} are in memory_layers and in full_attention_layers: keep one")
-        for layer in self.memory_layers:
-            need(not self.is_local(layer), f"memory_layers names layer {layer}, which the family keeps local: drop it")
-        if self.memory_layers:
+        both = sorted(set(self.memory_cells) & set(self.full_attention_layers))
+        need(not both, f"layers {both} are in memory_cells and in full_attention_layers: keep one")
+        for layer, named in self.memory_cells.items():
+            need(not self.is_local(layer), f"memory_cells names layer {layer}, which the family keeps local: drop it")
+            need(bool(named), f"memory_cells names no head of layer {layer}: name one, or drop the layer")
+            need(len(set(named)) == len(named), f"memory_cells names a head of layer {layer} twice: {named}")
+            for head in named:
+                need(
+                    head in heads,
+                    f"memory_cells names key-value head {head} of layer {layer}; there are 0...{len(heads) - 1}",
+                )
+        if self.memory_cells:
             need(
                 self.window >= self.chunk_size,
                 f"window={self.window} is shorter than chunk_size={self.chunk_size}: raise it, or lower chunk_size",
@@ -160,6 +179,11 @@ class PhotonConfig(PretrainedConfig):
             not getattr(self, "attention_dropout", 0.0),
             f"attention_dropout={getattr(self, 'attention_dropout', 0.0)} is not supported: set it to 0",
         )
+
+
+def _by_layer(cells: dict[Any, list[int]]) -> list[tuple[Any, list[int]]]:
+    """Layers and their heads, by layer."""
+    return sorted(cells.items(), key=lambda cell: int(cell[0]))
 
 
 @functools.cache

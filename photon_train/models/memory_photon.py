@@ -3,7 +3,8 @@
 The paper's chunker (C states -> 1) and converter (1 -> R slots) inside a layer's own softmax: a unit's latent has the
 width of one key and value, and gives one key and value *per token* under the unit when the layer reads it, so that
 single tokens can be told apart. The low-rank joint compression of keys and values of multi-head latent attention (arXiv
-2405.04434), here over the tokens of a unit.
+2405.04434), here over the tokens of a unit. A layer packs the key-value heads of its memory cells alone, and only the
+query heads of these read what is far.
 
 Far keys carry no position: queries meet them with their rotation undone. Beyond the window, where units are read, what
 a retrieval head matches is content; and scores stay linear in the latent, so that decoding folds the converter into the
@@ -12,6 +13,7 @@ query.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -21,6 +23,7 @@ from transformers import initialization as init
 
 from .cache_photon import KeyValue
 from .configuration_photon import PhotonConfig
+from .quantize_photon import StraightThrough, dequantize, quantize
 
 
 class PackMap(nn.Linear):
@@ -44,7 +47,7 @@ class Chunker(nn.Module):
     def __init__(self, chunk_size: int, width: int, num_latents: int) -> None:
         super().__init__()
         size = width // num_latents
-        self.maps = nn.ModuleList(PackMap(chunk_size * size, size, bias=False) for _ in range(num_latents))
+        self.maps = nn.ModuleList(PackMap(chunk_size * size, size) for _ in range(num_latents))
 
     def forward(self, states: torch.Tensor) -> torch.Tensor:
         """``[B, U, S, width] -> [B, U, width]``."""
@@ -72,38 +75,65 @@ class LayerMemory(nn.Module):
     """What one memory layer adds to its dense attention.
 
     Args:
-        config: Gives S, key-value heads and their dimension, and the number of latents of a unit.
+        config: Gives S, the layer's cells, the heads' dimension, latents per unit and their bits.
+        layer: The layer.
+
+    Attributes:
+        cells: Key-value heads with memory, m of them.
+        query_heads: Query heads that read them, ``m * Hq / Hkv``.
+        other_cells, other_query_heads: The layer's others.
     """
 
-    def __init__(self, config: PhotonConfig) -> None:
+    def __init__(self, config: PhotonConfig, layer: int) -> None:
         super().__init__()
-        self.chunk_size, self.heads, self.head_dim = config.chunk_size, config.num_key_value_heads, config.head_dim
-        self.num_latents = config.latents_per_unit
+        self.cells = tuple(config.memory_cells[layer])
+        self.other_cells = tuple(head for head in range(config.num_key_value_heads) if head not in self.cells)
+        groups = config.num_attention_heads // config.num_key_value_heads
+        self.query_heads, self.other_query_heads = (
+            tuple(head * groups + group for head in heads for group in range(groups))
+            for heads in (self.cells, self.other_cells)
+        )
+        self.chunk_size, self.heads, self.head_dim = config.chunk_size, len(self.cells), config.head_dim
+        self.num_latents, self.bits = config.latents_per_unit, config.memory_bits
         width = 2 * self.heads * self.head_dim
         self.chunker = Chunker(self.chunk_size, width, self.num_latents)
         self.converter = Converter(self.chunk_size, width, self.num_latents)
 
-    def pack(self, keys: torch.Tensor, values: torch.Tensor) -> KeyValue:
+    def pack(self, keys: torch.Tensor, values: torch.Tensor) -> tuple[KeyValue, tuple[torch.Tensor, ...]]:
         """Pack the tokens of U units.
 
         Args:
-            keys: With their rotation undone, ``[B, Hkv, U * S, D]``; values: the same shape.
+            keys: Of the cells, with their rotation undone, ``[B, m, U * S, D]``; values: the same shape.
 
         Returns:
-            The latents in the shape of keys and values, ``[B, Hkv, U, D]`` each.
+            The latents as they are read, in the shape of keys and values, ``[B, m, U, D]`` each; and what the cache
+            stores of them, the same or codes and scales (`quantize`). Gradients pass through the rounding.
         """
         states = join_heads(keys, values).unflatten(1, (-1, self.chunk_size))
-        return split_heads(self.chunker(states).to(keys.dtype), self.heads)
+        latents = split_heads(self.chunker(states).to(keys.dtype), self.heads)
+        if self.bits == 16:
+            return latents, latents
+        codes, scales = zip(*(quantize(half.detach(), self.bits) for half in latents), strict=True)
+        stored = (*codes, *scales)
+        rounded = self.load(stored, keys.dtype)
+        return tuple(map(StraightThrough.apply, latents, rounded)), stored
+
+    def load(self, stored: tuple[torch.Tensor, ...], dtype: torch.dtype) -> KeyValue:
+        """Latents ``[B, m, U, D]`` from what the cache stores of them; codes become numbers of `dtype`."""
+        if self.bits == 16:
+            return stored
+        halves = zip(stored[:2], stored[2:], strict=True)
+        return tuple(dequantize(codes, scales, self.bits, dtype) for codes, scales in halves)
 
     def unpack(self, keys: torch.Tensor, values: torch.Tensor) -> KeyValue:
-        """Unpack latents ``[B, Hkv, U, D]`` (the two halves) to keys and values ``[B, Hkv, U * S, D]``."""
+        """Unpack latents ``[B, m, U, D]`` (the two halves) to keys and values ``[B, m, U * S, D]``."""
         slots = self.converter(join_heads(keys, values))
         return split_heads(slots.flatten(1, 2).to(keys.dtype), self.heads)
 
     def _with_map(self, half: int, use: Callable[[torch.Tensor, torch.Tensor], Any]) -> Any:
         """``use(matrix, bias)`` of what the converter does to one latent for keys (`half` 0) or values (-1).
 
-        The matrix is ``[S, Hkv, D, C]``, the bias ``[S, Hkv, D]``; C is the width of what is read: the latent, or of
+        The matrix is ``[S, m, D, C]``, the bias ``[S, m, D]``; C is the width of what is read: the latent, or of
         two latents its own half.
         """
         shape = (self.chunk_size, 2 // self.num_latents, self.heads, self.head_dim)
@@ -118,10 +148,10 @@ class LayerMemory(nn.Module):
         the query folded for s, plus a bias.
 
         Args:
-            content: Queries with their rotation undone, ``[n, Hq, D]``.
+            content: Queries that read far with their rotation undone, ``[n, H, D]``.
 
         Returns:
-            ``[n, Hq, S, C]``, C as in `_with_map`, and biases ``[n, Hq, S]``.
+            ``[n, H, S, C]``, C as in `_with_map`, and biases ``[n, H, S]``.
         """
         content = content.unflatten(1, (self.heads, -1))
 
@@ -132,10 +162,10 @@ class LayerMemory(nn.Module):
         return self._with_map(0, fold)
 
     def unfold_values(self, mixed: torch.Tensor, mass: torch.Tensor) -> torch.Tensor:
-        """Weighted sums of values from weighted sums of latents ``[n, Hq, S, C]`` and the weights' ``[n, Hq, S]``.
+        """Weighted sums of values from weighted sums of latents ``[n, H, S, C]`` and the weights' ``[n, H, S]``.
 
         Returns:
-            ``[n, Hq, D]``.
+            ``[n, H, D]``.
         """
         mixed, mass = (states.unflatten(1, (self.heads, -1)) for states in (mixed, mass.to(mixed.dtype)))
 
@@ -151,12 +181,12 @@ class LayerMemory(nn.Module):
         """Attention of one query per row over latents that are never unpacked.
 
         Args:
-            content: Queries with their rotation undone, ``[n, Hq, D]``.
-            latents: Their halves, ``[n, Hkv, U, D]``.
+            content: Queries that read far with their rotation undone, ``[n, H, D]``.
+            latents: Their halves, ``[n, m, U, D]``.
             visible: Which tokens under units each query sees, ``[n, U * S]``.
 
         Returns:
-            Output ``[n, Hq, 1, D]`` and log-sum-exp ``[n, Hq, 1]``, -inf where nothing is seen.
+            Output ``[n, H, 1, D]`` and log-sum-exp ``[n, H, 1]``, -inf where nothing is seen.
         """
         parts = join_heads(*latents).chunk(self.num_latents, dim=-1)
         folded, bias = self.fold_queries(content)
@@ -175,6 +205,7 @@ def initialize(module: nn.Module) -> bool:
         count = module.in_features // module.out_features
         eye = torch.eye(module.out_features, device=module.weight.device)
         init.copy_(module.weight, eye.repeat(1, count) / count)
+        init.zeros_(module.bias)
     elif isinstance(module, LatentMap):
         count = module.out_features // module.in_features
         init.copy_(module.weight, torch.eye(module.in_features, device=module.weight.device).repeat(count, 1))
@@ -182,6 +213,28 @@ def initialize(module: nn.Module) -> bool:
     else:
         return False
     return True
+
+
+@functools.cache
+def _index(heads: tuple[int, ...], device: torch.device) -> torch.Tensor:
+    # Made once, where nothing is recorded: passes with gradients and CUDA graphs use it too.
+    with torch.inference_mode(False):
+        return torch.tensor(heads, device=device)
+
+
+def take_heads(states: torch.Tensor, heads: tuple[int, ...]) -> torch.Tensor:
+    """``[B, H, ...]`` of some heads; `states` itself if these are all."""
+    return states if len(heads) == states.shape[1] else states.index_select(1, _index(heads, states.device))
+
+
+def put_heads(states: torch.Tensor, heads: tuple[int, ...], new: torch.Tensor) -> torch.Tensor:
+    """`states` with those of `heads` replaced."""
+    return new if len(heads) == states.shape[1] else states.index_copy(1, _index(heads, states.device), new)
+
+
+def take_heads_back(states: torch.Tensor, order: tuple[int, ...]) -> torch.Tensor:
+    """All heads in their own order, of which `states` has the ``order[i]``-th at i."""
+    return states.index_select(1, _index(tuple(sorted(range(len(order)), key=order.__getitem__)), states.device))
 
 
 def join_heads(keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:

@@ -10,9 +10,9 @@ import torch
 from .attention_photon import NewElements, load_kernels, unrotate
 from .cache_photon import KeyValue, SlotMapping
 from .flex_photon import attend_window
-from .memory_photon import LayerMemory
+from .memory_photon import LayerMemory, put_heads, take_heads, take_heads_back
 from .segments_photon import WindowSegment
-from .softmax_photon import FarKeys, additive
+from .softmax_photon import FarKeys, additive, merge
 
 
 class MemorySegment(WindowSegment):
@@ -66,38 +66,60 @@ class MemorySegment(WindowSegment):
         return self.rotation(self._tokens)
 
     def attend(self, module, query, key, value, scale):
-        memory: LayerMemory = module.memory
-        content = unrotate(query, self.content_rotation)
+        layer, memory = module.layer_idx, module.memory
+        content = unrotate(take_heads(query, memory.query_heads), self.content_rotation)
         if self._decodes(key):
-            return self._attend(module, query, key, value, scale, lambda: self._decode_far(module, content, scale))
-        latents = self._pack(module, key, value)
+            self.new.append(self.ring, layer, self.slot_mapping, key, value)
+            out, lse = self._decode_near(layer, query, scale)
+            near = take_heads(out, memory.query_heads), take_heads(lse, memory.query_heads)
+            seen = merge(near, self._decode_far(module, content, scale))[0]
+            return put_heads(out, memory.query_heads, seen)
+        past, latents = self._past(layer, query), self._pack(module, key, value)
         if latents is None:
-            return self._attend(module, query, key, value, scale)
-        keys, values = memory.unpack(*latents)
-        return self._attend(module, query, key, value, scale, lambda: (content, keys, values))
+            out = self._attend(query, key, value, scale, past)
+        else:
+            far = content, *memory.unpack(*latents)
+            out = self._attend_by_cell(memory, query, key, value, scale, past, far)
+        self._store(layer, key, value)
+        return out
+
+    def _attend_by_cell(self, memory: LayerMemory, query, key, value, scale, past, far) -> torch.Tensor:
+        """The layer's cells attend to what is near and far, its other heads to what is near."""
+        if not memory.other_cells:
+            return self._attend(query, key, value, scale, past, far)
+        parts = []
+        for cells, query_heads, seen in (
+            (memory.cells, memory.query_heads, far),
+            (memory.other_cells, memory.other_query_heads, None),
+        ):
+            states = (take_heads(query, query_heads), take_heads(key, cells), take_heads(value, cells))
+            before = None if past is None else tuple(take_heads(each, cells) for each in past)
+            parts.append(self._attend(*states, scale, before, seen))
+        order = (*memory.query_heads, *memory.other_query_heads)
+        return take_heads_back(torch.cat(parts, dim=1), order)
 
     # --- packing ---
 
     def _pack(self, module, key, value) -> KeyValue | None:
         """Pack and store the units that leave the window in this segment; the latents of all units, or None."""
-        layer, new = module.layer_idx, None
+        layer, memory, new = module.layer_idx, module.memory, None
         # In training the modules run on nothing too: every parameter then has a gradient, on every process.
         if self.num_new or (torch.is_grad_enabled() and not self.had_units):
-            keys, values = self._take(layer, key, value)
-            new = module.memory.pack(unrotate(keys, self.token_rotation), values)
+            keys, values = self._take(layer, *(take_heads(states, memory.cells) for states in (key, value)), memory)
+            new, stored = memory.pack(unrotate(keys, self.token_rotation), values)
             if self.units is not None and self.num_new:
-                self.new.append(self.units, layer, self.unit_slots, *new)
+                self.new.append(self.units, layer, self.unit_slots, *stored)
         if not self.had_units:
             return new
         count = max(self.host_packed[1])
-        held = self.units.read(layer, self.new.rows, count)
+        held = memory.load(self.units.read(layer, self.new.rows, count), key.dtype)
         if new is not None and torch.is_grad_enabled() and key.requires_grad:
             where = self.unit.expand(key.shape[0], -1)[:, None, :, None]
             held = tuple(old.scatter(2, where.expand_as(own), own) for old, own in zip(held, new, strict=True))
         return held
 
-    def _take(self, layer: int, key: torch.Tensor, value: torch.Tensor) -> KeyValue:
-        """Keys and values of the tokens under the new units, ``[B, Hkv, U * S, D]``."""
+    def _take(self, layer: int, key: torch.Tensor, value: torch.Tensor, memory: LayerMemory) -> KeyValue:
+        """The cells' keys and values of the tokens under the new units, ``[B, m, U * S, D]``."""
         if not self.new.has_past:
             stop = self.num_new * self.chunk_size
             return key[:, :, :stop], value[:, :, :stop]
@@ -106,7 +128,7 @@ class MemorySegment(WindowSegment):
         where = torch.where(
             self._tokens >= own, slots + (self._tokens - own).clamp(max=self.length - 1), self.ring.slot(self._tokens)
         )
-        past = self.ring.read(layer, self.new.rows)
+        past = (take_heads(states, memory.cells) for states in self.ring.read(layer, self.new.rows))
         return tuple(_gather(torch.cat(pair, dim=2), where) for pair in zip(past, (key, value), strict=True))
 
     # --- decoding ---
@@ -119,20 +141,21 @@ class MemorySegment(WindowSegment):
             return torch.zeros_like(content), content.new_full(content.shape[:3], -torch.inf, dtype=torch.float32)
         if self.new.backend == "triton":
             kernels = load_kernels()
-            keys, values, block_table = self.units.operands(layer)
+            *stored, block_table = self.units.operands(layer)
             mixed, mass, lse = kernels.latent_decode(
                 *memory.fold_queries(content[:, :, 0]),
-                keys,
-                values,
+                *stored[:2],
                 self.after.expand(self.new.batch),
                 scale,
                 first_token=self.num_sinks,
                 rows=self.new.kernel_rows,
                 block_table=block_table,
+                scales=tuple(stored[2:]) or None,
                 backend="triton",
             )
             return memory.unfold_values(mixed, mass)[:, :, None].to(content.dtype), lse[..., None]
-        latents = self.units.read(layer, self.new.rows, max(self.host_packed[1]) if self.host_packed else None)
+        stored = self.units.read(layer, self.new.rows, max(self.host_packed[1]) if self.host_packed else None)
+        latents = memory.load(stored, content.dtype)
         token = torch.arange(latents[0].shape[2] * self.chunk_size, device=content.device)
         visible = (token // self.chunk_size < self.after[:, None]) & (token >= self.num_sinks)
         return memory.attend_folded(content[:, :, 0], latents, visible.expand(self.new.batch, -1), scale)
@@ -149,7 +172,7 @@ class MemorySegment(WindowSegment):
 
     def _pack_departed(self, module) -> None:
         """Pack the unit that leaves the window with this token: it lies in the ring."""
-        layer, (which, slots) = module.layer_idx, self._departed
+        layer, memory, (which, slots) = module.layer_idx, module.memory, self._departed
         keys, values, _ = self.ring.operands(layer)
         rows = self.new.rows if which is None else (which if self.new.rows is None else self.new.rows[which])
         if rows is None:
@@ -159,12 +182,13 @@ class MemorySegment(WindowSegment):
         rotary = self.token_rotation
         if which is not None:
             rotary = tuple(part[which] if part.shape[0] > 1 else part for part in rotary)
-        new = module.memory.pack(unrotate(taken[0], rotary), taken[1])
+        taken = tuple(take_heads(states, memory.cells) for states in taken)
+        _, stored = memory.pack(unrotate(taken[0], rotary), taken[1])
         slot_mapping = self.unit_slots
         if which is not None:
             batch = torch.arange(len(which), device=which.device)
             slot_mapping = SlotMapping(rows, torch.zeros_like(batch), self.unit[which, 0], batch)
-        self.new.append(self.units, layer, slot_mapping, *new)
+        self.new.append(self.units, layer, slot_mapping, *stored)
 
     # --- the plan of `blockwise_attention` ---
 

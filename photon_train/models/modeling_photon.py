@@ -64,7 +64,7 @@ class PhotonModel(PhotonPreTrainedModel):
 
     def _add_memory(self) -> None:
         for layer in self.config.memory_layers:
-            self.layers[layer].self_attn.memory = LayerMemory(self.config)
+            self.layers[layer].self_attn.memory = LayerMemory(self.config, layer)
 
     @can_return_tuple
     def forward(
@@ -138,8 +138,8 @@ class PhotonModel(PhotonPreTrainedModel):
             settings = {
                 "fused": self.fused_windows,
                 "start": config.window_start(rows.index),
-                "reach": config.window - 1 + (config.chunk_size - 1 if config.memory_layers else 0),
-                "period": config.chunk_size if config.memory_layers else 1,
+                "reach": config.window - 1 + (config.chunk_size - 1 if config.memory_cells else 0),
+                "period": config.chunk_size if config.memory_cells else 1,
                 "num_sinks": config.num_sinks,
                 "ring": None if cache is None else cache.window,
             }
@@ -160,7 +160,7 @@ class PhotonModel(PhotonPreTrainedModel):
             if as_dense or not config.has_window(layer):
                 kind, make = ("full", full) if own is None else (own, functools.partial(local, own))
             else:
-                memory = layer in config.memory_layers
+                memory = layer in config.memory_cells
                 kind, make = ("memory" if memory else "window"), functools.partial(windowed, memory)
             if kind not in made:
                 made[kind] = make()

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import torch
 
 from .attention_photon import NewElements, load_kernels, sdpa
-from .cache_photon import GrowingStore, RingStore
+from .cache_photon import GrowingStore, KeyValue, RingStore
 from .flex_photon import attend_window, is_usable
-from .softmax_photon import FarKeys, NearKeys, additive, attend_set, blockwise_attention, merge
+from .softmax_photon import FarKeys, NearKeys, additive, attend_set, blockwise_attention
 
 # How windows are attended to in training on a GPU: by one compiled kernel (`flex_photon`), block by block, or the first
 # where it has been found to work.
@@ -91,24 +91,31 @@ class WindowSegment:
         self.past_index, self.slot_mapping = (None, None) if ring is None else new.enter(ring)
 
     def attend(self, module, query, key, value, scale):
-        return self._attend(module, query, key, value, scale)
-
-    def _attend(self, module, query, key, value, scale, far: Callable | None = None) -> torch.Tensor:
         layer = module.layer_idx
         if self._decodes(key):
             self.new.append(self.ring, layer, self.slot_mapping, key, value)
-            near = self._decode_near(layer, query, scale)
-            return (near if far is None else merge(near, far()))[0]
+            return self._decode_near(layer, query, scale)[0]
+        out = self._attend(query, key, value, scale, self._past(layer, query))
+        self._store(layer, key, value)
+        return out
+
+    def _attend(self, query, key, value, scale, past: KeyValue | None, far: tuple | None = None) -> torch.Tensor:
+        """Attend to the segment's own keys, the ring's (`past`) and `far` ones (see `blockwise_attention`)."""
         if self._is_fused(query, key, 1 if far is None else 2):
-            out = self._attend_fused(query, key, value, scale, None if far is None else far())
-        else:
-            past = self.ring.read(layer, self.new.rows) if self.new.has_past else None
-            if past is not None and torch.is_grad_enabled() and query.requires_grad:
-                past = tuple(states.clone() for states in past)  # what is stored now must not reach the backward pass
-            out = blockwise_attention(self, scale, query, key, value, past, None if far is None else far())
+            return self._attend_fused(query, key, value, scale, far)
+        return blockwise_attention(self, scale, query, key, value, past, far)
+
+    def _past(self, layer: int, query: torch.Tensor) -> KeyValue | None:
+        if not self.new.has_past:
+            return None
+        past = self.ring.read(layer, self.new.rows)
+        if torch.is_grad_enabled() and query.requires_grad:
+            past = tuple(states.clone() for states in past)  # what is stored now must not reach the backward pass
+        return past
+
+    def _store(self, layer: int, key: torch.Tensor, value: torch.Tensor) -> None:
         if self.ring is not None:
             self.ring.write(layer, self.slot_mapping, key, value)
-        return out
 
     def _decodes(self, key: torch.Tensor) -> bool:
         """Whether this is one element per row: it is stored first, and read with what the ring holds.

@@ -21,10 +21,8 @@ _SEQUENCES = 16
 
 
 def wants_probe(config: RunConfig, planned: PretrainedConfig) -> bool:
-    """Whether `photon.choose_layers` asks for a probe, or leaves the choice open and a probe can make it."""
-    if config.photon.choose_layers is not None or config.preset != "graft":
-        return config.photon.choose_layers == "probe"
-    return config.photon.memory_layers is None and config.train.seq_len > planned.window + 1
+    """Whether a probe is to choose the memory cells."""
+    return False
 
 
 def with_layers(config: RunConfig, layers: list[int]) -> RunConfig:

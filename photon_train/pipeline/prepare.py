@@ -138,16 +138,16 @@ def show_conversion(conversion: Conversion) -> None:
     console.print(conversion.plan.table())
     console.print(conversion.estimate.table())
     numbers = conversion.estimate
-    if getattr(conversion.config, "memory_layers", None) == []:
+    if getattr(conversion.config, "memory_cells", None) == {}:
         console.print(
-            "No memory: photon.memory_layers is empty, so windowed layers see the window and the sinks alone "
+            "No memory: photon.memory_cells is empty, so windowed layers see the window and the sinks alone "
             "(StreamingLLM). What has left the window is lost to them."
         )
     if numbers.new_parameters > _MANY_NEW * numbers.dense_parameters:
         console.print(
             f"Warning: the conversion adds {numbers.new_parameters / 1e6:,.0f}M parameters, "
             f"{numbers.new_parameters / numbers.dense_parameters:.0%} of the dense model's, which are trained in full. "
-            "Those of a memory fall with photon.num_memory_layers, photon.chunk_size and photon.latents_per_unit=2."
+            "Those of a memory fall with photon.memory_budget, photon.chunk_size and photon.latents_per_unit=2."
         )
     seq_len, known = numbers.context, conversion.checkpoint.config.max_position_embeddings
     if seq_len > known:

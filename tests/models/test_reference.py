@@ -22,7 +22,7 @@ def test_the_model_computes_what_the_design_says(name, length):
     torch.testing.assert_close(model.double()(ids).logits[0], expected, atol=2e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["memory", "memory-apart", "memory-full", "window"])
+@pytest.mark.parametrize("name", ["memory", "memory-apart", "memory-8-bits", "memory-4-bits", "memory-full", "window"])
 @torch.no_grad()
 def test_decoding_computes_what_the_design_says(name):
     model, ids = photon_model(name), tokens(1, 24)
@@ -40,15 +40,17 @@ def random(*shape):
 class Identity:
     """A memory that packs and unpacks nothing, so that far keys are the layer's own."""
 
-    layer_idx = 0
+    layer_idx, other_cells = 0, ()
 
-    def __init__(self, turn: torch.Tensor) -> None:
+    def __init__(self, turn: torch.Tensor, heads: int, kv_heads: int) -> None:
         self.memory, self.turn = self, turn
+        self.query_heads, self.cells = tuple(range(heads)), tuple(range(kv_heads))
 
     def pack(self, keys, values):
-        return keys, values
+        return (keys, values), (keys, values)
 
-    unpack = pack
+    def unpack(self, keys, values):
+        return keys, values
 
 
 def segment(length, window, chunk, num_sinks, turn, batch=2) -> MemorySegment:

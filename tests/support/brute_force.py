@@ -1,9 +1,11 @@
 """What a grafted model computes, written from the design's words in loops and float64: no code of the package is used.
 
-Every attention layer has a sliding window of W tokens and a few sinks; a memory layer also reads, inside the same
-softmax, the tokens under the units of S tokens that lie wholly outside the window. A unit's S keys (their rotation
-undone) and values are packed into a latent by the chunker and unpacked by the converter, and far keys meet the query
-with its rotation undone. Window and units cover every earlier token once: the window reaches back to a multiple of S.
+Every attention layer has a sliding window of W tokens and a few sinks; the queries of a memory cell (a layer's
+key-value head) also read, inside the same softmax, the tokens under the units of S tokens that lie wholly outside the
+window. A unit's S keys (their rotation undone) and values, of all cells of a layer, are packed into a latent by the
+chunker and unpacked by the converter, and far keys meet the query with its rotation undone. Each head's half of a
+latent is stored in a few bits. Window and units cover every earlier token once: the window reaches back to a multiple
+of S.
 """
 
 from __future__ import annotations
@@ -60,9 +62,9 @@ def attention(own: dict[str, torch.Tensor], config: dict[str, Any], layer: int, 
         name: (states @ own[f"self_attn.{name}_proj.weight"].T).view(length, count, size)
         for name, count in (("q", heads), ("k", kv_heads), ("v", kv_heads))
     }
-    chunk, remembers = config["chunk_size"], layer in config["memory_layers"]
-    aligns = chunk if config["memory_layers"] else 1
-    units = unpacked(own, config, projected) if remembers else {}
+    chunk, cells = config["chunk_size"], config["memory_cells"].get(layer, [])
+    aligns = chunk if config["memory_cells"] else 1
+    units = unpacked(own, config, projected, cells) if cells else {}
     out = torch.zeros(length, heads, size, dtype=torch.float64)
     for query in range(length):
         first = max(0, query - config["window"] + 1) // aligns * aligns
@@ -78,25 +80,34 @@ def attention(own: dict[str, torch.Tensor], config: dict[str, Any], layer: int, 
                     turned = rotate(content, query, theta) @ rotate(key, token, theta)
                     scores.append(turned)
                     values.append(value)
-                elif remembers:
+                elif kv_head in cells:
                     far_key, far_value = units[token]
-                    scores.append(content @ far_key[kv_head])
-                    values.append(far_value[kv_head])
+                    scores.append(content @ far_key[cells.index(kv_head)])
+                    values.append(far_value[cells.index(kv_head)])
             shares = (torch.stack(scores) / math.sqrt(size)).softmax(0)
             out[query, head] = shares @ torch.stack(values)
     return out.view(length, heads * size) @ own["self_attn.o_proj.weight"].T
 
 
-def unpacked(own, config, projected) -> dict[int, tuple[torch.Tensor, torch.Tensor]]:
-    """By token of every complete unit, its far key and value, ``[Hkv, D]`` each."""
-    chunk, kv_heads, size = config["chunk_size"], config["num_key_value_heads"], config["head_dim"]
+def stored(vector: torch.Tensor, bits: int) -> torch.Tensor:
+    """One head's half of a latent as the cache has it: the nearest of 2^bits levels, odd multiples of half a step."""
+    if bits == 16:
+        return vector
+    step = (vector.abs().max().float() / 2 ** (bits - 1)).to(torch.bfloat16).double()
+    levels = [(level + 0.5) * step for level in range(-(2 ** (bits - 1)), 2 ** (bits - 1))]
+    return torch.stack([min(levels, key=lambda level: abs(level - number)) for number in vector])
+
+
+def unpacked(own, config, projected, cells) -> dict[int, tuple[torch.Tensor, torch.Tensor]]:
+    """By token of every complete unit, its far key and value of each cell, ``[m, D]`` each."""
+    chunk, size = config["chunk_size"], config["head_dim"]
     count = config["latents_per_unit"]
-    half = kv_heads * size
+    half = len(cells) * size
     result = {}
     for begin in range(0, len(projected["k"]) - chunk + 1, chunk):
         members = range(begin, begin + chunk)
-        keys = [projected["k"][token].reshape(half) for token in members]
-        values = [projected["v"][token].reshape(half) for token in members]
+        keys = [projected["k"][token, cells].reshape(half) for token in members]
+        values = [projected["v"][token, cells].reshape(half) for token in members]
         if count == 1:
             inputs = [torch.cat([part for pair in zip(keys, values, strict=True) for part in pair])]
         else:
@@ -104,10 +115,11 @@ def unpacked(own, config, projected) -> dict[int, tuple[torch.Tensor, torch.Tens
         slots = []
         for number, states in enumerate(inputs):
             name = f"self_attn.memory.{{}}.maps.{number}."
-            latent = own[name.format("chunker") + "weight"] @ states
+            latent = own[name.format("chunker") + "weight"] @ states + own[name.format("chunker") + "bias"]
+            latent = torch.cat([stored(part, config["memory_bits"]) for part in latent.split(size)])
             back = own[name.format("converter") + "weight"] @ latent + own[name.format("converter") + "bias"]
             slots.append(back.view(chunk, -1))
         for place, token in enumerate(members):
             row = torch.cat([part[place] for part in slots])
-            result[token] = row[:half].view(kv_heads, size), row[half:].view(kv_heads, size)
+            result[token] = row[:half].view(-1, size), row[half:].view(-1, size)
     return result

@@ -32,18 +32,39 @@ def base_config(model_type: str = "llama", **changes: Any) -> dict[str, Any]:
 
 # One entry per kind of layer and edge of it; every equivalence test runs on all of them.
 GRAFTS: dict[str, dict[str, Any]] = {
-    "window": {"window": 7, "num_sinks": 3, "memory_layers": []},
-    "window-one-token": {"window": 1, "num_sinks": 0, "memory_layers": []},
-    "memory": {"window": 5, "num_sinks": 2, "chunk_size": 3, "memory_layers": [0, 2]},
-    "memory-no-sinks": {"window": 4, "num_sinks": 0, "chunk_size": 4, "memory_layers": [1]},
-    "memory-many-sinks": {"window": 6, "num_sinks": 9, "chunk_size": 2, "memory_layers": [0, 1, 2]},
-    "memory-apart": {"window": 5, "num_sinks": 2, "chunk_size": 2, "memory_layers": [0, 2], "latents_per_unit": 2},
-    "memory-unpacked": {"window": 6, "num_sinks": 1, "chunk_size": 1, "memory_layers": [1]},
+    "window": {"window": 7, "num_sinks": 3, "memory_cells": {}},
+    "window-one-token": {"window": 1, "num_sinks": 0, "memory_cells": {}},
+    "memory": {"window": 5, "num_sinks": 2, "chunk_size": 3, "memory_cells": {0: [1], 2: [0, 1]}},
+    "memory-no-sinks": {"window": 4, "num_sinks": 0, "chunk_size": 4, "memory_cells": {1: [0, 1]}},
+    "memory-many-sinks": {"window": 6, "num_sinks": 9, "chunk_size": 2, "memory_cells": {0: [0], 1: [1], 2: [0, 1]}},
+    "memory-apart": {
+        "window": 5,
+        "num_sinks": 2,
+        "chunk_size": 2,
+        "memory_cells": {0: [0, 1], 2: [1]},
+        "latents_per_unit": 2,
+    },
+    "memory-unpacked": {"window": 6, "num_sinks": 1, "chunk_size": 1, "memory_cells": {1: [0]}},
+    "memory-8-bits": {
+        "window": 5,
+        "num_sinks": 2,
+        "chunk_size": 2,
+        "memory_cells": {0: [0], 2: [0, 1]},
+        "memory_bits": 8,
+    },
+    "memory-4-bits": {
+        "window": 5,
+        "num_sinks": 1,
+        "chunk_size": 1,
+        "memory_cells": {0: [0, 1], 1: [1]},
+        "memory_bits": 4,
+        "latents_per_unit": 2,
+    },
     "memory-full": {
         "window": 9,
         "num_sinks": 4,
         "chunk_size": 4,
-        "memory_layers": [2],
+        "memory_cells": {2: [0]},
         "full_attention_layers": [1],
     },
 }
