@@ -151,6 +151,7 @@ class MemorySegment(WindowSegment):
                 rows=self.new.kernel_rows,
                 block_table=block_table,
                 scales=tuple(stored[2:]) or None,
+                bits=memory.bits,
                 backend="triton",
             )
             return memory.unfold_values(mixed, mass)[:, :, None].to(content.dtype), lse[..., None]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from photon_kernels._backend import check_backend, check_integers, check_rows, check_triton_inputs
@@ -38,6 +39,8 @@ def latent_decode(
     first_token: int = 0,
     rows: Tensor | None = None,
     block_table: Tensor | None = None,
+    scales: tuple[Tensor, Tensor] | None = None,
+    bits: int = 16,
     num_splits: int | None = None,
     backend: str = "torch",
 ) -> LatentMix:
@@ -62,6 +65,10 @@ def latent_decode(
             own.
         block_table: Optional integer ``[Br, W]``: unit u of row r is in block ``block_table[r, u // E]`` at ``u % E``.
             What the table holds beyond the units that a row sees is not read.
+        scales: With `bits` below 16, of the two halves' codes: bf16, ``[Bc, Hkv, U, 1]`` or in blocks like ``keys``.
+        bits: 16: the halves are numbers of ``folded``'s type. 8 or 4: they are codes, uint8 ``[..., D * bits / 8]``;
+            code c stands for ``(c - (2 ** bits - 1) / 2) * scale``, and of 4 bits byte i holds the codes of numbers i
+            (its low half) and D / 2 + i.
         num_splits: Parts into which the Triton backend cuts the sums of latents; ``None`` chooses.
         backend: ``"torch"`` (any device, differentiable) or ``"triton"`` (GPU, forward only).
 
@@ -75,15 +82,20 @@ def latent_decode(
             f"expected folded [B, Hq, S, C] and keys, values [Bc, Hkv, U, D], got {tuple(folded.shape)}, "
             f"{tuple(keys.shape)}, {tuple(values.shape)}"
         )
-    width = 2 * keys.shape[1] * keys.shape[3]
+    if bits not in (4, 8, 16) or (scales is None) != (bits == 16):
+        raise ValueError(f"bits={bits} must be 16, or 8 or 4 with scales")
+    head_dim = keys.shape[3] * (2 if bits == 4 else 1)
+    width = 2 * keys.shape[1] * head_dim
     if folded.shape[3] not in (width, width // 2):
         raise ValueError(
             f"folded queries have width {folded.shape[3]}, the latents have {width}, their halves {width // 2}"
         )
-    if not folded.dtype == keys.dtype == values.dtype:
-        raise ValueError(
-            f"folded, keys and values must have one dtype, got {folded.dtype}, {keys.dtype}, {values.dtype}"
-        )
+    stored = folded.dtype if bits == 16 else torch.uint8
+    if not keys.dtype == values.dtype == stored:
+        raise ValueError(f"keys and values must be {stored}, got {keys.dtype}, {values.dtype}")
+    for each in scales or ():
+        if each.shape != (*keys.shape[:3], 1):
+            raise ValueError(f"scales must be {[*keys.shape[:3], 1]}, got {list(each.shape)}")
     if bias.shape != folded.shape[:3]:
         raise ValueError(f"bias must be {list(folded.shape[:3])}, got {list(bias.shape)}")
     if block_table is not None:
@@ -92,10 +104,10 @@ def latent_decode(
     check_integers("visible", visible, folded.shape[0])
     if num_splits is not None and num_splits < 1:
         raise ValueError(f"num_splits must be at least 1, got {num_splits}")
-    arguments = folded, bias, keys, values, visible, scale, first_token, rows, block_table
+    arguments = folded, bias, keys, values, visible, scale, first_token, rows, block_table, scales, bits
     if backend == "torch":
         return LatentMix(*latent_decode_naive(*arguments))
-    check_triton_inputs(folded, bias, keys, values, visible, rows, block_table)
+    check_triton_inputs(folded, bias, keys, values, visible, rows, block_table, *(scales or ()))
     from photon_kernels.latent_decode.triton import latent_decode_triton
 
     return LatentMix(*latent_decode_triton(*arguments, num_splits))

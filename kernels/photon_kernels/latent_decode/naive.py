@@ -18,9 +18,14 @@ def latent_decode_naive(
     first_token: int = 0,
     rows: Tensor | None = None,
     block_table: Tensor | None = None,
+    scales: tuple[Tensor, Tensor] | None = None,
+    bits: int = 16,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The fields of a ``LatentMix``; arguments as in ``latent_decode``."""
     keys, values = (read_rows(half, rows, block_table, visible) for half in (keys, values))
+    if scales is not None:
+        factors = (read_rows(each, rows, block_table, visible) for each in scales)
+        keys, values = (_decode(*half, bits, folded.dtype) for half in zip((keys, values), factors, strict=True))
     # [B, U, C]
     latents = torch.stack([keys, values], dim=1).flatten(1, 2).transpose(1, 2).flatten(2)
     units = latents.shape[1]
@@ -39,3 +44,9 @@ def latent_decode_naive(
     weights = (logits - shift[:, :, None, None]).exp()
     mixed = torch.einsum("bhsu,buc->bhsc", weights.to(folded.dtype), summed)
     return mixed, weights.sum(-1), lse
+
+
+def _decode(codes: Tensor, scales: Tensor, bits: int, dtype: torch.dtype) -> Tensor:
+    if bits == 4:
+        codes = torch.cat([codes & 15, codes >> 4], dim=-1)
+    return ((codes.float() - (2**bits - 1) / 2) * scales.float()).to(dtype)

@@ -25,15 +25,24 @@ from photon_kernels._tiles import tuned
 from photon_kernels._triton_math import LN_2, LOG2_E, dot
 
 
-def choose_latent_config(num_queries: int, head_dim: int, element_size: int) -> AttentionConfig:
-    """Configuration, its keys being units, for ``num_queries`` = Hq * S rows and key heads of ``head_dim``."""
+def choose_latent_config(num_queries: int, stored_dim: int, element_size: int) -> AttentionConfig:
+    """Configuration, its keys being units, for ``num_queries`` = H * S rows and heads of which `stored_dim` numbers (or
+    bytes, of codes) are stored."""
     half_precision = element_size <= 2
-    block_d = max(16, next_power_of_2(head_dim))
+    block_d = max(16, next_power_of_2(stored_dim))
     # Two sums of block_m x block_d stay in registers.
     longest = (128 if block_d <= 64 else 64) if half_precision else 16
     block_m = min(longest, next_power_of_2(num_queries))
     block_n = 64 if half_precision else 16
     return AttentionConfig(block_n, max(16, block_m), block_d, num_warps=8, num_stages=3 if half_precision else 2)
+
+
+@triton.jit
+def decode(codes, piece: tl.constexpr, BITS: tl.constexpr, dtype: tl.constexpr):
+    """Numbers of bytes, before their scale: of 4 bits the low halves (`piece` 0) or the high ones; exact in bf16."""
+    if BITS == 4:
+        return (((codes >> (4 * piece)) & 15).to(tl.float32) - 7.5).to(dtype)
+    return (codes.to(tl.float32) - 127.5).to(dtype)
 
 
 @triton.jit(do_not_specialize=["num_tiles", "capacity", "pitch_table", "first_token"])
@@ -42,6 +51,8 @@ def latent_weights_kernel(
     bias,
     keys,
     values,
+    key_scales,
+    value_scales,
     visible,
     rows,
     block_table,
@@ -61,11 +72,16 @@ def latent_weights_kernel(
     stride_vb,
     stride_vh,
     stride_vn,
+    stride_sb,
+    stride_sh,
+    stride_sn,
     pitch_table,
     HAS_ROWS: tl.constexpr,
     PER_BLOCK: tl.constexpr,
     CHUNK_SIZE: tl.constexpr,
     JOINT: tl.constexpr,
+    BITS: tl.constexpr,
+    PIECES: tl.constexpr,
     KV_HEADS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -85,7 +101,7 @@ def latent_weights_kernel(
     if HAS_ROWS:
         cache_row = tl.load(rows + row).to(tl.int64)
     dims = tl.arange(0, BLOCK_D)
-    in_head = dims < HEAD_DIM
+    in_piece = dims < HEAD_DIM // PIECES
     unit = tile * BLOCK_N
     units = unit + tl.arange(0, BLOCK_N)
     stop = tl.minimum(tl.load(visible + row).to(tl.int32), capacity)
@@ -93,21 +109,32 @@ def latent_weights_kernel(
     target = (row * num_queries + queries) * num_tiles + tile
     if unit < stop:
         block, inside = locate(unit, units, alive, block_table + cache_row * pitch_table, cache_row, PER_BLOCK, BLOCK_N)
-        mask = alive[:, None] & in_head[None, :]
-        query_mask = is_query[:, None] & in_head[None, :]
+        mask = alive[:, None] & in_piece[None, :]
+        query_mask = is_query[:, None] & in_piece[None, :]
         products = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
         query_rows = folded + row * stride_fb + queries[:, None] * stride_fr + dims[None, :]
-        key_rows = (keys + block * stride_kb + inside * stride_kn)[:, None] + dims[None, :]
-        for head in range(KV_HEADS):
-            query = tl.load(query_rows + head * HEAD_DIM, mask=query_mask, other=0.0)
-            latent = tl.load(key_rows + head * stride_kh, mask=mask, other=0.0)
-            products = dot(query, tl.trans(latent), products)
-        if JOINT:
-            value_rows = (values + block * stride_vb + inside * stride_vn)[:, None] + dims[None, :]
+        scale_rows = block * stride_sb + inside * stride_sn
+        for half in tl.static_range(2 if JOINT else 1):
+            if half == 0:
+                stored = (keys + block * stride_kb + inside * stride_kn)[:, None] + dims[None, :]
+                scales, stride_head = key_scales + scale_rows, stride_kh
+            else:
+                stored = (values + block * stride_vb + inside * stride_vn)[:, None] + dims[None, :]
+                scales, stride_head = value_scales + scale_rows, stride_vh
             for head in range(KV_HEADS):
-                query = tl.load(query_rows + (KV_HEADS + head) * HEAD_DIM, mask=query_mask, other=0.0)
-                latent = tl.load(value_rows + head * stride_vh, mask=mask, other=0.0)
-                products = dot(query, tl.trans(latent), products)
+                query_head = query_rows + (half * KV_HEADS + head) * HEAD_DIM
+                codes = tl.load(stored + head * stride_head, mask=mask, other=0)
+                if BITS == 16:
+                    query = tl.load(query_head, mask=query_mask, other=0.0)
+                    products = dot(query, tl.trans(codes), products)
+                else:
+                    found = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+                    for piece in tl.static_range(PIECES):
+                        query = tl.load(query_head + piece * (HEAD_DIM // PIECES), mask=query_mask, other=0.0)
+                        numbers = decode(codes, piece, BITS, query.dtype)
+                        found = dot(query, tl.trans(numbers), found)
+                    factor = tl.load(scales + head * stride_sh, mask=alive, other=0.0).to(tl.float32)
+                    products += found * factor[None, :]
         added = tl.load(bias + row * num_queries + queries, mask=is_query, other=0.0)
         token = units[None, :] * CHUNK_SIZE + (queries % CHUNK_SIZE)[:, None]
         logits = tl.where(
@@ -134,6 +161,8 @@ def latent_mix_kernel(
     factors,
     keys,
     values,
+    key_scales,
+    value_scales,
     visible,
     rows,
     block_table,
@@ -148,10 +177,15 @@ def latent_mix_kernel(
     stride_vb,
     stride_vh,
     stride_vn,
+    stride_sb,
+    stride_sh,
+    stride_sn,
     pitch_table,
     HAS_ROWS: tl.constexpr,
     PER_BLOCK: tl.constexpr,
     JOINT: tl.constexpr,
+    BITS: tl.constexpr,
+    PIECES: tl.constexpr,
     KV_HEADS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -172,20 +206,23 @@ def latent_mix_kernel(
     if HAS_ROWS:
         cache_row = tl.load(rows + row).to(tl.int64)
     dims = tl.arange(0, BLOCK_D)
-    in_head = dims < HEAD_DIM
+    in_piece = dims < HEAD_DIM // PIECES
     stop = tl.minimum(tl.load(visible + row).to(tl.int32), capacity)
     # Each row is cut by its own length, in whole tiles, so that its splits are equally long.
     per_split = tl.cdiv(tl.cdiv(stop, BLOCK_N), num_splits) * BLOCK_N
     begin = split * per_split
     end = tl.minimum(begin + per_split, stop)
+    # Sums of the halves' first pieces, and (4 bits) of their second ones.
     key_sum = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     value_sum = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    key_rest = key_sum
+    value_rest = value_sum
     query_rows = row * num_queries + queries
     for unit in range(begin, end, BLOCK_N):
         units = unit + tl.arange(0, BLOCK_N)
         alive = units < stop
         block, inside = locate(unit, units, alive, block_table + cache_row * pitch_table, cache_row, PER_BLOCK, BLOCK_N)
-        mask = alive[:, None] & in_head[None, :]
+        mask = alive[:, None] & in_piece[None, :]
         weight = tl.load(
             weights + query_rows[:, None] * capacity + units[None, :],
             mask=is_query[:, None] & alive[None, :],
@@ -193,27 +230,38 @@ def latent_mix_kernel(
         ).to(tl.float32)
         factor = tl.load(factors + query_rows * num_tiles + unit // BLOCK_N, mask=is_query, other=0.0)
         weight = weight * factor[:, None]
+        scale_rows = block * stride_sb + head * stride_sh + inside * stride_sn
         if JOINT:
-            key = tl.load(
-                (keys + block * stride_kb + head * stride_kh + inside * stride_kn)[:, None] + dims[None, :],
-                mask=mask,
-                other=0.0,
-            )
-            key_sum = dot(weight, key, key_sum)
-        value = tl.load(
-            (values + block * stride_vb + head * stride_vh + inside * stride_vn)[:, None] + dims[None, :],
-            mask=mask,
-            other=0.0,
-        )
-        value_sum = dot(weight, value, value_sum)
+            stored = (keys + block * stride_kb + head * stride_kh + inside * stride_kn)[:, None] + dims[None, :]
+            codes = tl.load(stored, mask=mask, other=0)
+            if BITS == 16:
+                key_sum = dot(weight, codes, key_sum)
+            else:
+                scaled = weight * tl.load(key_scales + scale_rows, mask=alive, other=0.0).to(tl.float32)[None, :]
+                key_sum = dot(scaled, decode(codes, 0, BITS, weights.dtype.element_ty), key_sum)
+                if PIECES == 2:
+                    key_rest = dot(scaled, decode(codes, 1, BITS, weights.dtype.element_ty), key_rest)
+        stored = (values + block * stride_vb + head * stride_vh + inside * stride_vn)[:, None] + dims[None, :]
+        codes = tl.load(stored, mask=mask, other=0)
+        if BITS == 16:
+            value_sum = dot(weight, codes, value_sum)
+        else:
+            scaled = weight * tl.load(value_scales + scale_rows, mask=alive, other=0.0).to(tl.float32)[None, :]
+            value_sum = dot(scaled, decode(codes, 0, BITS, weights.dtype.element_ty), value_sum)
+            if PIECES == 2:
+                value_rest = dot(scaled, decode(codes, 1, BITS, weights.dtype.element_ty), value_rest)
     half = KV_HEADS * HEAD_DIM
     target = ((split * tl.num_programs(2) + row) * num_queries + queries) * (2 * half if JOINT else half)
     target = mixed + (target + head * HEAD_DIM)[:, None] + dims[None, :]
-    mask = is_query[:, None] & in_head[None, :]
+    mask = is_query[:, None] & in_piece[None, :]
     if JOINT:
         tl.store(target, key_sum.to(mixed.dtype.element_ty), mask=mask)
+        if PIECES == 2:
+            tl.store(target + HEAD_DIM // 2, key_rest.to(mixed.dtype.element_ty), mask=mask)
         target += half
     tl.store(target, value_sum.to(mixed.dtype.element_ty), mask=mask)
+    if PIECES == 2:
+        tl.store(target + HEAD_DIM // 2, value_rest.to(mixed.dtype.element_ty), mask=mask)
 
 
 def latent_decode_triton(
@@ -226,19 +274,24 @@ def latent_decode_triton(
     first_token: int = 0,
     rows: Tensor | None = None,
     block_table: Tensor | None = None,
+    scales: tuple[Tensor, Tensor] | None = None,
+    bits: int = 16,
     num_splits: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The fields of a ``LatentMix``; arguments as in ``latent_decode``."""
     batch, num_heads, chunk_size, width = folded.shape
-    kv_heads, slots_per_block, head_dim = keys.shape[1:]
+    kv_heads, slots_per_block, stored_dim = keys.shape[1:]
+    pieces = 2 if bits == 4 else 1
+    head_dim = stored_dim * pieces
     num_queries, device = num_heads * chunk_size, folded.device
     capacity = slots_per_block if block_table is None else block_table.shape[1] * slots_per_block
     if batch == 0 or capacity == 0:
         empty = torch.zeros(folded.shape[:3], dtype=torch.float32, device=device)
         return torch.zeros_like(folded), empty, empty[..., 0] - torch.inf
     keys, values, block_table = (x if x is None else with_dense_rows(x) for x in (keys, values, block_table))
-    config = choose_latent_config(num_queries, head_dim, keys.element_size())
-    shape = {"queries": num_queries, "dim": head_dim, "bytes": keys.element_size()}
+    key_scales, value_scales = (keys, values) if scales is None else (each.contiguous() for each in scales)
+    config = choose_latent_config(num_queries, stored_dim, folded.element_size())
+    shape = {"queries": num_queries, "dim": head_dim, "bytes": folded.element_size(), "bits": bits}
     config = tuned("latent_decode", config, device, **shape)
     num_tiles, query_tiles = triton.cdiv(capacity, config.block_n), triton.cdiv(num_queries, config.block_m)
     if num_splits is None:
@@ -255,11 +308,14 @@ def latent_decode_triton(
         visible if rows is None else rows.contiguous(),
         visible if block_table is None else block_table,
     )
-    strides = (*keys.stride()[:3], *values.stride()[:3], 0 if block_table is None else block_table.stride(0))
+    strides = (*keys.stride()[:3], *values.stride()[:3], *key_scales.stride()[:3])
+    strides += (0 if block_table is None else block_table.stride(0),)
     constants = {
         "HAS_ROWS": rows is not None,
         "PER_BLOCK": 0 if block_table is None else slots_per_block,
         "JOINT": width == 2 * kv_heads * head_dim,
+        "BITS": bits,
+        "PIECES": pieces,
         "KV_HEADS": kv_heads,
         "HEAD_DIM": head_dim,
         "BLOCK_M": config.block_m,
@@ -274,6 +330,8 @@ def latent_decode_triton(
             bias.float().contiguous(),
             keys,
             values,
+            key_scales,
+            value_scales,
             *index,
             weights,
             peaks,
@@ -302,6 +360,8 @@ def latent_decode_triton(
             factors,
             keys,
             values,
+            key_scales,
+            value_scales,
             *index,
             mixed,
             num_queries,
@@ -327,9 +387,15 @@ class _Shape(NamedTuple):
     head_dim: int
     per_block: int
     joint: bool = True
+    bits: int = 16
 
 
 COMPILED_SHAPES = [
+    _Shape("bf16", 2, 16, 2, 2, 64, per_block=128, bits=4),  # two cells of Llama-3.2-1B, the default
+    _Shape("bf16", 2, 64, 4, 3, 128, per_block=64, bits=4),  # several of Llama-3.1-8B
+    _Shape("bf16", 2, 4, 1, 1, 128, per_block=256, bits=4, joint=False),  # plain tokens
+    _Shape("bf16", 2, 16, 2, 2, 128, per_block=128, bits=8),
+    _Shape("fp32", 4, 16, 2, 2, 64, per_block=128, bits=4),
     _Shape("bf16", 2, 128, 4, 8, 64, per_block=64),  # Llama-3.2-1B
     _Shape("bf16", 2, 128, 4, 8, 128, per_block=64),  # Llama-3.1-8B
     _Shape("bf16", 2, 128, 4, 8, 64, per_block=64, joint=False),
@@ -341,24 +407,33 @@ COMPILED_SHAPES = [
 def compile_cases() -> Iterator[CompileCase]:
     """What ``photon_kernels.aot`` compiles."""
     for shape in COMPILED_SHAPES:
-        config = choose_latent_config(shape.num_queries, shape.head_dim, shape.element_size)
+        pieces = 2 if shape.bits == 4 else 1
+        config = choose_latent_config(shape.num_queries, shape.head_dim // pieces, shape.element_size)
         layout = f"block={shape.per_block}" if shape.per_block else "contiguous"
         name = f"{shape.dtype} rows={shape.num_queries} Hkv={shape.kv_heads} D={shape.head_dim} {layout}"
-        name += "" if shape.joint else " apart"
+        name += ("" if shape.joint else " apart") + ("" if shape.bits == 16 else f" {shape.bits} bits")
+        stored = shape.dtype if shape.bits == 16 else "u8"
         types = {
-            **dict.fromkeys(("folded", "keys", "values", "weights"), f"*{shape.dtype}"),
+            **dict.fromkeys(("folded", "weights"), f"*{shape.dtype}"),
+            **dict.fromkeys(("keys", "values"), f"*{stored}"),
+            **dict.fromkeys(("key_scales", "value_scales"), "*bf16" if shape.bits < 16 else f"*{stored}"),
             **dict.fromkeys(("bias", "peaks", "totals", "factors", "mixed"), "*fp32"),
             **dict.fromkeys(("visible", "rows", "block_table"), "*i64"),
             "scale_log2": "fp32",
             **dict.fromkeys(
                 ("num_queries", "capacity", "num_tiles", "num_splits", "first_token", "pitch_table"), "i32"
             ),
-            **{f"stride_{stride}": "i32" for stride in ("fb", "fr", "kb", "kh", "kn", "vb", "vh", "vn")},
+            **{
+                f"stride_{stride}": "i32"
+                for stride in ("fb", "fr", "kb", "kh", "kn", "vb", "vh", "vn", "sb", "sh", "sn")
+            },
         }
         constants = {
             "HAS_ROWS": True,
             "PER_BLOCK": shape.per_block,
             "JOINT": shape.joint,
+            "BITS": shape.bits,
+            "PIECES": pieces,
             "KV_HEADS": shape.kv_heads,
             "HEAD_DIM": shape.head_dim,
             "BLOCK_M": config.block_m,
