@@ -25,13 +25,15 @@ from photon_kernels._tiles import tuned
 from photon_kernels._triton_math import LN_2, LOG2_E, dot
 
 
-def choose_latent_config(num_queries: int, stored_dim: int, element_size: int) -> AttentionConfig:
+def choose_latent_config(num_queries: int, stored_dim: int, element_size: int, bits: int = 16) -> AttentionConfig:
     """Configuration, its keys being units, for ``num_queries`` = H * S rows and heads of which `stored_dim` numbers (or
     bytes, of codes) are stored."""
     half_precision = element_size <= 2
     block_d = max(16, next_power_of_2(stored_dim))
     # Two sums of block_m x block_d stay in registers.
     longest = (128 if block_d <= 64 else 64) if half_precision else 16
+    if bits < 16:  # and so do what codes are turned into, and the sums of second pieces
+        longest = min(longest, 32)
     block_m = min(longest, next_power_of_2(num_queries))
     block_n = 64 if half_precision else 16
     return AttentionConfig(block_n, max(16, block_m), block_d, num_warps=8, num_stages=3 if half_precision else 2)
@@ -290,7 +292,7 @@ def latent_decode_triton(
         return torch.zeros_like(folded), empty, empty[..., 0] - torch.inf
     keys, values, block_table = (x if x is None else with_dense_rows(x) for x in (keys, values, block_table))
     key_scales, value_scales = (keys, values) if scales is None else (each.contiguous() for each in scales)
-    config = choose_latent_config(num_queries, stored_dim, folded.element_size())
+    config = choose_latent_config(num_queries, stored_dim, folded.element_size(), bits)
     shape = {"queries": num_queries, "dim": head_dim, "bytes": folded.element_size(), "bits": bits}
     config = tuned("latent_decode", config, device, **shape)
     num_tiles, query_tiles = triton.cdiv(capacity, config.block_n), triton.cdiv(num_queries, config.block_m)
@@ -408,7 +410,7 @@ def compile_cases() -> Iterator[CompileCase]:
     """What ``photon_kernels.aot`` compiles."""
     for shape in COMPILED_SHAPES:
         pieces = 2 if shape.bits == 4 else 1
-        config = choose_latent_config(shape.num_queries, shape.head_dim // pieces, shape.element_size)
+        config = choose_latent_config(shape.num_queries, shape.head_dim // pieces, shape.element_size, shape.bits)
         layout = f"block={shape.per_block}" if shape.per_block else "contiguous"
         name = f"{shape.dtype} rows={shape.num_queries} Hkv={shape.kv_heads} D={shape.head_dim} {layout}"
         name += ("" if shape.joint else " apart") + ("" if shape.bits == 16 else f" {shape.bits} bits")
