@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
@@ -9,6 +10,26 @@ import torch
 from photon_train.accounting.shape import Shape
 from photon_train.models.attention_photon import NewElements, Segment
 from photon_train.models.segments_photon import FullSegment, WindowSegment
+
+
+class GatedSegment:
+    """Two segments mixed by key-value head: ``gate * far + (1 - gate) * near``.
+
+    Args:
+        far: What an open gate attends to.
+        near: What a closed gate attends to.
+        gates: One per key-value head, ``[Hkv]``; they may ask for gradients, and the mix is computed in their type.
+    """
+
+    def __init__(self, far: Segment, near: Segment, gates: torch.Tensor) -> None:
+        self.far, self.near, self.gates = far, near, gates
+
+    def attend(self, module, query, key, value, scale):
+        far, near = (
+            segment.attend(module, query, key, value, scale).to(self.gates.dtype) for segment in (self.far, self.near)
+        )
+        gates = self.gates.to(query.device).repeat_interleave(query.shape[1] // key.shape[1])
+        return near.lerp(far, gates[:, None, None]).to(query.dtype)
 
 
 class DenseAttention:
@@ -34,3 +55,25 @@ class DenseAttention:
         """What each layer of a dense model of `config` (or the graft on it) attends to."""
         kinds = {own: self.full() if own is None else self.window(own) for own in set(Shape.of(config).windows)}
         return [kinds[own] for own in Shape.of(config).windows]
+
+    def restricted(
+        self,
+        config: Any,
+        window: int,
+        num_sinks: int,
+        layers: Collection[int],
+        gates: Mapping[int, torch.Tensor] | None = None,
+    ) -> list[Segment]:
+        """The same with `layers` restricted to a window and sinks, but for what `gates` let through.
+
+        Args:
+            gates: By layer, how much of the layer's own attention each key-value head keeps, ``[Hkv]``.
+        """
+        near, gates = self.window(window, num_sinks), gates or {}
+
+        def segment(layer: int, own: Segment) -> Segment:
+            if layer not in layers:
+                return own
+            return GatedSegment(own, near, gates[layer]) if layer in gates else near
+
+        return [segment(layer, own) for layer, own in enumerate(self.dense(config))]
