@@ -20,7 +20,7 @@ from photon_train.errors import PhotonError
 from photon_train.files import atomic_write_text, check_can_write
 from photon_train.manifest import verify_manifest
 from photon_train.pipeline.base import TrainingRun, outcome
-from photon_train.pipeline.choose import choose_layers, wants_probe, with_layers
+from photon_train.pipeline.choose import choose_cells, wants_probe, with_cells
 from photon_train.pipeline.devices import roomy_device
 from photon_train.pipeline.prepare import (
     Conversion,
@@ -58,7 +58,7 @@ def run_conversion(config: RunConfig, families: tuple[str, ...] | None = None) -
             conversion = plan_conversion(_open(config, families, weights=False), config, num_processes)
             show_conversion(conversion)
             if wants_probe(config, conversion.config):
-                print("The run will choose as many memory layers by a probe of the dense model (photon.choose_layers).")
+                print("The run will choose as many memory cells by a probe of the dense model on its text.")
         return
     stages = Stages(config, rank == 0, num_processes)
     if config.model is not None:
@@ -99,21 +99,21 @@ class _ConversionRun(TrainingRun):
             check_can_write(self.start, conversion.plan.num_bytes, "the converted model")
         self.begin()
         if wants_probe(self.config, conversion.config):
-            self._choose_layers(directory, text)
+            self._choose_cells(directory, text)
             conversion = self.conversion
         self._convert(conversion, text)
         self.stages.run("dense", partial(self._dense_rows, directory, text))
         self.finish(text, teacher=directory)
 
-    def _choose_layers(self, directory: Path, text: Text) -> None:
-        """Plan again with the layers that the probe names; a resumed run keeps those it was begun with."""
+    def _choose_cells(self, directory: Path, text: Text) -> None:
+        """Plan again with the cells that the probe names; a resumed run keeps those it was begun with."""
 
         def probe() -> dict[str, Any]:
-            return {"layers": choose_layers(self.config, directory, text.train, self.accelerator.device)}
+            return {"cells": choose_cells(self.config, directory, text, self.accelerator.device)}
 
-        found = [self.stages.run("probe", probe)["layers"] if self.is_main else None]
-        (layers,) = broadcast_object_list(found)
-        self.config = with_layers(self.config, layers)
+        found = [self.stages.run("probe", probe)["cells"] if self.is_main else None]
+        (cells,) = broadcast_object_list(found)
+        self.config = with_cells(self.config, cells)
         self.conversion = self._plan(directory)
         self.numbers = self.conversion.estimate
 

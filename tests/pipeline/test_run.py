@@ -12,6 +12,7 @@ import pytest
 from safetensors.torch import load_file
 from tiny_checkpoint import tiny_checkpoint
 
+from photon_train.conversion.cells import CellProbe
 from photon_train.conversion.plan import ConversionPlan
 from photon_train.manifest import verify_manifest
 
@@ -148,14 +149,17 @@ def test_every_other_preset_runs_to_its_export(preset, tmp_path):
 
 @pytest.mark.distributed
 @pytest.mark.slow
-def test_layers_that_a_probe_chooses_are_planned_and_kept_on_resume(tmp_path):
-    """The probed layers are in the plan and the export, and a resumed run does not probe again."""
+def test_cells_that_a_probe_chooses_are_planned_and_kept_on_resume(tmp_path):
+    """The probed cells are in the plan and the export, and a resumed run does not probe again."""
     dense, output = tiny_checkpoint(tmp_path / "dense"), tmp_path / "out"
-    settings = {"photon.window": 16, "photon.choose_layers": "probe", "photon.num_memory_layers": 1}
+    settings = {"photon.window": 16, "photon.memory_budget": 3}
     convert(dense, output, **settings, **{"train.dense_baseline": "false"})
     record = json.loads((output / "stages.json").read_text())["done"]["probe"]
     config = json.loads((output / "export" / "config.json").read_text())
-    assert len(record["layers"]) == 1 and config["memory_layers"] == record["layers"]
+    (cell,) = record["cells"]
+    layer, head = cell.split(":")
+    assert config["memory_cells"] == {layer: [int(head)]}
+    assert CellProbe.from_json((output / "probe.json").read_text()).best_cells(1) == {int(layer): [int(head)]}
     before = (output / "stages.json").read_bytes()
     convert(dense, output, **settings, **{"train.dense_baseline": "false", "resume": "true"})
     assert (output / "stages.json").read_bytes() == before
