@@ -11,7 +11,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from photon_train.config import RunConfig
-from photon_train.conversion.cells import CellProbe, ProbeText, probe_cells
+from photon_train.conversion.cells import MIDDLE, CellProbe, ProbeText, probe_cells
 from photon_train.conversion.graft import configure, count_cells, format_cells, memory_candidates
 from photon_train.data.packing import IGNORED_LABEL
 from photon_train.data.pretrain import Sequences
@@ -121,7 +121,12 @@ def probe_texts(
 
 
 def run_probe(
-    model: PreTrainedModel, texts: list[ProbeText], window: int, num_sinks: int, layers: Collection[int]
+    model: PreTrainedModel,
+    texts: list[ProbeText],
+    window: int,
+    num_sinks: int,
+    layers: Collection[int],
+    gate: float = MIDDLE,
 ) -> CellProbe:
     """`probe_cells` with a progress bar, and how long it will take once the first pass has been timed."""
     began = time.perf_counter()
@@ -138,7 +143,7 @@ def run_probe(
                 )
             bar.update(task, completed=100 * done / total)
 
-        return probe_cells(model, texts, window, num_sinks, layers, on_pass=on_pass)
+        return probe_cells(model, texts, window, num_sinks, layers, gate, on_pass)
 
 
 def _duration(seconds: float) -> str:
