@@ -7,53 +7,20 @@ import json
 import pytest
 import torch
 import torch.nn.functional as F
-from tiny import VOCABULARY, base_config, shake, tokens
-from transformers import AutoConfig, AutoModelForCausalLM
+from tiny import VOCABULARY
+from tiny_probe import GROUPS, HEADS, LAYERS, SINKS, SIZE, WINDOW, own_text, quieten, sharp_dense
 
 from photon_train.conversion import cells
 from photon_train.conversion.cells import CellProbe, ProbedLoss, ProbeText, probe_cells, summed_loss
 from photon_train.conversion.dense_attention import DenseAttention
 from photon_train.errors import PhotonError
 
-WINDOW, SINKS, LAYERS, HEADS, GROUPS, SIZE = 6, 2, 3, 2, 2, 8
 LOCAL = {"use_sliding_window": True, "sliding_window": 9}
 LOCAL["layer_types"] = ["full_attention", "sliding_attention", "full_attention"]
 
 
-def dense(family: str = "llama", dtype: torch.dtype = torch.float32, **changes):
-    """A shaken dense model with sharp predictions, so that it matters what it has read."""
-    settings = base_config(family, **changes)
-    config = AutoConfig.for_model(settings.pop("model_type"), **settings)
-    model = shake(AutoModelForCausalLM.from_config(config, attn_implementation="photon")).eval()
-    with torch.no_grad():
-        model.lm_head.weight.mul_(3)
-    return model.to(dtype)
-
-
-@torch.no_grad()
-def own_text(model, count: int = 4, length: int = 40, name: str = "text") -> ProbeText:
-    """Text that `model` itself has written: whatever restricts the model predicts it worse. Beyond the window alone."""
-    generator = torch.Generator().manual_seed(5)
-    ids = tokens(count, 4)
-    while ids.shape[1] < length:
-        segments = DenseAttention(ids).dense(model.config)
-        logits = model(input_ids=ids, use_cache=False, photon_segments=segments).logits[:, -1]
-        ids = torch.cat([ids, torch.multinomial(logits.softmax(-1), 1, generator=generator)], dim=1)
-    return ProbeText(name, ids, (torch.arange(length) > WINDOW).expand(count, -1))
-
-
 def probe(model, *texts: ProbeText, **options) -> CellProbe:
     return probe_cells(model, texts, WINDOW, SINKS, **options)
-
-
-def quieten(model, loud: tuple[int, int]) -> None:
-    """Let the output of every cell but one hardly count."""
-    with torch.no_grad():
-        for layer in range(LAYERS):
-            for head in range(HEADS):
-                if (layer, head) != loud:
-                    columns = slice(head * GROUPS * SIZE, (head + 1) * GROUPS * SIZE)
-                    model.model.layers[layer].self_attn.o_proj.weight[:, columns] *= 0.02
 
 
 @torch.no_grad()
@@ -74,7 +41,7 @@ def in_double(model):
 
 @pytest.mark.parametrize(("family", "changes"), [("llama", {}), ("mistral", {}), ("qwen2", LOCAL), ("qwen3", {})])
 def test_gradients_are_those_of_finite_differences(family: str, changes: dict) -> None:
-    model = in_double(dense(family, **changes))
+    model = in_double(sharp_dense(family, **changes))
     layers = [0, 2] if changes else [0, 1, 2]
     text, step = own_text(model), 1e-4
     found = probe(model, text, layers=layers, gate=0.3).losses["text"]
@@ -95,7 +62,7 @@ def test_gradients_are_those_of_finite_differences(family: str, changes: dict) -
 
 def test_a_gate_mixes_the_output_of_its_own_cell() -> None:
     """What the first layer's output projection reads, against both kinds of attention mixed by hand."""
-    model, text = dense(), own_text(dense())
+    model, text = sharp_dense(), own_text(sharp_dense())
     read = []
     model.model.layers[0].self_attn.o_proj.register_forward_pre_hook(lambda _, args: read.append(args[0]))
     mean_loss(model, text, {0: torch.ones(HEADS)})
@@ -110,7 +77,7 @@ def test_a_gate_mixes_the_output_of_its_own_cell() -> None:
 @pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3"])
 def test_ends_are_transformers_own_windows(family: str) -> None:
     """The dense model and, for a family that has one, its own sliding window."""
-    model = dense(family)
+    model = sharp_dense(family)
     text = own_text(model)
     found = probe_cells(model, [text], WINDOW, num_sinks=0).losses["text"]
     gates = {layer: torch.ones(HEADS) for layer in range(LAYERS)}
@@ -126,7 +93,7 @@ def test_ends_are_transformers_own_windows(family: str) -> None:
 
 @pytest.mark.parametrize("loud", [(0, 1), (1, 0), (2, 1)])
 def test_the_cell_that_carries_far_attention_comes_first(loud: tuple[int, int]) -> None:
-    model = dense()
+    model = sharp_dense()
     quieten(model, loud)
     found = probe(model, own_text(model, count=8))
     assert found.best_cells(1) == {loud[0]: [loud[1]]}
@@ -139,7 +106,7 @@ def test_the_cell_that_carries_far_attention_comes_first(loud: tuple[int, int]) 
 
 def test_layers_left_alone_are_neither_restricted_nor_ranked() -> None:
     """Those that a family keeps local, and those that stay at full attention."""
-    model = dense("qwen2", **LOCAL)
+    model = sharp_dense("qwen2", **LOCAL)
     text = own_text(model)
     found = probe(model, text, layers=[2]).losses["text"]
     assert found.gradients[:2] == [[0.0] * HEADS] * 2 and all(found.gradients[2])
@@ -149,9 +116,9 @@ def test_layers_left_alone_are_neither_restricted_nor_ranked() -> None:
 
 
 def test_the_probe_runs_in_the_models_type_and_leaves_it_as_it_was() -> None:
-    model = dense(dtype=torch.bfloat16).train()
+    model = sharp_dense(dtype=torch.bfloat16).train()
     model.lm_head.weight.requires_grad_(False)
-    exact = probe(dense(), text := own_text(dense()))
+    exact = probe(sharp_dense(), text := own_text(sharp_dense()))
     found, types = [], set()
     hook = model.model.layers[0].register_forward_hook(lambda *args: types.add(args[-1].dtype))
     found = probe(model, text)
@@ -165,7 +132,7 @@ def test_the_probe_runs_in_the_models_type_and_leaves_it_as_it_was() -> None:
 
 def test_memory_is_bounded(monkeypatch) -> None:
     """Layers are computed again instead of kept, logits are never held whole, and neither changes a value."""
-    model, text = dense(), own_text(dense(), count=2)
+    model, text = sharp_dense(), own_text(sharp_dense(), count=2)
     whole, calls, sizes = probe(model, text), [], []
     monkeypatch.setattr(cells, "LOGIT_CHUNK", VOCABULARY * 5)
     model.lm_head.register_forward_hook(lambda module, inputs, logits: sizes.append(logits.shape[:-1].numel()))
@@ -181,14 +148,14 @@ def test_memory_is_bounded(monkeypatch) -> None:
 
 
 def test_progress_counts_work_before_it_is_done() -> None:
-    model, passes = dense(), []
+    model, passes = sharp_dense(), []
     texts = own_text(model, count=1), own_text(model, count=2, length=30, name="more")
     probe(model, *texts, on_pass=lambda done, total: passes.append((done, total)))
     assert len(passes) == 9 and passes[0][0] == 40 and {total for _, total in passes} == {passes[-1][0]}
 
 
 def test_losses_that_the_window_does_not_touch_have_no_say() -> None:
-    model = dense()
+    model = sharp_dense()
     text = own_text(model)
     near = ProbeText("near", text.tokens, (torch.arange(40) < WINDOW).expand(4, -1))
     both, alone = probe(model, text, near), probe(model, text)
@@ -206,11 +173,11 @@ def test_a_cost_within_its_noise_does_not_count() -> None:
     cases = {(0.1, 0.04): True, (0.1, 0.06): False, (0.1, 0.0): True, (-0.1, 0.0): False}
     for (cost, error), counts in cases.items():
         assert ProbedLoss(3.0, 3.0 + cost, error, [[0.0]]).counts == counts
-    texts = {count: own_text(dense(), count=count) for count in (1, 4)}
-    assert probe(dense(), texts[1]).losses["text"].error == 0
-    found = probe(dense(), texts[4]).losses["text"]
+    texts = {count: own_text(sharp_dense(), count=count) for count in (1, 4)}
+    assert probe(sharp_dense(), texts[1]).losses["text"].error == 0
+    found = probe(sharp_dense(), texts[4]).losses["text"]
     alone = [
-        probe(dense(), ProbeText("text", *(each[row : row + 1] for each in (texts[4].tokens, texts[4].targets))))
+        probe(sharp_dense(), ProbeText("text", *(each[row : row + 1] for each in (texts[4].tokens, texts[4].targets))))
         for row in range(4)
     ]
     costs = torch.tensor([each.losses["text"].cost for each in alone])
@@ -245,7 +212,7 @@ def test_a_probe_is_json_and_back() -> None:
 
 
 def test_text_that_says_nothing_is_refused() -> None:
-    model, text = dense(), own_text(dense())
+    model, text = sharp_dense(), own_text(sharp_dense())
     with pytest.raises(PhotonError, match=r"more than 41 tokens, and those of text are 4 of 40: raise train.seq_len"):
         probe_cells(model, [text], 40)
     with pytest.raises(PhotonError, match="those of text are 0 of 40"):
