@@ -28,6 +28,8 @@ from photon_train.models.memory_photon import join_heads, take_heads
 
 # Of the mean variance of a layer's keys and values: keeps directions that the text hardly shows out of the fit.
 RIDGE = 1e-4
+# Of the mean cost of a latent's directions: the least that one is taken to have.
+_LEAST_COST = 1e-2
 # A latent of a memory layer: the layer, and the latent's number.
 Latent = tuple[int, int]
 
@@ -200,12 +202,13 @@ def _regress(found: _Moments, errors: torch.Tensor, rank: int) -> tuple[torch.Te
     xy = found.sums.pop("xy").div_(found.count).addr_(mean_x, mean_y, alpha=-1)
     xy = torch.linalg.solve_triangular(factor, xy, upper=False)
     # The best directions are those of the largest eigenvalues, which fp32 finds in half of the memory.
-    counts, directions = torch.linalg.eigh(_weighted(xy.float(), errors.float()))
-    spread, directions = counts[-rank:].double().clamp(min=1e-12).sqrt(), directions[:, -rank:].double()
+    directions = torch.linalg.eigh(_weighted(xy.float(), errors.float()))[1][:, -rank:].double()
     pack, unpack = torch.linalg.solve_triangular(factor.T, directions, upper=True).T, xy.T @ directions
-    # Along a direction, what is unpacked varies by the root of its eigenvalue, as it counts.
-    turn = _random_rotation(rank).to(pack.device)
-    pack, unpack = turn @ (spread[:, None] * pack), unpack / spread @ turn.T
+    # What an error of the latent costs; directions that hardly cost anything keep the maps small.
+    counts, basis = torch.linalg.eigh(_weighted(xy, errors, directions))
+    spread = counts.clamp(min=_LEAST_COST * float(counts.mean())).sqrt()
+    turn = _random_rotation(rank).to(pack.device) @ torch.diag(spread) @ basis.T
+    pack, unpack = turn @ pack, torch.linalg.solve(turn.T, unpack.T).T
     return pack, -pack @ mean_x, unpack, mean_y
 
 
@@ -215,12 +218,16 @@ def _random_rotation(size: int) -> torch.Tensor:
     return torch.linalg.qr(noise)[0]
 
 
-def _weighted(xy: torch.Tensor, errors: torch.Tensor) -> torch.Tensor:
-    """Sum over tokens of ``xy W W' xy'``, keys and values each scaled to the same trace."""
+def _weighted(xy: torch.Tensor, errors: torch.Tensor, directions: torch.Tensor | None = None) -> torch.Tensor:
+    """Sum over tokens of ``xy W W' xy'``, keys and values each scaled to the same trace; along `directions`, if any."""
     kinds, heads, size, _ = errors.shape
     by_kind = xy.unflatten(1, (-1, kinds, heads, size))
-    total = torch.zeros(len(xy), len(xy), dtype=xy.dtype, device=xy.device)
+    count = len(xy) if directions is None else directions.shape[1]
+    total = torch.zeros(count, count, dtype=xy.dtype, device=xy.device)
     for kind, error in enumerate(errors):
         seen = torch.einsum("xshd,hde->xshe", by_kind[:, :, kind], error).flatten(1)
-        total.addmm_(seen, seen.T, alpha=1 / float(seen.norm()) ** 2)
+        scale = 1 / float(seen.norm()) ** 2
+        if directions is not None:
+            seen = directions.T @ seen
+        total.addmm_(seen, seen.T, alpha=scale)
     return total

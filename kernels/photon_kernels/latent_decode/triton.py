@@ -36,7 +36,8 @@ def choose_latent_config(num_queries: int, stored_dim: int, element_size: int, b
         longest = min(longest, 32)
     block_m = min(longest, next_power_of_2(num_queries))
     block_n = 64 if half_precision else 16
-    return AttentionConfig(block_n, max(16, block_m), block_d, num_warps=8, num_stages=3 if half_precision else 2)
+    num_warps = 8 if half_precision or bits == 16 else 4  # eight spill
+    return AttentionConfig(block_n, max(16, block_m), block_d, num_warps, num_stages=3 if half_precision else 2)
 
 
 @triton.jit
