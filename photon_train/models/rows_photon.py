@@ -81,11 +81,10 @@ def document_rows(group: Group) -> Rows:
 def has_restarts(position_ids: torch.Tensor, mask: torch.Tensor | None) -> bool:
     """Whether ``position_ids [B or 1, T]`` start again at 0 after a row's first token: documents are packed.
 
-    Raises:
-        ValueError: if they are not 2-D.
+    Input that `align_rows` refuses is left to it.
     """
-    if position_ids.dim() != 2:
-        raise ValueError(f"position_ids are 2-D, [batch or 1, length], not {list(position_ids.shape)}")
+    if position_ids.dim() != 2 or (mask is not None and mask.dim() != 2):
+        return False
     real = torch.ones_like(position_ids, dtype=torch.bool) if mask is None else mask[:, -position_ids.shape[1] :].bool()
     return bool(((position_ids == 0) & real & (real.cumsum(1) > 1)).any())
 
@@ -107,14 +106,16 @@ def align_rows(
         cache: Holds what came before; None: nothing did.
 
     Raises:
-        ValueError: for an input without tokens, a row without any (nor a past), a mask of another shape, and
-            position_ids that do not count each document's tokens one by one, or restart where there is a cache.
+        ValueError: for an input without tokens, a row without any (nor a past), a mask or position_ids of another shape,
+            and position_ids that do not count each document's tokens one by one, or restart where there is a cache.
     """
     batch, columns = embeds.shape[:2]
     if not batch or not columns:
         raise ValueError(f"the input has no tokens (batch {batch}, length {columns}): give at least one")
     if mask is not None and (mask.dim() != 2 or mask.shape[0] != batch or mask.shape[1] < columns):
         raise ValueError(f"PHOTON takes a 2-D attention_mask [batch, length], not {list(mask.shape)}")
+    if position_ids is not None and position_ids.dim() != 2:
+        raise ValueError(f"PHOTON takes 2-D position_ids [batch or 1, length], not {list(position_ids.shape)}")
     device, rows = embeds.device, None
     if cache is None:
         past, host_past = torch.zeros(batch, dtype=torch.long, device=device), [0] * batch
@@ -145,7 +146,7 @@ def align_rows(
     if position_ids is not None and columns > 1:
         given = position_ids.expand(batch, -1)
         given = given if order is None else given.gather(1, order)
-        starts = _document_starts(given, index, valid, may_restart=cache is None)
+        starts = _document_starts(given, valid, may_restart=cache is None)
         if cache is None:
             # Also where nothing restarts: another process of a sharded training may have a batch that does.
             documents = find_documents(starts, host_lengths)
@@ -155,7 +156,7 @@ def align_rows(
     )
 
 
-def _document_starts(given, index, valid, may_restart: bool) -> torch.Tensor:
+def _document_starts(given, valid, may_restart: bool) -> torch.Tensor:
     """Which tokens start a document, ``[B, T]``: the first of a row, and those at position 0."""
     column = torch.arange(given.shape[1], device=given.device)
     starts = (given == 0) & (column > 0)
