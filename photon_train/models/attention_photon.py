@@ -116,6 +116,8 @@ class NewElements:
         rows: Rows of the cache, ``[B]``; None: all, in order.
         has_past: Whether any row has elements in the cache.
         backend: `torch` or `triton` (used at one element per row).
+        varies: Whether the rows are documents, whose number and length differ from pass to pass and between the
+            processes of a training.
     """
 
     def __init__(
@@ -127,9 +129,10 @@ class NewElements:
         rows: torch.Tensor | None = None,
         has_past: bool = False,
         backend: str = "torch",
+        varies: bool = False,
     ) -> None:
         self.batch, self.index, self.base, self.valid, self.rows = batch, index, base, valid, rows
-        self.has_past, self.backend = has_past, backend
+        self.has_past, self.backend, self.varies = has_past, backend, varies
         self._rings: dict[int, tuple[torch.Tensor, SlotMapping]] = {}
 
     @property

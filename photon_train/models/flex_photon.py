@@ -122,6 +122,7 @@ def attend_window(
     scale: float,
     far: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None,
     chunk_size: int = 1,
+    varies: bool = False,
 ) -> torch.Tensor:
     """Attention of a segment without a past to its window, its sinks and far keys.
 
@@ -130,11 +131,12 @@ def attend_window(
         starts, index, num_sinks: As for `window_mask`.
         far: The queries as far keys want them, ``[B, Hq, T, D]``, far keys and values ``[B, Hkv, U, D]``.
         chunk_size: Tokens under a unit.
+        varies: Whether B and T differ from call to call.
 
     Returns:
         ``[B, Hq, T, D]``. Compiled on a GPU.
     """
-    function, size, ends = compiled() if query.is_cuda else flex_attention, query.shape[-1], None
+    function, size, ends = compiled(varies) if query.is_cuda else flex_attention, query.shape[-1], None
     if far is not None and far[1].shape[2]:
         # One softmax takes rotated scores near and unrotated ones far: a query is both side by side, a near key has
         # zeros for the second half, a far key for the first. Values are padded as well: the kernel wants one width.
@@ -162,29 +164,45 @@ def _whole_blocks(states: torch.Tensor) -> torch.Tensor:
 
 
 @functools.cache
-def compiled() -> Callable:
-    """`flex_attention` as a fused kernel: uncompiled, it would hold all scores."""
-    return torch.compile(flex_attention, dynamic=False)
+def compiled(varies: bool = False) -> Callable:
+    """`flex_attention` as a fused kernel: uncompiled, it would hold all scores.
+
+    Args:
+        varies: Compile for any number and length of rows, once; else anew for each.
+    """
+    if not varies:
+        return torch.compile(flex_attention, dynamic=False)
+    # Sizes of one are still compiled for apart; past the limit (8) it would run uncompiled.
+    torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
+    return torch.compile(flex_attention, dynamic=True)
 
 
 @functools.cache
-def is_usable(device: torch.device, dtype: torch.dtype, heads: int, kv_heads: int, head_dim: int) -> bool:
+def is_usable(
+    device: torch.device, dtype: torch.dtype, heads: int, kv_heads: int, head_dim: int, varies: bool = False
+) -> bool:
     """Whether the compiled kernel runs here and gives what a plain softmax gives, forward and backward.
 
-    Tried once per shape class, on random numbers, and logged if not: nothing then depends on it.
+    Tried once per shape class, on random numbers, and logged if not: nothing then depends on it. What is compiled for
+    sizes that vary is tried on two.
     """
+    shapes = ((1, 2), (3, 4)) if varies else ((1, 2),)
+    return all(_try(device, dtype, heads, kv_heads, head_dim, varies, *shape) for shape in shapes)
+
+
+def _try(device, dtype, heads: int, kv_heads: int, head_dim: int, varies: bool, batch: int, blocks: int) -> bool:
     generator = torch.Generator().manual_seed(0)
-    sizes = [(heads, 2 * BLOCK), *[(kv_heads, 2 * BLOCK)] * 2, *[(kv_heads, 8)] * 2]
-    numbers = [torch.randn(1, *size, head_dim, generator=generator) for size in sizes]
+    sizes = [(heads, blocks * BLOCK), *[(kv_heads, blocks * BLOCK)] * 2, *[(kv_heads, 8)] * 2]
+    numbers = [torch.randn(batch, *size, head_dim, generator=generator) for size in sizes]
     leaves = [each.to(device, dtype).requires_grad_() for each in numbers]
     query, key, value, *far = leaves
-    index = torch.arange(2 * BLOCK, device=device)
+    index = torch.arange(blocks * BLOCK, device=device)
     starts = (index - 31).clamp(min=0) // 16 * 16
     mask = window_mask(starts, index, 3, (torch.arange(8, device=device) + 1) * 16)
     # What the caller runs under must not round the reference.
     with torch.autocast(device.type, enabled=False), torch.enable_grad():
         try:
-            out = attend_fused(query, key, value, mask, 0.3, tuple(far), compiled())
+            out = attend_fused(query, key, value, mask, 0.3, tuple(far), compiled(varies))
             upstream = torch.randn(out.shape, generator=generator).to(device, dtype)
             results = [out, *torch.autograd.grad(out, leaves, upstream)]
         except Exception as error:  # compilers fail in many ways, and the blockwise path is always there

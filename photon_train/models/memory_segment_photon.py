@@ -104,7 +104,8 @@ class MemorySegment(WindowSegment):
         """Pack and store the units that leave the window in this segment; the latents of all units, or None."""
         layer, memory, new = module.layer_idx, module.memory, None
         # In training the modules run on nothing too: every parameter then has a gradient, on every process.
-        if self.num_new or (torch.is_grad_enabled() and not self.had_units):
+        # Of documents it depends on the process how long they are, and sharded modules are run by all or none.
+        if self.num_new or (not self.had_units and (torch.is_grad_enabled() or self.new.varies)):
             keys, values = self._take(layer, *(take_heads(states, memory.cells) for states in (key, value)), memory)
             new, stored = memory.pack(unrotate(keys, self.token_rotation), values)
             if self.units is not None and self.num_new:
@@ -221,9 +222,8 @@ class MemorySegment(WindowSegment):
         return self._biases[name]
 
     def _attend_fused(self, query, key, value, scale, far) -> torch.Tensor:
-        return attend_window(
-            query, key, value, self.start[0], self.index[0], self.num_sinks, scale, far, self.chunk_size
-        )
+        near = self.start[0], self.index[0], self.num_sinks
+        return attend_window(query, key, value, *near, scale, far, self.chunk_size, self.new.varies)
 
 
 def _gather(states: torch.Tensor, where: torch.Tensor) -> torch.Tensor:

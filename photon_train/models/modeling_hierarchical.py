@@ -15,8 +15,8 @@ from .cache_hierarchical import PROTOCOLS, HierarchicalCache
 from .configuration_hierarchical import HierarchicalConfig
 from .families_photon import family
 from .modules_hierarchical import Chunker, Converter, InputScale, Level, StartState, initialize, stack_config
-from .pass_hierarchical import HierarchicalPass
-from .rows_photon import Rows, align_rows
+from .pass_hierarchical import HierarchicalPass, consistency_loss
+from .rows_photon import Rows, align_rows, has_restarts
 
 
 @dataclass
@@ -103,14 +103,16 @@ class HierarchicalModel(HierarchicalPreTrainedModel):
             input_ids: ``[B, T]``; or `inputs_embeds`, ``[B, T, d]``.
             attention_mask: ``[B, T]`` (with a cache ``[B, cached + T]``), 1 for tokens. Each row counts positions and
                 chunks from its own first token; what lies between tokens is left out.
-            position_ids: Only as every row counts them, up to a constant; they follow from `attention_mask`.
+            position_ids: As every row counts them, up to a constant; they follow from `attention_mask`. Where they
+                start again at 0, as transformers and TRL write packed batches, another document starts, which is
+                computed as if it were alone.
             past_key_values: Cache to go on from (filled in place).
             use_cache: Return a cache; default: ``config.use_cache``, or in training only if one is given.
             **kwargs: What other models take and this one has no use for.
 
         Raises:
             ValueError: for no tokens, a row without any, a mask that is not 2-D, other position_ids, a cache of another
-                kind, `output_attentions` and `output_hidden_states`.
+                kind, packed documents with a cache, `output_attentions` and `output_hidden_states`.
         """
         for name in ("output_attentions", "output_hidden_states"):
             if kwargs.get(name, getattr(self.config, name, False)):
@@ -120,6 +122,8 @@ class HierarchicalModel(HierarchicalPreTrainedModel):
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give either input_ids or inputs_embeds")
         embeds = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        if use_cache is None and past_key_values is None and position_ids is not None:
+            use_cache = False if has_restarts(position_ids, attention_mask) else None
         cache = self._choose_cache(past_key_values, use_cache)
         if cache is not None and not cache.is_initialized:
             heads, size = self.config.num_key_value_heads, self.config.head_dim
@@ -135,12 +139,14 @@ class HierarchicalModel(HierarchicalPreTrainedModel):
         )
 
     def _feed(self, rows: Rows, embeds: torch.Tensor, cache: HierarchicalCache | None):
+        if rows.documents is not None:
+            return self._feed_documents(rows, embeds)
         past, new = rows.host_past, rows.host_lengths
         if not any(new):
             return torch.zeros_like(embeds), None
         if cache is None or cache.protocol == "hiergen" or not rows.has_past or max(new) == 1:
             run = HierarchicalPass(self, cache, past, new, rows.rows)
-            return run.feed(embeds), run.consistency
+            return run.feed(embeds), consistency_loss([run])
         if not all(past):
             raise ValueError(
                 "protocol 'recgen' reads prompts in a pass of their own: do not mix them with rows that go on"
@@ -153,6 +159,16 @@ class HierarchicalModel(HierarchicalPreTrainedModel):
             past = [had + (column < count) for had, count in zip(past, new, strict=True)]
         hidden.append(hidden[0].new_zeros(len(new), embeds.shape[1] - max(new), embeds.shape[2]))
         return torch.cat(hidden, dim=1), None
+
+    def _feed_documents(self, rows: Rows, embeds: torch.Tensor):
+        groups = rows.documents.groups
+        passes = [
+            HierarchicalPass(self, None, [0] * len(group.lengths), group.lengths, None, varies=True) for group in groups
+        ]
+        parts = zip(passes, rows.documents.take_apart(embeds), strict=True)
+        hidden = rows.documents.put_together([run.feed(states) for run, states in parts])
+        real = [run for run, group in zip(passes, groups, strict=True) if not group.is_empty]
+        return hidden, consistency_loss(real)
 
     def _new_cache(self) -> HierarchicalCache:
         return HierarchicalCache(self.config, self.protocol)

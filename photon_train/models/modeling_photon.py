@@ -17,10 +17,11 @@ from .attention_photon import NewElements, Segment
 from .base_photon import BasePreTrainedModel, PhotonGenerationMixin
 from .cache_photon import PhotonCache
 from .configuration_photon import PhotonConfig
+from .documents_photon import in_documents
 from .families_photon import family
 from .memory_photon import LayerMemory, initialize
 from .memory_segment_photon import MemorySegment
-from .rows_photon import Rows, align_rows
+from .rows_photon import Rows, align_rows, document_rows, has_restarts
 from .segments_photon import FullSegment, WindowSegment
 
 # Least number of tokens that a cache made for assisted generation can take back.
@@ -85,7 +86,9 @@ class PhotonModel(PhotonPreTrainedModel):
             input_ids: ``[B, T]``; or `inputs_embeds`, ``[B, T, d]``.
             attention_mask: ``[B, T]`` (with a cache ``[B, cached + T]``), 1 for tokens. Each row counts positions,
                 units and its window from its own first token; what lies between tokens is left out.
-            position_ids: Only as every row counts them, up to a constant; they follow from `attention_mask`.
+            position_ids: As every row counts them, up to a constant; they follow from `attention_mask`. Where they
+                start again at 0, as transformers and TRL write packed batches, another document starts, which is
+                computed as if it were alone.
             past_key_values: Cache to go on from (filled in place).
             use_cache: Return a cache; default: ``config.use_cache``, or in training only if one is given.
             as_dense: Run the dense function, full attention without the memory: the teacher of distillation.
@@ -94,13 +97,15 @@ class PhotonModel(PhotonPreTrainedModel):
 
         Raises:
             ValueError: for no tokens, a row without any, a mask that is not 2-D, other position_ids, a cache of another
-                kind, `output_attentions`, and `as_dense` with a cache.
+                kind, `output_attentions`, and `as_dense` or packed documents with a cache.
         """
         if kwargs.get("output_attentions"):
             raise ValueError("PHOTON never holds attention weights: leave output_attentions out")
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give either input_ids or inputs_embeds")
         embeds = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        if use_cache is None and past_key_values is None and position_ids is not None:
+            use_cache = False if has_restarts(position_ids, attention_mask) else None
         cache = self._choose_cache(past_key_values, False if as_dense else use_cache)
         if as_dense and cache is not None:
             raise ValueError("as_dense is for whole sequences: leave past_key_values out")
@@ -108,6 +113,10 @@ class PhotonModel(PhotonPreTrainedModel):
             config = self.config
             cache.allocate(len(embeds), config.num_key_value_heads, config.head_dim, self._cache_like(embeds))
         rows = align_rows(attention_mask, position_ids, embeds, cache)
+        if photon_segments is None and rows.documents is not None:
+            photon_segments = in_documents(
+                rows.documents, lambda group: self._segments(document_rows(group), None, as_dense)
+            )
         out = super().forward(
             inputs_embeds=rows.gather(embeds),
             position_ids=rows.index,
@@ -125,7 +134,9 @@ class PhotonModel(PhotonPreTrainedModel):
     def _segments(self, rows: Rows, cache: PhotonCache | None, as_dense: bool) -> list[Segment]:
         """One segment per layer; layers of a kind share theirs."""
         config, made = self.config, {}
-        new = NewElements(rows.batch, rows.index, rows.base, rows.valid, rows.rows, rows.has_past, self.backend)
+        new = NewElements(
+            rows.batch, rows.index, rows.base, rows.valid, rows.rows, rows.has_past, self.backend, rows.varies
+        )
 
         def full() -> Segment:
             return FullSegment(new, None if cache is None else cache.full, rows.longest)

@@ -25,6 +25,11 @@ class HierarchicalPass:
         cache: Holds what came before, and is filled; None: nothing did, and nothing is kept.
         past, new: Tokens that each row has and gets, on the host.
         rows: Rows of the cache, ``[B]``; None: all, in order.
+        varies: Whether the rows are documents, of which other processes may have longer or shorter ones.
+
+    Attributes:
+        consistency: Per level below the top, the sum of 1 - cos between units as the decoder above predicts them and as
+            they are, and how many there are, once `feed` has run without a past.
     """
 
     def __init__(
@@ -34,18 +39,19 @@ class HierarchicalPass:
         past: list[int],
         new: list[int],
         rows: torch.Tensor | None,
+        varies: bool = False,
     ) -> None:
         self.model, self.config, self.levels, self.cache = model, model.config, model.levels, cache
-        self.rows, self.batch = rows, len(past)
+        self.rows, self.batch, self.varies = rows, len(past), varies
         self.has_past = any(past)
         begins = any(more and not had for had, more in zip(past, new, strict=True))
         self.single = cache is not None and max(new) == 1 and not begins
         self.plans = self._plan(torch.tensor(past), torch.tensor(new))
-        self.consistency: torch.Tensor | None = None
+        self.consistency: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
 
     def _plan(self, past: torch.Tensor, new: torch.Tensor) -> list[LevelPlan]:
         """One plan per level, from the lowest up, as far as anything is new."""
-        least = int(self.cache is None and torch.is_grad_enabled())
+        least = int(self.cache is None and (torch.is_grad_enabled() or self.varies))
         rows, width, plans = new.nonzero()[:, 0], int(new.max()), []
         for index in range(self.config.num_levels):
             stop = (past + new)[rows]
@@ -72,7 +78,7 @@ class HierarchicalPass:
         for index, plan in enumerate(self.plans):
             tables.append(children)
             children = self._ascend(index, plan, children)
-        slots, terms = None, []
+        slots = None
         if len(self.plans) == self.config.num_levels and len(self.plans[-1].closing):
             slots = self._convert(len(self.plans) - 1, self._top_conditions(children))
         for index in reversed(range(len(self.plans))):
@@ -80,9 +86,8 @@ class HierarchicalPass:
             if index:
                 conditions = self._take(outputs, self.plans[index].predictions(self.plans[index - 1]))
                 if not self.has_past:
-                    terms.append(self._consistency(index, conditions, tables[index]))
+                    self.consistency[index] = self._consistency(index, conditions, tables[index])
                 slots = self._convert(index - 1, conditions)
-        self.consistency = torch.stack(terms).mean() if terms else None
         hidden = F.pad(self._take(outputs, lowest.next_tokens()), (0, 0, 0, columns - lowest.num_children))
         if len(lowest.rows) == self.batch:
             return hidden
@@ -211,13 +216,13 @@ class HierarchicalPass:
         rotary = self.model.rotary_emb(hidden, stream.position(new.index))
         return self.levels[index].decoder(hidden, rotary, segment)
 
-    def _consistency(self, index: int, predicted: torch.Tensor, states: torch.Tensor) -> torch.Tensor:
-        """Mean of 1 - cos between units as the decoder above predicts them and as they are (recursive consistency)."""
+    def _consistency(self, index: int, predicted: torch.Tensor, states: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Sum of 1 - cos between units as the decoder above predicts them and as they are, and their number."""
         plan = self.plans[index]
         distance = 1 - F.cosine_similarity(predicted[:, : plan.num_children].float(), states.float(), dim=-1)
         real = torch.arange(plan.num_children) < plan.child_stop[:, None]
         real = self._send(real)
-        return (distance * real).sum() / real.sum().clamp(min=1)
+        return (distance * real).sum(), real.sum()
 
     # --- rows and tables ---
 
@@ -264,3 +269,15 @@ class HierarchicalPass:
 
     def _open_children(self, index: int, rows: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
         return self.cache.open[index][self._cache_rows(rows)].to(like.dtype)
+
+
+def consistency_loss(passes: list[HierarchicalPass]) -> torch.Tensor | None:
+    """Mean over levels of their mean of 1 - cos (recursive consistency), over rows of several passes; None without."""
+    levels = {index for each in passes for index in each.consistency}
+    if not levels:
+        return None
+    terms = []
+    for index in sorted(levels):
+        sums, counts = zip(*(each.consistency[index] for each in passes if index in each.consistency), strict=True)
+        terms.append(sum(sums) / sum(counts).clamp(min=1))
+    return torch.stack(terms).mean()

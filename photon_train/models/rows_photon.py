@@ -8,6 +8,7 @@ import torch
 from transformers.modeling_outputs import ModelOutput
 
 from .cache_photon import RowCache
+from .documents_photon import Documents, Group, find_documents
 
 
 @dataclass
@@ -24,6 +25,9 @@ class Rows:
         order: Column of the input that each token of a row comes from, ``[B, T]``; None: they are the same.
         place: Where in its row each column of the input is, ``[B, T]``, or None.
         rows: Rows of the cache, ``[B]``; None: all.
+        documents: The documents that the rows are made of, where positions are given and there is no cache; `index`
+            then counts each one's tokens.
+        varies: Whether these rows are documents, whose number and length differ from pass to pass.
     """
 
     batch: int
@@ -38,6 +42,8 @@ class Rows:
     order: torch.Tensor | None = None
     place: torch.Tensor | None = None
     rows: torch.Tensor | None = None
+    documents: Documents | None = None
+    varies: bool = False
 
     @property
     def has_past(self) -> bool:
@@ -64,6 +70,25 @@ class Rows:
         return out
 
 
+def document_rows(group: Group) -> Rows:
+    """The documents of a group as rows; what fills them up counts as tokens, which no real one sees."""
+    device, batch, longest = group.tokens.device, len(group.lengths), group.longest
+    past, index = torch.zeros(batch, dtype=torch.long, device=device), torch.arange(longest, device=device)[None]
+    counts, none = [longest] * batch, [0] * batch
+    return Rows(batch, longest, index, 0, None, past + longest, past, counts, none, varies=True)
+
+
+def has_restarts(position_ids: torch.Tensor, mask: torch.Tensor | None) -> bool:
+    """Whether ``position_ids [B or 1, T]`` start again at 0 after a row's first token: documents are packed.
+
+    Input that `align_rows` refuses is left to it.
+    """
+    if position_ids.dim() != 2 or (mask is not None and mask.dim() != 2):
+        return False
+    real = torch.ones_like(position_ids, dtype=torch.bool) if mask is None else mask[:, -position_ids.shape[1] :].bool()
+    return bool(((position_ids == 0) & real & (real.cumsum(1) > 1)).any())
+
+
 def _take(states: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
     return states.gather(1, columns[:, :, None].expand(-1, -1, states.shape[2]))
 
@@ -75,19 +100,22 @@ def align_rows(
 
     Args:
         mask: ``[B, T]`` or ``[B, cached + T]``, 1 for tokens; None: all are.
-        position_ids: ``[B or 1, T]``, or None; only checked.
+        position_ids: ``[B or 1, T]``, or None. Where they start again at 0, another document starts; else they are only
+            checked.
         embeds: ``[B, T, d]``.
         cache: Holds what came before; None: nothing did.
 
     Raises:
-        ValueError: for an input without tokens, a row without any (nor a past), a mask of another shape, and
-            position_ids that do not count each row's tokens one by one.
+        ValueError: for an input without tokens, a row without any (nor a past), a mask or position_ids of another shape,
+            and position_ids that do not count each document's tokens one by one, or restart where there is a cache.
     """
     batch, columns = embeds.shape[:2]
     if not batch or not columns:
         raise ValueError(f"the input has no tokens (batch {batch}, length {columns}): give at least one")
     if mask is not None and (mask.dim() != 2 or mask.shape[0] != batch or mask.shape[1] < columns):
         raise ValueError(f"PHOTON takes a 2-D attention_mask [batch, length], not {list(mask.shape)}")
+    if position_ids is not None and position_ids.dim() != 2:
+        raise ValueError(f"PHOTON takes 2-D position_ids [batch or 1, length], not {list(position_ids.shape)}")
     device, rows = embeds.device, None
     if cache is None:
         past, host_past = torch.zeros(batch, dtype=torch.long, device=device), [0] * batch
@@ -114,20 +142,40 @@ def align_rows(
             place = torch.argsort(order, dim=1)
     agree = real is None and host_past is not None and len(set(host_past)) == 1
     index = (past[:1] if agree else past)[:, None] + column
+    base, documents = host_past[0] if agree else None, None
     if position_ids is not None and columns > 1:
-        _check_positions(position_ids, index, valid, order)
-    base = host_past[0] if agree else None
-    return Rows(batch, columns, index, base, valid, lengths, past, host_lengths, host_past, order, place, rows)
+        given = position_ids.expand(batch, -1)
+        given = given if order is None else given.gather(1, order)
+        starts = _document_starts(given, valid, may_restart=cache is None)
+        if cache is None:
+            # Also where nothing restarts: another process of a sharded training may have a batch that does.
+            documents = find_documents(starts, host_lengths)
+            index = column - (starts * column).cummax(dim=1).values
+    return Rows(
+        batch, columns, index, base, valid, lengths, past, host_lengths, host_past, order, place, rows, documents
+    )
 
 
-def _check_positions(position_ids, index, valid, order) -> None:
-    given = position_ids if order is None else position_ids.expand(len(order), -1).gather(1, order)
-    shift = given - index
-    wrong = shift != shift[:, :1]
+def _document_starts(given, valid, may_restart: bool) -> torch.Tensor:
+    """Which tokens start a document, ``[B, T]``: the first of a row, and those at position 0."""
+    column = torch.arange(given.shape[1], device=given.device)
+    starts = (given == 0) & (column > 0)
+    if valid is not None:
+        starts = starts & valid
+    if not may_restart and bool(starts.any()):
+        raise ValueError(
+            "position_ids start again at 0, which says that documents are packed; those are read whole: leave "
+            "past_key_values out, or give use_cache=False"
+        )
+    starts = starts | (column == 0)
+    begin = (starts * column).cummax(dim=1).values
+    # Of a row's first document, positions may begin anywhere: with a cache, and where a text was cut.
+    wrong = given - (column - begin) != torch.where(begin == 0, given[:, :1], 0)
     if valid is not None:
         wrong = wrong & valid
     if bool(wrong.any()):
         raise ValueError(
-            "position_ids must count the tokens of each row one by one (packed sequences are not supported): leave "
+            "position_ids must count the tokens of each row, or of each of its documents from 0 on, one by one: leave "
             "them out, PHOTON derives positions from attention_mask"
         )
+    return starts

@@ -196,7 +196,7 @@ def test_bad_input_is_one_clear_error():
     for wrong, message in (
         ({"output_attentions": True}, "output_attentions has no meaning"),
         ({"output_hidden_states": True}, "output_hidden_states has no meaning"),
-        ({"position_ids": torch.zeros(1, 5, dtype=torch.long)}, "position_ids must count"),
+        ({"position_ids": torch.ones(1, 5, dtype=torch.long)}, "position_ids must count"),
         ({"attention_mask": torch.zeros(2, 5)}, "no token in row 0"),
         ({"inputs_embeds": model.model.embed_tokens(ids)}, "either input_ids or inputs_embeds"),
     ):

@@ -188,10 +188,25 @@ def test_the_fused_kernel_is_trusted_only_if_it_gives_the_softmax(monkeypatch, c
 
     shape = torch.device("cpu"), torch.float32, 4, 2, 16
     for function, expected in ((flex_photon.flex_attention, ""), (wrong, "is off by"), (broken, "(no compiler)")):
-        monkeypatch.setattr(flex_photon, "compiled", lambda function=function: function)
-        caplog.clear()
-        assert flex_photon.is_usable.__wrapped__(*shape) == (not expected)
-        assert expected in caplog.text
+        for varies in (False, True):
+            monkeypatch.setattr(flex_photon, "compiled", lambda varies, function=function: function)
+            caplog.clear()
+            assert flex_photon.is_usable.__wrapped__(*shape, varies) == (not expected)
+            assert expected in caplog.text
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without")
+def test_the_kernel_for_documents_is_tried_on_two_sizes(monkeypatch, gradients_on_the_cpu):
+    sizes = []
+
+    def seen(query, *states, **settings):
+        sizes.append((query.shape[0], query.shape[2]))
+        wrong = len(sizes) == 2
+        return flex_photon.flex_attention(query, *states, **settings) * (1.1 if wrong else 1)
+
+    monkeypatch.setattr(flex_photon, "compiled", lambda varies: seen)
+    assert not flex_photon.is_usable.__wrapped__(torch.device("cpu"), torch.float32, 4, 2, 16, True)
+    assert sizes == [(1, 256), (3, 512)]
 
 
 def test_windows_are_blockwise_on_the_cpu_unless_asked_for(monkeypatch):

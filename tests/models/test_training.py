@@ -139,7 +139,8 @@ def test_what_a_base_model_cannot_give_is_refused_in_one_line():
         (lambda: model(ids[:0]), r"the input has no tokens \(batch 0, length 9\)"),
         (lambda: model(ids, attention_mask=torch.zeros_like(ids)), "attention_mask has no token in row 0"),
         (lambda: model(ids, attention_mask=torch.ones(2, 1, 9, 9)), r"2-D attention_mask .* not \[2, 1, 9, 9\]"),
-        (lambda: model(ids, position_ids=torch.arange(9) % 4), "position_ids must count the tokens of each row"),
+        (lambda: model(ids, position_ids=torch.arange(9)[None] // 2), "position_ids must count the tokens of each row"),
+        (lambda: model(ids, position_ids=torch.arange(9)), r"PHOTON takes 2-D position_ids .* not \[9\]"),
         (lambda: model(), "input_ids or inputs_embeds|exactly one of"),
     ):
         with pytest.raises(ValueError, match=message) as error:
