@@ -117,7 +117,7 @@ def test_cache_bytes_hold_after_decoding(name):
 
 def test_layers_that_the_family_keeps_local_hold_their_own_window():
     local = {"use_sliding_window": True, "sliding_window": 16, "max_window_layers": 1}
-    model = photon_model("memory", "qwen2", memory_layers=[0], **local)
+    model = photon_model("memory", "qwen2", memory_cells={0: [0, 1]}, **local)
     assert [model.config.is_local(layer) for layer in range(3)] == [False, True, True]
     cache = model(tokens(1, 40), use_cache=True).past_key_values
     assert held(cache) == expected(model.config, 40)
@@ -188,8 +188,9 @@ def test_the_presets_cost_what_the_design_says():
     positions = {preset: accounting.layer_positions(converted(dense, preset)) for preset in PRESETS}
     assert positions["graft"] == 8
     assert positions["split"] < positions["paper"] < 8
-    growing = accounting.growing_bytes_per_token(converted(dense))
-    assert growing / (accounting.dense_cache_bytes(dense, 1)) == pytest.approx(1 / (8 * 4))
+    # One cell of 16: for two tokens, two halves of 8 numbers in 4 bits with a scale of two bytes each.
+    assert accounting.growing_bytes_per_token(converted(dense)) == 2 * (4 + 2) / 2
+    assert accounting.dense_cache_bytes(dense, 1) == 16 * 2 * 8 * 2
 
 
 def test_flops_of_the_dense_model_by_hand():
@@ -201,7 +202,8 @@ def test_flops_of_the_dense_model_by_hand():
 @pytest.mark.parametrize("parts", [1, 2])
 def test_flops_of_a_memory_count_the_tokens_under_units(parts):
     dense = dense_config(num_hidden_layers=8)
-    config = converted(dense, memory_layers=[1, 4, 7], latents_per_unit=parts)
+    cells = [f"{layer}:{head}" for layer in (1, 4, 7) for head in (0, 1)]
+    config = converted(dense, memory_cells=cells, memory_bits=16, chunk_size=4, latents_per_unit=parts)
     near, far = (accounting.photon_flops(config, n) for n in (1600, 3200))
     # Per token: 3 layers meet 1600 tokens more, each of 4 heads through a latent of 2 * 2 * 8 numbers, or half.
     assert far - near == pytest.approx(4 * (3 * 4 * 32 / parts * 1600))
@@ -209,10 +211,27 @@ def test_flops_of_a_memory_count_the_tokens_under_units(parts):
     assert accounting.dense_flops(dense, 3200) - accounting.dense_flops(dense, 1600) == 4 * 32 * 8 * 1600
 
 
+@pytest.mark.parametrize(("bits", "half"), [(16, 16), (8, 8 + 2), (4, 4 + 2)])
+def test_what_grows_and_is_computed_with_cells(bits, half):
+    """Heads beside the cells neither store nor read what is far: layer 1 has one of two, layer 6 both."""
+    dense = dense_config(num_hidden_layers=8)
+    config = converted(dense, memory_cells=["1:1", "6:0", "6:1"], memory_bits=bits, chunk_size=4)
+    assert accounting.growing_bytes_per_token(config, 2) == pytest.approx(3 * 2 * half / 4)
+    assert accounting.cache_bytes(config, 6400).growing == 3 * 2 * half * ((6400 - 64) // 4)
+    near, far = (accounting.photon_flops(config, n) for n in (1600, 3200))
+    # Two query heads meet a latent of 2 * 8 numbers in layer 1, four one of 2 * 2 * 8 in layer 6.
+    assert far - near == pytest.approx(4 * (2 * 16 + 4 * 32) * 1600)
+    # The packing (a chunker's matrix per unit), the converter folded into a token's queries and outputs, and heads that
+    # differ by nothing else.
+    one, two = (converted(dense, memory_cells=cells, chunk_size=4) for cells in (["1:1"], ["1:0", "1:1"]))
+    grown = accounting.photon_flops(two, 1) - accounting.photon_flops(one, 1)
+    assert grown == 2 * (32 * 32 - 16 * 16 + 2 * 4 * 8 * (4 * 32 - 2 * 16))
+
+
 def test_flops_of_layers_at_full_attention():
     dense = dense_config(num_hidden_layers=8)
-    config = converted(dense, memory_layers=[7], full_attention_layers=[0, 1])
-    with_memory_alone = converted(dense, memory_layers=[7])
+    config = converted(dense, memory_cells=["7:0"], full_attention_layers=[0, 1])
+    with_memory_alone = converted(dense, memory_cells=["7:0"])
     grown = [accounting.photon_flops(c, 3200) - accounting.photon_flops(c, 1600) for c in (config, with_memory_alone)]
     assert grown[0] - grown[1] == 4 * 32 * 2 * 1600
 
@@ -221,20 +240,31 @@ def test_a_7b_model_without_grouped_heads_is_converted_in_24_gib():
     """Its latents are the widest: 8,192 numbers, packed in two parts."""
     heads = {"num_attention_heads": 32, "num_key_value_heads": 32, "head_dim": 128, "hidden_size": 4096}
     dense = dense_config(**heads, intermediate_size=11008, num_hidden_layers=32, vocab_size=32000)
-    config = converted(dense)
+    cells = [f"{layer}:{head}" for layer in (19, 23, 27, 31) for head in range(32)]
+    config = converted(dense, memory_cells=cells, chunk_size=4)
     assert config.latents_per_unit == 2 and len(config.memory_layers) == 4
     costs = accounting.costs_of(config)
     square = (4 * 4096) ** 2
     assert costs.fit_at_once == 1 and costs.fit_bytes == 2 * 16 * square
     result = accounting.estimate(dense, config, accounting.TrainingSetup(2048))
     assert 2 * accounting.photon_parameters(config) < result.conversion_bytes < 24 * 2**30
+    # The default's cells are narrower: at most 5 of 32 heads in 16 layers, keys and values together, units of 2.
+    default, square = converted(dense), (2 * 2 * 5 * 128) ** 2
+    assert default.latents_per_unit == 1 and accounting.costs_of(default).fit_bytes == (16 + 1) * 16 * square
+    assert (
+        accounting.estimate(dense, default, accounting.TrainingSetup(2048)).conversion_bytes < result.conversion_bytes
+    )
 
 
 def test_the_fit_of_small_models_holds_all_moments_at_once():
-    config = converted(dense_config(num_hidden_layers=16))
+    dense = dense_config(num_hidden_layers=16)
+    config = converted(dense, memory_cells=["11:0", "11:1", "15:0", "15:1"], chunk_size=4)
     square = (4 * 32) ** 2
     assert accounting.costs_of(config).fit_bytes == 3 * 16 * square
-    assert accounting.costs_of(converted(dense_config(), memory_layers=[])).fit_bytes == 0
+    # A narrower layer is counted as the widest.
+    config = converted(dense, memory_cells=["11:0", "15:0", "15:1"], chunk_size=4)
+    assert accounting.costs_of(config).fit_bytes == 3 * 16 * square
+    assert accounting.costs_of(converted(dense_config(), memory_cells=[])).fit_bytes == 0
 
 
 # --- all of it ---
@@ -247,13 +277,13 @@ def test_the_estimate_is_shown_and_saved():
     content = json.loads(json.dumps(result.to_dict()))
     assert content["dense_parameters"] == accounting.dense_parameters(dense)
     assert content["added_parameters"] == content["photon_parameters"] - content["dense_parameters"] > 0
-    assert content["kv_ratio"] == pytest.approx(1 / (8 * 4))
+    assert content["kv_ratio"] == pytest.approx(6 / 512)
     assert content["memory"]["device"] == result.memory.device > 0
     assert content["fit"]["recommended"]["config"] == "zero2"
     console = Console(width=140, record=True, file=open("/dev/null", "w"))
     console.print(result.table())
     shown = console.export_text()
-    for words in ("Cache per token", "3.1%", "trainable", "2 processes, ZeRO stage 3", "activations"):
+    for words in ("Cache per token", "1.2%", "trainable", "2 processes, ZeRO stage 3", "activations"):
         assert words in shown
     for words in ("Fits 2 GPUs of 1.00 GiB", "zero3_offload", "--config_file accelerate_configs/zero2.yaml"):
         assert words in shown

@@ -2,9 +2,10 @@
 
 Choices where the user makes none: a window of 256 tokens, or 64 for models of hidden size <= 512 (such as the demo's),
 and 4 sinks; units of 2 tokens in 4 bits, in as many memory cells as a budget of 1% of the dense model's growing KV pays
-for. Which cells, a probe of the dense model says (`photon_train.pipeline.choose`); until then, and where the text does
-not reach beyond the window, they are spread over the upper half. Latents wider than 4,096 numbers are packed apart, two
-per unit. `photon.memory_cells` set to the empty list leaves window and sinks alone (StreamingLLM, arXiv 2309.17453).
+for, and one at least. Which cells, a probe of the dense model says (`photon_train.pipeline.choose`); until then, and
+where the text does not reach beyond the window, they are spread over the upper half. Latents wider than 4,096 numbers
+are packed apart, two per unit. `photon.memory_cells` set to the empty list leaves window and sinks alone (StreamingLLM,
+arXiv 2309.17453).
 """
 
 from __future__ import annotations
@@ -107,16 +108,18 @@ def format_cells(cells: Cells) -> list[str]:
 
 
 def count_cells(dense: PretrainedConfig, photon: PhotonSettings) -> int:
-    """Memory cells that `photon.memory_budget` pays for.
+    """Memory cells that `photon.memory_budget` pays for; where it is unset, one at least (of models with few heads).
 
     Raises:
-        PhotonError: if it pays for none.
+        PhotonError: if a budget that is set pays for none.
     """
     chunk_size = CHUNK_SIZE if photon.chunk_size is None else photon.chunk_size
     bits = MEMORY_BITS if photon.memory_bits is None else photon.memory_bits
     budget = MEMORY_BUDGET if photon.memory_budget is None else photon.memory_budget
     # A cell is not lost to the rounding of a product.
     count = cells_within(budget, dense, chunk_size, bits) + 1e-9
+    if photon.memory_budget is None:
+        count = max(count, 1.0)
     if count < 1:
         raise PhotonError(
             f"photon.memory_budget={budget} pays for no memory cell of this model: one takes "

@@ -70,9 +70,10 @@ def dense(tmp_path_factory):
     ("preset", "photon"),
     [
         ("graft", {}),
-        ("graft", {"num_sinks": 0, "window": 12, "memory_layers": [0, 2], "latents_per_unit": 2}),
+        ("graft", {"num_sinks": 0, "window": 12, "memory_cells": ["0:1", "2:0", "2:1"], "latents_per_unit": 2}),
+        ("graft", {"memory_budget": 40, "memory_bits": 8, "window": 12}),
         ("graft", {"chunk_size": 3, "full_attention_layers": [3]}),
-        ("graft", {"memory_layers": [], "window": 16}),
+        ("graft", {"memory_cells": [], "window": 16}),
         ("split", {}),
         ("split", {"num_levels": 1, "levels": [LevelOverrides(num_slots=3)]}),
         ("paper", {}),
@@ -133,8 +134,8 @@ def test_graft_holds_the_dense_model(tmp_path, model_type):
         assert (model(TOKENS).logits - expected).abs().max() > 1e-2
 
 
-def test_without_memory_layers_the_graft_is_the_dense_model_with_window_and_sinks(dense, tmp_path):
-    settings = RunConfig(photon=PhotonSettings(window=8, num_sinks=2, memory_layers=[]))
+def test_without_memory_cells_the_graft_is_the_dense_model_with_window_and_sinks(dense, tmp_path):
+    settings = RunConfig(photon=PhotonSettings(window=8, num_sinks=2, memory_cells=[]))
     run_conversion(dense, tmp_path / "photon", settings, on_written=lambda path: calibrate_directory(path, [TOKENS]))
     with torch.no_grad():
         mask = window_mask(TOKENS.shape[1], 8, 2, TOKENS.device)

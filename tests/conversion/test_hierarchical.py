@@ -97,9 +97,10 @@ BAD = {
     "no token decoder": (run("split", levels=[L(decoder_layers=0)]), "photon.levels.0.decoder_layers=0"),
     "window of blocks": (run("paper", window=64), "photon.window has no effect with preset paper"),
     "sinks of blocks": (run("paper", num_sinks=4), "photon.num_sinks has no effect with preset paper"),
-    "memory": (run("split", memory_layers=[1]), "photon.memory_layers has no effect with preset split"),
+    "memory": (run("split", memory_cells=["1:0"]), "photon.memory_cells has no effect with preset split"),
+    "a budget": (run("paper", memory_budget=1), "photon.memory_budget has no effect with preset paper"),
+    "bits of a memory": (run("split", memory_bits=8), "photon.memory_bits has no effect with preset split"),
     "units of a memory": (run("split", chunk_size=4), "photon.chunk_size has no effect with preset split"),
-    "a probe": (run("paper", choose_layers="probe"), "photon.choose_layers has no effect with preset paper"),
     "full attention": (run("split", full_attention_layers=[1]), "photon.full_attention_layers has no effect"),
     "consistency without a decoder above": (run("split", num_levels=1, consistency=0.1), "consistency.weight=0.1"),
 }

@@ -115,8 +115,8 @@ def test_rows_can_be_selected_repeated_and_reordered(name):
 class FixedStore(GrowingStore):
     """Has room from the start, as an engine's does."""
 
-    def allocate(self, rows, heads, head_dim, like):
-        super().allocate(rows, heads, head_dim, like)
+    def allocate(self, rows, like):
+        super().allocate(rows, like)
         super().reserve(40)
 
     def reserve(self, count):

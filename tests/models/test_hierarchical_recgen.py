@@ -105,7 +105,7 @@ def test_only_the_top_encoder_grows_and_rows_keep_their_own_phase(name):
     for step in range(16):
         column = torch.stack([row[0, width + step] for row, width in zip(rows, (3, 8), strict=True)])[:, None]
         logits.append(model(column, past_key_values=cache).logits[:, 0])
-        stored.append([encoder.keys[0].shape[2] for encoder in cache.encoders])
+        stored.append([encoder.states[0][0].shape[2] for encoder in cache.encoders])
     for index, expected in enumerate(alone):
         torch.testing.assert_close(torch.stack(logits, 1)[index], expected, atol=2e-4, rtol=0)
     assert all(first == last for first, last in zip(stored[0][:-1], stored[-1][:-1], strict=True))

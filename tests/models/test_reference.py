@@ -40,11 +40,14 @@ def random(*shape):
 class Identity:
     """A memory that packs and unpacks nothing, so that far keys are the layer's own."""
 
-    layer_idx, other_cells = 0, ()
+    layer_idx = 0
 
-    def __init__(self, turn: torch.Tensor, heads: int, kv_heads: int) -> None:
-        self.memory, self.turn = self, turn
-        self.query_heads, self.cells = tuple(range(heads)), tuple(range(kv_heads))
+    def __init__(self, heads: int, kv_heads: int, cells: tuple[int, ...]) -> None:
+        self.memory, self.cells = self, cells
+        self.other_cells = tuple(head for head in range(kv_heads) if head not in cells)
+        owner = [head // (heads // kv_heads) for head in range(heads)]
+        self.query_heads = tuple(head for head in range(heads) if owner[head] in cells)
+        self.other_query_heads = tuple(head for head in range(heads) if owner[head] not in cells)
 
     def pack(self, keys, values):
         return (keys, values), (keys, values)
@@ -53,7 +56,7 @@ class Identity:
         return keys, values
 
 
-def segment(length, window, chunk, num_sinks, turn, batch=2) -> MemorySegment:
+def segment(length, window, chunk, num_sinks, batch=2) -> MemorySegment:
     index = torch.arange(length)[None]
     start = index - window + 1
     start = start - start % chunk
@@ -82,23 +85,33 @@ def implementation(request, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "length, window, chunk, num_sinks, heads, kv_heads",
-    [(53, 8, 4, 3, 4, 2), (64, 8, 4, 0, 2, 2), (7, 8, 4, 4, 4, 1), (401, 40, 8, 4, 2, 1), (300, 5, 1, 2, 2, 1)],
+    "length, window, chunk, num_sinks, heads, kv_heads, cells",
+    [
+        (53, 8, 4, 3, 4, 2, (0, 1)),
+        (64, 8, 4, 0, 2, 2, (0, 1)),
+        (7, 8, 4, 4, 4, 1, (0,)),
+        (401, 40, 8, 4, 2, 1, (0,)),
+        (300, 5, 1, 2, 2, 1, (0,)),
+        (53, 8, 4, 3, 4, 2, (1,)),
+        (61, 9, 2, 2, 12, 4, (0, 2)),
+        (64, 8, 4, 0, 3, 3, (1,)),
+    ],
 )
 def test_outputs_and_gradients_are_those_of_one_softmax(
-    length, window, chunk, num_sinks, heads, kv_heads, implementation, monkeypatch
+    length, window, chunk, num_sinks, heads, kv_heads, cells, implementation, monkeypatch
 ):
     torch.manual_seed(0)
     query, key, value = random(2, heads, length, 8), random(2, kv_heads, length, 8), random(2, kv_heads, length, 8)
-    turn = torch.randn(8, 8, dtype=torch.float64)
+    turn, module = torch.randn(8, 8, dtype=torch.float64), Identity(heads, kv_heads, cells)
+    reading = len(module.query_heads)
     # What undoes rotations does something else here, to queries alone.
     monkeypatch.setattr(
         "photon_train.models.memory_segment_photon.unrotate",
-        lambda states, rotary: states @ turn if states.shape[1] == heads and states.shape[2] == length else states,
+        lambda states, rotary: states @ turn if states.shape[1] == reading and states.shape[2] == length else states,
     )
     if kv_heads == heads:  # the two cannot be told apart by their shape then
         turn = torch.eye(8, dtype=torch.float64)
-    found = segment(length, window, chunk, num_sinks, turn).attend(Identity(turn), query, key, value, 0.3)
+    found = segment(length, window, chunk, num_sinks).attend(module, query, key, value, 0.3)
     token = torch.arange(length)
     start = token - window + 1
     start = (start - start % chunk).clamp(min=0)[:, None]
@@ -106,7 +119,9 @@ def test_outputs_and_gradients_are_those_of_one_softmax(
     far_seen = (token < start) & (token >= num_sinks)
     keys, values = (states.repeat_interleave(heads // kv_heads, dim=1) for states in (key, value))
     scores = torch.cat([query @ keys.transpose(2, 3), (query @ turn) @ keys.transpose(2, 3)], dim=3) * 0.3
-    weights = scores.masked_fill(~torch.cat([near_seen, far_seen], dim=1), -torch.inf).softmax(dim=-1)
+    reads = torch.tensor([head in module.query_heads for head in range(heads)])[:, None, None]
+    seen = torch.cat([near_seen.expand(heads, -1, -1), far_seen & reads], dim=2)
+    weights = scores.masked_fill(~seen, -torch.inf).softmax(dim=-1)
     expected = weights @ torch.cat([values, values], dim=2)
     assert torch.allclose(found, expected, rtol=1e-9, atol=1e-9)
     upstream, leaves = torch.randn_like(found), (query, key, value)
@@ -138,7 +153,9 @@ def gradients_on_the_cpu(monkeypatch):
     monkeypatch.setattr("torch.nn.attention.flex_attention._validate_device", lambda *states: None)
 
 
-@pytest.mark.parametrize("name", ["memory", "memory-many-sinks", "memory-apart", "window", "memory-full"])
+@pytest.mark.parametrize(
+    "name", ["memory", "memory-many-sinks", "memory-apart", "memory-4-bits", "window", "memory-full"]
+)
 @pytest.mark.filterwarnings("ignore:flex_attention called without")
 def test_the_fused_kernel_gives_the_loss_and_gradients_of_the_blocks(name, gradients_on_the_cpu):
     model, ids, results = photon_model(name).train(), tokens(2, 47), []

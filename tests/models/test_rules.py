@@ -40,10 +40,11 @@ def test_causality_changing_a_token_changes_no_earlier_logit(name):
         assert difference[position] > 1e-6
 
 
-@pytest.mark.parametrize("name", [name for name in NAMES if GRAFTS[name]["memory_layers"]])
+@pytest.mark.parametrize("name", [name for name in NAMES if GRAFTS[name]["memory_cells"]])
 def test_no_blind_spot_every_earlier_token_reaches_every_logit(name):
-    """One layer, so that nothing is reached by hopping from window to window."""
-    changes = {"num_hidden_layers": 1, "memory_layers": [0], "full_attention_layers": []}
+    """One layer, so that nothing is reached by hopping from window to window; the cells of the entry's first."""
+    cells = next(iter(GRAFTS[name]["memory_cells"].values()))
+    changes = {"num_hidden_layers": 1, "memory_cells": {0: cells}, "full_attention_layers": []}
     model = photon_model(name, **changes)
     embeds = model.get_input_embeddings()(tokens(1, 26)).detach().requires_grad_()
     logits = model(inputs_embeds=embeds).logits
@@ -123,12 +124,14 @@ def test_bounded_means_bounded_only_declared_caches_grow(name):
     config, model = photon_config(name), photon_model(name)
     sizes = {n: model(tokens(1, n), use_cache=True).past_key_values.kv_bytes() for n in (64, 65, 120)}
     assert sizes[64]["constant"] == sizes[120]["constant"]
-    entry = 2 * config.num_key_value_heads * config.head_dim * 4
+    full = 2 * config.num_key_value_heads * config.head_dim * 4 * len(config.full_attention_layers)
+    # Two halves of a latent per cell: fp32 numbers, or one or half a byte each and a scale of two bytes.
+    half = {16: 4 * config.head_dim, 8: config.head_dim + 2, 4: config.head_dim // 2 + 2}[config.memory_bits]
     for n, held in sizes.items():
-        alignment = config.chunk_size if config.memory_layers else 1
+        alignment = config.chunk_size if config.memory_cells else 1
         outside = max(0, (n - 1) - config.window + 1) // alignment * alignment
-        units = outside // config.chunk_size * len(config.memory_layers)
-        assert held["growing"] == entry * (units + n * len(config.full_attention_layers))
+        cells = sum(len(heads) for heads in config.memory_cells.values())
+        assert held["growing"] == outside // config.chunk_size * cells * 2 * half + n * full
     cache = model(tokens(1, 50), use_cache=True).past_key_values
     for token in tokens(1, 70, seed=3)[0]:
         model(token[None, None], past_key_values=cache)
@@ -165,16 +168,20 @@ def test_rules_hold_over_configurations(data):
     draw = data.draw
     depth, chunk = draw(st.integers(1, 3)), draw(st.integers(1, 5))
     kinds = [draw(st.sampled_from(["window", "memory", "full"])) for _ in range(depth)]
+    heads = st.lists(st.integers(0, 1), min_size=1, max_size=2, unique=True)
     config = PhotonConfig(
         **{key: value for key, value in base_config(num_hidden_layers=depth).items() if key != "model_type"},
         window=chunk + draw(st.integers(0, 9)),
         num_sinks=draw(st.integers(0, 6)),
         chunk_size=chunk,
-        memory_layers=[layer for layer, kind in enumerate(kinds) if kind == "memory"],
+        memory_cells={layer: draw(heads) for layer, kind in enumerate(kinds) if kind == "memory"},
+        memory_bits=draw(st.sampled_from([16, 8, 4])),
         full_attention_layers=[layer for layer, kind in enumerate(kinds) if kind == "full"],
         latents_per_unit=draw(st.integers(1, 2)),
     )
     model = shake(PhotonForCausalLM(config)).eval()
+    if config.memory_bits < 16:  # in fp32, two paths may round a number that lies between two levels apart
+        model.double()
     ids = tokens(1, draw(st.integers(2, 45)), seed=draw(st.integers(0, 99)))
     reference = model(ids).logits
     sizes = draw(st.lists(st.integers(1, 20), min_size=1, max_size=6))
@@ -209,7 +216,7 @@ def test_a_window_over_the_whole_text_is_the_dense_model(model_type):
 def test_layers_that_the_family_keeps_local_stay_as_they_are():
     """Qwen2 with local layers among global ones: the local window is the family's, without sinks."""
     changes = {"use_sliding_window": True, "sliding_window": 9, "max_window_layers": 1}
-    model, ids = photon_model("memory", "qwen2", window=64, memory_layers=[0], **changes), tokens(2, 40)
+    model, ids = photon_model("memory", "qwen2", window=64, memory_cells={0: [0, 1]}, **changes), tokens(2, 40)
     assert [model.config.is_local(layer) for layer in range(3)] == [False, True, True]
     dense = dense_of(model)
     torch.testing.assert_close(model(ids).logits, dense(ids).logits, atol=1e-4, rtol=0)
@@ -224,12 +231,18 @@ def test_layers_that_the_family_keeps_local_stay_as_they_are():
         ({"window": 2}, "window=2 is shorter than chunk_size=3"),
         ({"num_sinks": -1}, "num_sinks=-1"),
         ({"latents_per_unit": 3}, "latents_per_unit=3 must be 1 or 2"),
-        ({"memory_layers": [3]}, "memory_layers names layer 3; the model has layers 0...2"),
-        ({"memory_layers": [0, 0]}, "names a layer twice"),
-        ({"memory_layers": [1], "full_attention_layers": [1]}, r"layers \[1\] are in memory_layers and in"),
+        ({"memory_bits": 2}, "memory_bits=2 must be 16, 8 or 4"),
+        ({"memory_cells": {3: [0]}}, "memory_cells names layer 3; the model has layers 0...2"),
+        ({"full_attention_layers": [1, 1]}, "full_attention_layers names a layer twice"),
+        ({"memory_cells": {1: [0]}, "full_attention_layers": [1]}, r"layers \[1\] are in memory_cells and in"),
+        ({"memory_cells": {1: [2]}}, r"memory_cells names key-value head 2 of layer 1; there are 0\.\.\.1"),
+        ({"memory_cells": {1: [-1]}}, r"memory_cells names key-value head -1 of layer 1; there are 0\.\.\.1"),
+        ({"memory_cells": {1: [0, 0]}}, r"memory_cells names a head of layer 1 twice: \[0, 0\]"),
+        ({"memory_cells": {1: []}}, "memory_cells names no head of layer 1: name one, or drop the layer"),
         ({"attention_dropout": 0.1}, "attention_dropout=0.1 is not supported: set it to 0"),
         ({"base_model_type": "gpt2"}, "model family 'gpt2' is not supported; supported families: llama"),
-        ({"base_config": {}}, "older photon-train .*convert the dense model again"),
+        ({"base_config": {}}, r"older photon-train \(base_config\): convert the dense model again"),
+        ({"memory_layers": [1]}, r"older photon-train \(memory_layers\): convert the dense model again"),
     ],
 )
 def test_settings_that_no_model_can_serve_are_refused_by_name(changes, message):
@@ -249,4 +262,4 @@ def test_auto_classes_know_the_model(tmp_path):
     config.save_pretrained(tmp_path)
     loaded = AutoConfig.from_pretrained(tmp_path)
     loaded._name_or_path = config._name_or_path
-    assert loaded.to_dict() == config.to_dict()
+    assert loaded.to_dict() == config.to_dict() and loaded.memory_cells == {0: [1], 2: [0, 1]}

@@ -35,7 +35,7 @@ def test_in_a_window_that_holds_the_text_the_memory_has_gradients_of_zero():
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
-@pytest.mark.parametrize("name", ["memory", "memory-full"])
+@pytest.mark.parametrize("name", ["memory", "memory-4-bits", "memory-full"])
 def test_gradient_checkpointing_changes_no_gradient(name, reentrant):
     ids, gradients = tokens(2, 21), []
     for checkpointing in (False, True):
@@ -56,7 +56,7 @@ def test_checkpointing_does_not_fill_a_cache():
         model(ids, past_key_values=model.new_cache())
 
 
-@pytest.mark.parametrize("name", ["memory", "memory-full"])
+@pytest.mark.parametrize("name", ["memory", "memory-4-bits", "memory-full"])
 @pytest.mark.parametrize("length", [31, 40])
 def test_gradients_pass_through_a_cache_within_a_pass(name, length):
     """A loss on the second of two segments has the gradients of what that segment computes."""
@@ -181,8 +181,9 @@ def test_under_autocast_a_cache_has_the_type_of_the_computation(name):
         cache = model(ids[:, :20], use_cache=True).past_key_values
         model(ids[:, 20:23], past_key_values=cache)
         found = model(ids[:, 23:], past_key_values=cache).logits[:, -1]
-    stores = (*cache.rings(), *cache.growing())
-    assert {states.dtype for store in stores for states in store.keys.values()} == {torch.bfloat16}
+    stored = [states for ring in cache.rings() for states in (*ring.keys.values(), *ring.values.values())]
+    stored += [states for store in cache.growing() for states in store.tensors()]
+    assert {states.dtype for states in stored} == {torch.bfloat16}
     assert (found - expected).norm() < 0.05 * expected.norm()
 
 
@@ -223,8 +224,9 @@ def test_a_device_map_does_not_divide_a_layer():
 
 
 def test_fresh_weights_are_the_documented_starting_values():
-    memory = PhotonForCausalLM(photon_config("memory")).model.layers[0].self_attn.memory
+    memory = PhotonForCausalLM(photon_config("memory")).model.layers[2].self_attn.memory
     keys, values = torch.randn(1, 2, 9, 8), torch.randn(1, 2, 9, 8)
-    packed = memory.pack(keys, values)
+    packed, stored = memory.pack(keys, values)
+    assert stored is packed
     torch.testing.assert_close(packed[0], keys.unflatten(2, (3, 3)).mean(3))
     torch.testing.assert_close(memory.unpack(*packed)[1], values.unflatten(2, (3, 3)).mean(3).repeat_interleave(3, 2))
