@@ -6,6 +6,7 @@ something else is worse than none.
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
 from collections import Counter
 from dataclasses import dataclass
@@ -14,12 +15,13 @@ from typing import Any
 
 import numpy as np
 import torch
+import transformers
+from huggingface_hub.utils import WeakFileLock
 from tokenizers import pre_tokenizers
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
-    GgufConfig,
     PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -27,10 +29,13 @@ from transformers import (
 
 from photon_train.conversion.families import family_of
 from photon_train.errors import PhotonError
-from photon_train.files import atomic_directory, check_can_write
+from photon_train.files import atomic_directory, check_can_write, default_cache_dir, make_directory
 
 SUFFIX = ".gguf"
+# Raise it when the code makes something else of a file, so that older caches are not taken for it.
+_VERSION = 1
 _MAGIC = b"GGUF"
+_TRANSFORMERS = "5.23"  # the oldest release that was tried
 _STORED = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
 # How a byte-level vocabulary wants its text split before merging: the names that transformers reads ...
@@ -74,6 +79,34 @@ def find_gguf(path: Path) -> Path | None:
     return found[0] if found else None
 
 
+def cached_checkpoint(file: Path, weights: bool = True) -> Path:
+    """The checkpoint directory of a GGUF file, dequantised on first use.
+
+    The cache goes by the file's place, size and time of change. Processes that ask at the same time wait for one.
+
+    Args:
+        file: The GGUF file.
+        weights: Whether they are needed; without them a directory that has none is enough.
+
+    Raises:
+        PhotonError: as `dequantise`, and if the cache cannot be written.
+    """
+    status = file.stat()
+    key = f"{_VERSION} {file.resolve()} {status.st_size} {status.st_mtime_ns}"
+    name = f"{file.stem}-{hashlib.sha256(key.encode()).hexdigest()[:16]}"
+    cache = default_cache_dir() / "gguf"
+    whole, small = cache / name, cache / f"{name}-config"
+    wanted = whole if weights or whole.is_dir() else small
+    try:
+        make_directory(cache)
+        with WeakFileLock(cache / f"{name}.lock"):
+            if not wanted.is_dir():
+                dequantise(file, wanted, weights)
+    except OSError as error:
+        raise PhotonError(f"{wanted} cannot be written ({error}): set PHOTON_TRAIN_CACHE to another place") from error
+    return wanted
+
+
 def dequantise(file: Path, output: Path, weights: bool = True) -> None:
     """Write the model of a GGUF file as a checkpoint directory: configuration, tokenizer, chat template, safetensors.
 
@@ -107,6 +140,8 @@ def _read_header(file: Path) -> _Header:
     """Read and check what a file says of itself; the weights stay on the disk."""
     if importlib.util.find_spec("gguf") is None:
         raise PhotonError(f"{file}: GGUF files need the package gguf: pip install 'photon-train[gguf]'")
+    if not hasattr(transformers, "GgufConfig"):  # older releases split text in GPT-2's way, whatever the file says
+        raise PhotonError(f"{file}: GGUF files need transformers {_TRANSFORMERS} or later: pip install -U transformers")
     import gguf
 
     with open(file, "rb") as stream:
@@ -197,7 +232,7 @@ def _load(file: Path, config: PretrainedConfig) -> PreTrainedModel:
             file.parent,
             gguf_file=file.name,
             dtype=config.dtype,
-            quantization_config=GgufConfig(dequantize=True),
+            quantization_config=transformers.GgufConfig(dequantize=True),
             output_loading_info=True,
         )
     except Exception as error:

@@ -14,8 +14,9 @@ from typing import Any
 from photon_train.errors import PhotonError
 
 _BLOCKS = frozenset(
-    "address article blockquote br center dd div dl dt h1 h2 h3 h4 h5 h6 hr li ol p pre section table td th tr ul".split()
+    "address article blockquote br center dd div dl dt hr li ol p pre section table td th tr ul".split()
 )
+_BLOCKS |= {f"h{level}" for level in range(1, 7)}
 _SILENT = frozenset({"head", "script", "style"})
 _SILENT_CLASSES = frozenset({"docnav", "banner", "indexterm", "toc"})  # navigation of Publican's pages
 _SILENT_IDS = frozenset({"title", "banner"})
