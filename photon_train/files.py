@@ -1,4 +1,4 @@
-"""Writing that is complete or invisible, and the checks that can be made before it."""
+"""Writing that is complete or invisible, the checks that can be made before it, and where it may be cached."""
 
 from __future__ import annotations
 
@@ -16,6 +16,15 @@ _UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 _UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40, "B": 1}
 _LEFTOVER = re.compile(r"\..+\.[0-9a-f]{12}")  # see `hidden_sibling`
 _SPARE_BYTES = 64 * 2**20  # tokenizer, configuration, code, and what else wants to be written meanwhile
+
+
+def default_cache_dir() -> Path:
+    """`$PHOTON_TRAIN_CACHE`, else `$XDG_CACHE_HOME/photon-train`, else `~/.cache/photon-train`."""
+    chosen = os.environ.get("PHOTON_TRAIN_CACHE")
+    if chosen:
+        return Path(chosen).expanduser()
+    base = os.environ.get("XDG_CACHE_HOME")
+    return (Path(base) if base else Path.home() / ".cache") / "photon-train"
 
 
 def parse_size(size: str | int, key: str = "size") -> int:

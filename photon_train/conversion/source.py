@@ -1,4 +1,4 @@
-"""A dense checkpoint, opened lazily: a directory or a hub id in Hugging Face's format, safetensors only."""
+"""A dense checkpoint, opened lazily: a directory or hub id in Hugging Face's format (safetensors), or a GGUF file."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import torch
 from transformers import AutoConfig, PretrainedConfig
 
 from photon_train.conversion.families import dense_tensors, family_of
+from photon_train.conversion.gguf import cached_checkpoint, find_gguf
 from photon_train.conversion.safetensors_io import TensorInfo, read_header, read_pieces
 from photon_train.errors import PhotonError
 from photon_train.manifest import FILE_NAME, hash_file, verify_manifest
@@ -57,7 +58,7 @@ class DenseCheckpoint:
         """Open a checkpoint and check it as far as headers allow: no tensor is read.
 
         Args:
-            model: A directory, or a hub id.
+            model: A directory, a hub id, or a GGUF file (or the directory of one), which is dequantised into the cache.
             revision: Branch, tag or commit (hub id only).
             token: Access token of the hub; None uses the stored login.
             weights: Whether weights are needed. Without them, of a hub model only the small files are
@@ -157,10 +158,13 @@ class DenseCheckpoint:
 def _resolve(model: str, revision: str | None, token: str | None, weights: bool) -> tuple[Path, bool]:
     """The directory of `model`, and whether it is the user's own."""
     path = Path(model).expanduser()
+    gguf = find_gguf(path)
+    if gguf is not None:
+        return cached_checkpoint(gguf, weights), True
     if path.is_dir():
         return path, True
     if path.is_file():
-        raise PhotonError(f"model={model} is a file: give the directory that holds it and config.json")
+        raise PhotonError(f"model={model} is a file, and no GGUF: give the directory that holds it and config.json")
     if model.startswith(("/", ".", "~")) or model.count("/") > 1:
         raise PhotonError(f"model={model}: there is no such directory")
     import huggingface_hub

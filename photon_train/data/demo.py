@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from dataclasses import asdict
 from pathlib import Path
 
@@ -13,19 +12,10 @@ from photon_train.data.corpora import Document, read_documents, split_documents
 from photon_train.data.packing import pack
 from photon_train.data.pretrain import PretrainSettings, Stage, pretrain, train_tokenizer
 from photon_train.errors import PhotonError
-from photon_train.files import atomic_directory
+from photon_train.files import atomic_directory, default_cache_dir
 
 # Raise it when the code of the recipe changes what it makes, so that older caches are not taken for it.
 RECIPE_VERSION = 1
-
-
-def default_cache_dir() -> Path:
-    """`$PHOTON_TRAIN_CACHE`, else `$XDG_CACHE_HOME/photon-train`, else `~/.cache/photon-train`."""
-    chosen = os.environ.get("PHOTON_TRAIN_CACHE")
-    if chosen:
-        return Path(chosen).expanduser()
-    base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "photon-train"
 
 
 def demo_dense_model(
