@@ -106,8 +106,9 @@ def align_rows(
         cache: Holds what came before; None: nothing did.
 
     Raises:
-        ValueError: for an input without tokens, a row without any (nor a past), a mask or position_ids of another shape,
-            and position_ids that do not count each document's tokens one by one, or restart where there is a cache.
+        ValueError: for an input without tokens, a row without any (nor a past), a mask or position_ids of another
+            shape, and position_ids that do not count each document's tokens one by one, or restart where there is a
+            cache.
     """
     batch, columns = embeds.shape[:2]
     if not batch or not columns:
