@@ -163,9 +163,16 @@ class DataSettings:
     """Share of the documents (chosen by a hash of their name) kept for evaluation."""
     max_documents: Count | None = None
     """Read at most this many documents; unset reads all."""
+    retrieval_share: Annotated[float, Strict(), Ge(0), Le(1), _NUMBER] = 0.0
+    """Share of the training sequences that is synthetic retrieval made of the run's own text: statements hidden in it,
+    lists of keys and values, and spans that come again, each asked for later. It teaches a memory in hundreds of steps
+    what ordinary text teaches in many thousands; evaluation has none of it."""
+    isolate_documents: Flag = True
+    """Hold the documents of a sequence apart, in training and evaluation, of PHOTON, the teacher and the dense baseline
+    alike: each is computed as if it were alone. false lets them see each other."""
     align_documents: Flag = True
-    """Start every document where a unit begins, so that no unit holds the end of one document and the start of the
-    next."""
+    """Where documents are not isolated, start every one where a unit begins, so that no unit holds the end of one
+    document and the start of the next."""
     num_workers: Natural = Field(0, json_schema_extra=FREE)
     """Processes that tokenise with `stream`; 0 tokenises in the main one."""
 

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from functools import lru_cache
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from photon_train.data.packing import PackedDataset
+
+if TYPE_CHECKING:
+    from photon_train.data.retrieval_share import RetrievalShare
 
 
 @lru_cache(maxsize=2)
@@ -32,8 +36,11 @@ def sequence_indices(seed: int, num_sequences: int, global_batch_size: int, step
     Returns:
         `[global_batch_size]` int64.
     """
-    first = step * global_batch_size
-    positions = torch.arange(first, first + global_batch_size)
+    return _shuffled(seed, num_sequences, torch.arange(global_batch_size) + step * global_batch_size)
+
+
+def _shuffled(seed: int, num_sequences: int, positions: Tensor) -> Tensor:
+    """Indices of the sequences at `positions` of the endless order, from 0."""
     epochs = positions // num_sequences
     result = torch.empty_like(positions)
     for epoch in epochs.unique().tolist():
@@ -50,6 +57,7 @@ def batches(
     process_index: int = 0,
     num_processes: int = 1,
     start_step: int = 0,
+    retrieval: RetrievalShare | None = None,
 ) -> Iterator[list[dict[str, Tensor]]]:
     """Yield, without end, the micro-batches of one optimiser step for this process.
 
@@ -57,13 +65,33 @@ def batches(
     num_processes` sequences, so any two runs with the same product see the same sequences at the same step. To
     resume after `s` steps pass `start_step=s`.
 
+    Args:
+        retrieval: Its sequences take the place of a share; those of `dataset` keep their order, and every one is read
+            all the same.
+
     Yields:
-        `gradient_accumulation_steps` dictionaries of `input_ids` and `labels`, each
-        `[batch_size_per_process, seq_len]`.
+        `gradient_accumulation_steps` dictionaries as `dataset.batch` gives them.
     """
     division = (gradient_accumulation_steps, num_processes, batch_size_per_process)
-    step = start_step
+    count, step = int(np.prod(division)), start_step
     while True:
-        indices = sequence_indices(seed, len(dataset), int(np.prod(division)), step).view(division)
-        yield [dataset.batch(micro[process_index]) for micro in indices]
+        positions = (torch.arange(count) + step * count).view(division)
+        yield [_read(dataset, seed, micro[process_index], retrieval) for micro in positions]
         step += 1
+
+
+def _read(dataset: PackedDataset, seed: int, positions: Tensor, retrieval: RetrievalShare | None) -> dict[str, Tensor]:
+    """The sequences at `positions` of the endless order of all training sequences."""
+    if retrieval is None:
+        return dataset.batch(_shuffled(seed, len(dataset), positions))
+    made = retrieval.before(positions)
+    is_made = retrieval.before(positions + 1) > made
+    rows: dict[str, Tensor] = {}
+    for where, source, numbers in (
+        (~is_made, dataset, _shuffled(seed, len(dataset), positions - made)),
+        (is_made, retrieval, made),
+    ):
+        if bool(where.any()):
+            for key, value in source.batch(numbers[where]).items():
+                rows.setdefault(key, value.new_empty((len(positions), *value.shape[1:])))[where] = value
+    return rows

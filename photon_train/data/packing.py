@@ -1,4 +1,4 @@
-"""Documents to token sequences of one length, with document starts on chunk boundaries."""
+"""Documents to token sequences of one length; documents are told apart, or start on chunk boundaries."""
 
 from __future__ import annotations
 
@@ -27,15 +27,24 @@ class PackedDataset(torch.utils.data.Dataset):
         tokens: `[sequences, seq_len]` int32.
         filler: `[sequences, seq_len]` bool, true where the position is alignment or padding; None if nowhere.
         masked: The same shape, true on filler and on text that is read but not learned (what users say); None as above.
+        starts: The same shape, true where a document or filler starts; None where documents see each other.
         num_tokens: Positions that hold text (including the end of each document).
         num_documents: Documents that were packed.
         packing_efficiency: `num_tokens` over all positions.
     """
 
-    def __init__(self, tokens: Tensor, filler: Tensor, num_documents: int, masked: Tensor | None = None) -> None:
+    def __init__(
+        self,
+        tokens: Tensor,
+        filler: Tensor,
+        num_documents: int,
+        masked: Tensor | None = None,
+        starts: Tensor | None = None,
+    ) -> None:
         self.tokens = tokens
         self.filler = filler if bool(filler.any()) else None
         self.masked = self.filler if masked is None else masked | filler
+        self.starts = starts
         self.num_documents = num_documents
         self.num_tokens = tokens.numel() - int(filler.sum())
         self.packing_efficiency = self.num_tokens / tokens.numel()
@@ -44,7 +53,7 @@ class PackedDataset(torch.utils.data.Dataset):
         return self.tokens.shape[0]
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
-        """One sequence: `input_ids` and `labels`, each `[seq_len]`, as `batch` gives them."""
+        """One sequence, as `batch` gives them."""
         if not -len(self) <= index < len(self):
             raise IndexError(index)  # ends a plain `for` loop over the data set
         return {name: rows[0] for name, rows in self.batch(torch.tensor([index])).items()}
@@ -54,13 +63,29 @@ class PackedDataset(torch.utils.data.Dataset):
 
         Returns:
             `input_ids` and `labels`, each `[batch, seq_len]` int64. `labels[i]` is the token at position i (the
-            model shifts), or -100 where nothing is learned.
+            model shifts), or -100 where nothing is learned. Where documents are isolated, also `position_ids`, which
+            start again at 0 with each one (as transformers and TRL tell packed documents apart). Its first token then
+            has no label: what would predict it is the last state of another document.
         """
         input_ids = self.tokens[indices].long()
         labels = input_ids.clone()
         if self.masked is not None:
             labels.masked_fill_(self.masked[indices], IGNORED_LABEL)
-        return {"input_ids": input_ids, "labels": labels}
+        rows = {"input_ids": input_ids, "labels": labels}
+        return rows if self.starts is None else isolated(rows, self.starts[indices])
+
+
+def isolated(rows: dict[str, Tensor], starts: Tensor) -> dict[str, Tensor]:
+    """`rows` of a batch with `position_ids`, and without labels where a document starts.
+
+    Args:
+        rows: `input_ids` and `labels`, `[batch, seq_len]`; labels are changed in place.
+        starts: Which tokens start a document, the same shape; the first of each row does in any case.
+    """
+    column = torch.arange(starts.shape[1])
+    starts = starts | (column == 0)
+    rows["labels"].masked_fill_(starts, IGNORED_LABEL)
+    return {**rows, "position_ids": column - (starts * column).cummax(dim=1).values}
 
 
 def pack(
@@ -72,6 +97,7 @@ def pack(
     pad_id: int | None = None,
     *,
     pad_last: bool = False,
+    isolate: bool = False,
     progress: bool = True,
 ) -> PackedDataset:
     """Tokenise and pack documents into sequences.
@@ -90,6 +116,7 @@ def pack(
         pad_id: Token on filler positions; None takes `eos_id`. Their label is -100 in any case.
         pad_last: Fill the last sequence up (evaluation) instead of dropping it (training). If not one sequence is
             full, it is filled up in any case.
+        isolate: Tell documents apart, so that models hold them apart (see `PackedDataset.batch`).
         progress: Show progress; pass False on all but the main process.
 
     Raises:
@@ -99,13 +126,16 @@ def pack(
     pad_id = eos_id if pad_id is None else pad_id
     parts: list[np.ndarray] = []
     read_only: list[tuple[int, np.ndarray]] = []
+    edges: list[int] = []
     num_documents = length = 0
     filler_ranges: list[tuple[int, int]] = []
     for _, ids, unlearned in tokenize_documents(documents, tokenizer, eos_id, progress):
         parts.append(ids)
         if unlearned is not None:
             read_only.append((length, unlearned))
+        edges.append(length)
         length += len(ids)
+        edges.append(length)
         num_documents += 1
         gap = -length % align
         if gap:
@@ -125,12 +155,15 @@ def pack(
     masked = np.zeros(length, dtype=bool) if read_only else None
     for start, unlearned in read_only:
         masked[start : start + len(unlearned)] = unlearned
+    starts = np.zeros(length + 1, dtype=bool) if isolate else None
+    if isolate:
+        starts[edges] = True
     full = length // seq_len * seq_len
-    tokens, filler, masked = (
+    tokens, filler, masked, starts = (
         None if array is None else torch.from_numpy(array[:full].reshape(-1, seq_len))
-        for array in (np.concatenate(parts), filler, masked)
+        for array in (np.concatenate(parts), filler, masked, starts)
     )
-    return PackedDataset(tokens, filler, num_documents, masked)
+    return PackedDataset(tokens, filler, num_documents, masked, starts)
 
 
 def check_alignment(seq_len: int, align: int) -> None:

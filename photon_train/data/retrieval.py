@@ -195,16 +195,23 @@ def span_sample(
 
 
 def plain_text(tokens: Tensor, tokenizer: PreTrainedTokenizerBase) -> Tensor:
-    """`tokens` as int64 without special tokens: ends of documents, padding, the marks of a conversation.
+    """`without_special`, which must leave something.
 
     Raises:
-        PhotonError: if nothing is left.
+        PhotonError: if every token is a special one.
     """
-    tokens = tokens.long()
-    text = tokens[~torch.isin(tokens, torch.tensor(tokenizer.all_special_ids, dtype=torch.long))]
+    text = without_special(tokens, tokenizer)
     if not len(text):
         raise PhotonError("there is no text to make retrieval of: every token is a special one")
     return text
+
+
+def without_special(tokens: Tensor, tokenizer: PreTrainedTokenizerBase) -> Tensor:
+    """`tokens` as int64 without special ones: ends of documents, padding, the marks of a conversation."""
+    added = getattr(tokenizer, "added_tokens_decoder", {})
+    special = {*tokenizer.all_special_ids, *(number for number, token in added.items() if token.special)}
+    tokens = tokens.long()
+    return tokens[~torch.isin(tokens, torch.tensor(sorted(special), dtype=torch.long))]
 
 
 def longest_fact(tokenizer: PreTrainedTokenizerBase) -> int:
@@ -212,6 +219,11 @@ def longest_fact(tokenizer: PreTrainedTokenizerBase) -> int:
     key, value = "a" * max(map(len, _FIRST)) + " " + "b" * max(map(len, _SECOND)), "9" * 7
     texts = ["\n".join(each).format(key=key, value=value) for each in (*TEMPLATES, LIST_TEMPLATE)]
     return max(len(_encode(tokenizer, f"\n{text} {value}.\n")) for text in texts)
+
+
+def shortest_span_sample(tokenizer: PreTrainedTokenizerBase) -> int:
+    """Tokens of the shortest sequence that repeats one span."""
+    return 4 * (_SPAN + len(_encode(tokenizer, _AGAIN)))
 
 
 # --- assembly ---

@@ -33,7 +33,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from photon_train.config import DataSettings
 from photon_train.data.chat import prepare_chat
 from photon_train.data.corpora import Document, hash_point, read_documents, split_threshold
-from photon_train.data.packing import IGNORED_LABEL, check_alignment, tokenize_documents
+from photon_train.data.packing import IGNORED_LABEL, check_alignment, isolated, tokenize_documents
 from photon_train.errors import PhotonError
 from photon_train.files import atomic_directory, atomic_write_text, make_directory, remove_leftovers
 
@@ -306,13 +306,21 @@ class CorpusDataset(torch.utils.data.Dataset):
     Args:
         corpus: The corpus.
         documents: Indices of its documents, in order.
-        seq_len, align, pad_id, pad_last: As in `packing.pack`.
+        seq_len, align, pad_id, pad_last, isolate: As in `packing.pack`.
     """
 
     def __init__(
-        self, corpus: Corpus, documents: np.ndarray, seq_len: int, align: int, pad_id: int, pad_last: bool = False
+        self,
+        corpus: Corpus,
+        documents: np.ndarray,
+        seq_len: int,
+        align: int,
+        pad_id: int,
+        pad_last: bool = False,
+        isolate: bool = False,
     ) -> None:
         check_alignment(seq_len, align)
+        self.isolate = isolate
         self.corpus, self.documents, self.seq_len, self.pad_id = corpus, documents, seq_len, pad_id
         lengths = corpus.lengths[documents]
         taken = -(-lengths // align) * align
@@ -331,13 +339,17 @@ class CorpusDataset(torch.utils.data.Dataset):
         """As `PackedDataset.batch`."""
         tokens = np.full((len(indices), self.seq_len), self.pad_id, dtype=np.int64)
         masked = np.ones((len(indices), self.seq_len), dtype=bool)
+        starts = np.zeros((len(indices), self.seq_len + 1), dtype=bool)
         for row, index in enumerate(indices.tolist()):
             for place, shard, first, length in self._parts(index):
+                starts[row, [place, place + length]] = True
                 tokens[row, place : place + length] = self.corpus.tokens[shard][first : first + length]
                 unlearned = self.corpus.unlearned[shard]
                 masked[row, place : place + length] = False if unlearned is None else unlearned[first : first + length]
         input_ids = torch.from_numpy(tokens)
-        return {"input_ids": input_ids, "labels": input_ids.masked_fill(torch.from_numpy(masked), IGNORED_LABEL)}
+        labels = input_ids.masked_fill(torch.from_numpy(masked), IGNORED_LABEL)
+        rows = {"input_ids": input_ids, "labels": labels}
+        return isolated(rows, torch.from_numpy(starts[:, :-1])) if self.isolate else rows
 
     def _parts(self, index: int) -> Iterator[tuple[int, int, int, int]]:
         """Pieces of sequence `index`: start in it, shard, first token there, tokens."""

@@ -103,7 +103,8 @@ class TrainingRun:
 
     def train(self, model: PreTrainedModel, config: RunConfig, text: Text, **settings: Any) -> TrainResult:
         """Fine-tune `model` with `config`."""
-        return train(model, text.train, text.held_out, config, self.output, accelerator=self.accelerator, **settings)
+        settings = {"accelerator": self.accelerator, "retrieval": text.retrieval, **settings}
+        return train(model, text.train, text.held_out, config, self.output, **settings)
 
     def _fine_tune(self, text: Text, teacher_directory: Path | None) -> dict[str, Any]:
         self.say("Fine-tuning PHOTON.")

@@ -24,6 +24,7 @@ from photon_train.data.corpora import data_files, read_documents, split_document
 from photon_train.data.mixture import Mixture
 from photon_train.data.packing import PackedDataset, check_alignment, check_tokenizer, pack
 from photon_train.data.pretrain import PretrainSettings
+from photon_train.data.retrieval_share import RetrievalShare
 from photon_train.data.tokenised import Corpus, CorpusDataset, is_corpus, tokenizer_for, write_corpus
 from photon_train.errors import PhotonError
 from photon_train.files import parse_size
@@ -90,10 +91,13 @@ def estimate_training(
 def document_alignment(photon: PretrainedConfig, config: RunConfig) -> int:
     """Tokens to whose multiples documents are aligned, so that no unit holds tokens of two; 1 does not align.
 
+    Isolated documents need not be aligned: each counts units from its own first token.
+
     Raises:
         PhotonError: if `train.seq_len` is no multiple of them.
     """
-    align = costs_of(photon).unit if config.dataset.align_documents else 1
+    settings = config.dataset
+    align = costs_of(photon).unit if settings.align_documents and not settings.isolate_documents else 1
     check_alignment(config.train.seq_len, align)
     return align
 
@@ -168,11 +172,12 @@ def _deepspeed_stage() -> tuple[int, bool]:
 
 @dataclass
 class Text:
-    """Packed text and the tokenizer that made it."""
+    """Packed text and the tokenizer that made it; `retrieval` takes the place of a share of it in training."""
 
     tokenizer: PreTrainedTokenizerBase
     train: PackedDataset | CorpusDataset | Mixture
     held_out: PackedDataset | CorpusDataset | Mixture
+    retrieval: RetrievalShare | None = None
 
     def summary(self) -> dict[str, Any]:
         """Counts for the report."""
@@ -184,10 +189,11 @@ class Text:
         }
 
     def __str__(self) -> str:
+        retrieval = f"; {self.retrieval.share:.0%} of the training is synthetic retrieval" if self.retrieval else ""
         return (
             f"{self.train.num_documents:,} documents to train on, {self.train.num_tokens:,} tokens in "
             f"{len(self.train):,} sequences, {self.train.packing_efficiency:.1%} of their positions filled; "
-            f"{self.held_out.num_tokens:,} tokens held out"
+            f"{self.held_out.num_tokens:,} tokens held out{retrieval}"
         )
 
 
@@ -224,7 +230,7 @@ def load_text(
     """
     train, settings = config.train, config.dataset
     needed = train.max_steps * train.batch_size * train.gradient_accumulation_steps * num_processes * train.seq_len
-    end = tokenizer.eos_token_id
+    end, isolate = tokenizer.eos_token_id, settings.isolate_documents
 
     def one(number: int, source: str | None) -> tuple[Any, Any]:
         is_local = source is None or Path(source).exists()
@@ -238,22 +244,29 @@ def load_text(
             corpus = Corpus(Path(source), tokenizer)
             chosen, held_out = corpus.split(settings.held_out_fraction)
             return (
-                CorpusDataset(corpus, chosen, train.seq_len, align, end),
-                CorpusDataset(corpus, held_out, train.seq_len, align, end, pad_last=True),
+                CorpusDataset(corpus, chosen, train.seq_len, align, end, isolate=isolate),
+                CorpusDataset(corpus, held_out, train.seq_len, align, end, pad_last=True, isolate=isolate),
             )
         _check_memory(source, settings)
         documents = read_documents(source, settings, most)
         chosen, held_out = split_documents(documents, settings.held_out_fraction)
         return (
-            pack(chosen, tokenizer, train.seq_len, align, end, progress=progress),
-            pack(held_out, tokenizer, train.seq_len, align, end, pad_last=True, progress=progress),
+            pack(chosen, tokenizer, train.seq_len, align, end, isolate=isolate, progress=progress),
+            pack(held_out, tokenizer, train.seq_len, align, end, pad_last=True, isolate=isolate, progress=progress),
         )
 
-    if not settings.sources:
-        return Text(tokenizer, *one(0, config.data))
-    pairs = [one(number, source.path) for number, source in enumerate(settings.sources)]
-    weights = [source.weight for source in settings.sources]
-    return Text(tokenizer, *(Mixture(side, weights) for side in zip(*pairs, strict=True)))
+    if settings.sources:
+        pairs = [one(number, source.path) for number, source in enumerate(settings.sources)]
+        weights = [source.weight for source in settings.sources]
+        text = Text(tokenizer, *(Mixture(side, weights) for side in zip(*pairs, strict=True)))
+    else:
+        text = Text(tokenizer, *one(0, config.data))
+    if settings.retrieval_share:
+        chat = settings.messages_field is not None
+        text.retrieval = RetrievalShare(
+            text.train, tokenizer, settings.retrieval_share, train.seq_len, config.seed, align, chat, isolate
+        )
+    return text
 
 
 def _check_memory(source: str | None, settings: DataSettings) -> None:

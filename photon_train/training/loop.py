@@ -18,6 +18,7 @@ from torch.optim import AdamW
 from photon_train.config import RunConfig
 from photon_train.data.loader import batches
 from photon_train.data.packing import PackedDataset
+from photon_train.data.retrieval_share import RetrievalShare
 from photon_train.errors import PhotonError
 from photon_train.models.liger_photon import fuse_layers
 from photon_train.training.accelerator import make_accelerator
@@ -232,6 +233,7 @@ def train(
     *,
     accelerator: Accelerator | None = None,
     teacher: nn.Module | None = None,
+    retrieval: RetrievalShare | None = None,
     name: str = "photon",
     extra_log: dict[str, Any] | None = None,
     on_step: Callable[[int], None] | None = None,
@@ -249,6 +251,7 @@ def train(
         output_dir: Receives `metrics.jsonl`, `checkpoints/<name>/` and the tracker's files.
         accelerator: From `make_accelerator`; what an earlier `train` prepared with it is released. Unset makes one.
         teacher: The dense model for distillation, where `model` does not hold it.
+        retrieval: Synthetic sequences that take the place of a share of `train_set`.
         name: Names this training among those of the run.
         extra_log: Entries for the tracker's configuration and each evaluation, such as the KV ratio.
         on_step: Called after each optimiser step (and its checkpoint) with the number of steps done.
@@ -316,6 +319,7 @@ def train(
             accelerator.process_index,
             accelerator.num_processes,
             start,
+            retrieval,
         )
         window_began, window_tokens = time.perf_counter(), 0
         while state.step < settings.max_steps:

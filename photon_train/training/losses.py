@@ -145,6 +145,7 @@ class TrainingObjective(nn.Module):
         target_tokens: torch.Tensor,
         sequences: torch.Tensor,
         attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
     ) -> dict[str, torch.Tensor]:
         """This micro-batch's share of the loss.
 
@@ -155,14 +156,14 @@ class TrainingObjective(nn.Module):
                 (1 gives sums).
             sequences: Integer scalar; the sequences of the optimiser step.
             attention_mask: [batch, tokens] or None.
+            position_ids: [batch, tokens] or None; documents start where they start again at 0, for the teacher too.
 
         Returns:
             ``total`` (with gradient), ``ce`` and, where there is one, ``distill``, ``distill_hidden`` and
             ``consistency`` (without): scalars whose sums over micro-batches and processes are the optimiser step's.
         """
-        inputs = {"input_ids": input_ids}
-        if attention_mask is not None:
-            inputs["attention_mask"] = attention_mask
+        given = {"input_ids": input_ids, "attention_mask": attention_mask, "position_ids": position_ids}
+        inputs = {name: tensor for name, tensor in given.items() if tensor is not None}
         base = base_model(self.model)
         with headless(base):
             output = self.model(**inputs, use_cache=False)

@@ -143,3 +143,26 @@ def test_vocabulary_mismatch_names_both_numbers(tokenizer, tmp_path: Path) -> No
     check_tokenizer(tokenizer, 300)
     with pytest.raises(PhotonError, match="ids up to 299 .* vocab_size is 299"):
         check_tokenizer(tokenizer, 299)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    texts=st.lists(st.text(min_size=1, max_size=40), min_size=1, max_size=12),
+    seq_len=st.integers(2, 40),
+    pad_last=st.booleans(),
+)
+def test_isolated_documents_count_positions_from_their_start(texts: list[str], seq_len: int, pad_last: bool) -> None:
+    """A document starts anew where it was cut; no label asks one to predict the start of the next."""
+    together = pack(documents(texts), TOKENIZER, seq_len, 1, EOS, pad_last=pad_last, progress=False)
+    apart = pack(documents(texts), TOKENIZER, seq_len, 1, EOS, pad_last=pad_last, isolate=True, progress=False)
+    rows, old = (dataset.batch(torch.arange(len(dataset))) for dataset in (apart, together))
+    assert set(old) == {"input_ids", "labels"} and torch.equal(rows["input_ids"], old["input_ids"])
+    starts = sum(([True] + [False] * len(TOKENIZER(text)["input_ids"]) for text in texts), [])
+    starts += ([True] + [False] * seq_len)[: max(0, rows["labels"].numel() - len(starts))]
+    positions = [0]
+    for number in range(1, rows["labels"].numel()):
+        positions.append(0 if starts[number] or number % seq_len == 0 else positions[-1] + 1)
+    positions = torch.tensor(positions).view(-1, seq_len)
+    assert torch.equal(rows["position_ids"], positions)
+    expected = old["labels"].masked_fill(positions == 0, -100)
+    assert torch.equal(rows["labels"], expected)

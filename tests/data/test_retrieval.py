@@ -6,9 +6,8 @@ import re
 
 import pytest
 import torch
-from tiny_chat import TEMPLATE
+from tiny_words import TEXT, TOKENIZER, chat_tokenizer
 
-from photon_train.data.pretrain import train_tokenizer
 from photon_train.data.retrieval import (
     TEMPLATES,
     list_sample,
@@ -20,20 +19,9 @@ from photon_train.data.retrieval import (
 )
 from photon_train.errors import PhotonError
 
-WORDS = "the quick brown fox jumps over a lazy dog while rain falls on old stones and nobody counts them".split()
-TOKENIZER = train_tokenizer(iter([" ".join(WORDS)] * 3), 400)
-CHOSEN = torch.randint(len(WORDS), (2000,), generator=torch.Generator().manual_seed(0)).tolist()
-TEXT = torch.tensor(TOKENIZER(" ".join(WORDS[number] for number in CHOSEN))["input_ids"])
-
 
 def seeded(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
-
-
-def chat_tokenizer():
-    tokenizer = train_tokenizer(iter([" ".join(WORDS)] * 3), 400)
-    tokenizer.chat_template = TEMPLATE
-    return tokenizer
 
 
 def stated(text: str) -> dict[str, str]:

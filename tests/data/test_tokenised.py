@@ -52,7 +52,7 @@ def content(directory: Path) -> dict[str, bytes]:
     return {str(path.relative_to(directory)): path.read_bytes() for path in directory.rglob("*") if path.is_file()}
 
 
-@pytest.mark.parametrize(("seq_len", "align"), [(16, 1), (48, 16), (4096, 16)])
+@pytest.mark.parametrize(("seq_len", "align"), [(16, 1), (4096, 1), (48, 16), (4096, 16)])
 @pytest.mark.parametrize("chat", [False, True])
 def test_sequences_are_those_of_packing_in_memory(source, seq_len, align, chat, tmp_path: Path) -> None:
     settings = {"messages_field": "messages"} if chat else {}
@@ -61,8 +61,10 @@ def test_sequences_are_those_of_packing_in_memory(source, seq_len, align, chat, 
     corpus = write(source, tmp_path / "corpus", **settings)
     sides = split_documents(read_documents(source, DataSettings(**settings)), 0.2)
     for documents, chosen, pad_last in zip(sides, corpus.split(0.2), (False, True), strict=True):
-        expected = pack(documents, TOKENIZER, seq_len, align, END, pad_last=pad_last, progress=False)
-        mapped = CorpusDataset(corpus, chosen, seq_len, align, END, pad_last)
+        isolate = align == 1
+        expected = pack(documents, TOKENIZER, seq_len, align, END, pad_last=pad_last, isolate=isolate, progress=False)
+        mapped = CorpusDataset(corpus, chosen, seq_len, align, END, pad_last, isolate)
+        assert ("position_ids" in mapped.batch(torch.tensor([0]))) == isolate
         assert len(mapped) == len(expected) and mapped.num_documents == expected.num_documents
         assert mapped.num_tokens == expected.num_tokens
         assert mapped.packing_efficiency == pytest.approx(expected.packing_efficiency)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -58,6 +59,37 @@ def test_a_stream_gives_the_sequences_of_memory(texts, tmp_path):
     for one, other in ((stream.train, memory.train), (stream.held_out, memory.held_out)):
         rows = torch.arange(len(one))
         assert torch.equal(one.batch(rows)["labels"], other.batch(rows)["labels"])
+
+
+@pytest.mark.parametrize("isolate", ["true", "false"])
+def test_the_text_of_a_run_isolates_documents_and_holds_retrieval_if_asked(texts, tmp_path, isolate):
+    arguments = ["--data", texts[0], "--output", tmp_path / "out", "--train.seq_len", 2048]
+    arguments += ["--dataset.isolate_documents", isolate]
+    plain = load_text(settings(*arguments), byte_tokenizer(), 1, 1, False)
+    assert plain.retrieval is None and "retrieval" not in str(plain)
+    text = load_text(settings(*arguments, "--dataset.retrieval_share", 0.25), byte_tokenizer(), 1, 1, False)
+    assert str(text) == f"{plain}; 25% of the training is synthetic retrieval"
+    keys = {"input_ids", "labels"} | ({"position_ids"} if isolate == "true" else set())
+    for side in (text.train, text.held_out):
+        rows = side.batch(torch.arange(len(side)))
+        assert set(rows) == keys
+        if isolate == "true":
+            assert (rows["labels"][rows["position_ids"] == 0] == -100).all()
+    made = text.retrieval.batch(torch.arange(6))
+    assert set(made) == keys
+    # Text that is held out is never used: a document there has a number of its own.
+    written = [
+        byte_tokenizer().decode(rows["input_ids"].flatten())
+        for rows in (made, *(side.batch(torch.arange(len(side))) for side in (text.train, text.held_out)))
+    ]
+    used, trained, held_out = (set(re.findall(r"(?<=a )\d+(?= a )", each)) for each in written)
+    assert held_out and not held_out & trained and used and used <= trained
+
+
+def test_a_share_of_retrieval_needs_sequences_that_hold_a_question(texts, tmp_path):
+    arguments = ["--data", texts[0], "--output", tmp_path / "out", "--dataset.retrieval_share", 0.1]
+    with pytest.raises(PhotonError, match=r"dataset.retrieval_share: 64 tokens are too few .* set train.seq_len to"):
+        load_text(settings(*arguments), byte_tokenizer(), 1, 1, False)
 
 
 def test_a_mixture_of_text_and_of_what_the_command_tokenised(texts, tmp_path):
