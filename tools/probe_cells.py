@@ -57,6 +57,8 @@ def main() -> None:
     options = arguments()
     length = options.seq_len or WINDOWS * options.window
     settings = ["--model", options.model, "--train.seq_len", str(length), "--train.max_steps", "1"]
+    # Enough documents of a small collection for another text to compare on.
+    settings += ["--dataset.held_out_fraction", "0.3"]
     settings += ["--data", options.data] if options.data else []
     config = load_config(settings, prog="probe_cells.py", description="")
     checkpoint = DenseCheckpoint.open(options.model, config.hub.revision, config.hub.token)
