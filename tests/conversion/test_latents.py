@@ -21,14 +21,15 @@ from photon_train.models import PhotonConfig, PhotonForCausalLM
 from photon_train.models.attention_photon import unrotate
 
 HEADS, SIZE = 2, 8  # key-value heads and their dimension; each serves two query heads
+FLOOR = 1e-2  # of the mean of what errors count: directions that no query or output shows count as much, beside
 
 
 # --- an independent reference: what the design asks for, from explicit scores and outputs, in float64 ---
 
 
-def uneven(name: str) -> PhotonForCausalLM:
+def uneven(name: str, **changes) -> PhotonForCausalLM:
     """A model whose queries and output projections make some dimensions matter far more than others."""
-    model = photon_model(name)
+    model = photon_model(name, **changes)
     factors = torch.logspace(-1, 1, SIZE)
     with torch.no_grad():
         for layer in model.model.layers:
@@ -58,24 +59,36 @@ def projections(model: PhotonForCausalLM, layer: int, batch: torch.Tensor) -> di
     return found
 
 
+def floored(rows: torch.Tensor) -> torch.Tensor:
+    """What takes errors ``[heads, D]`` to their effects, ``[heads, n, D]``, and a share of the error itself."""
+    share = (FLOOR * rows.square().sum((1, 2)) / SIZE).sqrt()
+    return torch.cat([rows, share[:, None, None] * torch.eye(SIZE).double()], dim=1)
+
+
+def cells_of(model: PhotonForCausalLM, layer: int) -> list[int]:
+    return model.config.memory_cells[layer]
+
+
 class Problem:
     """The fit of one layer: units, and what an error in their keys and values costs.
 
     A far key meets queries at all distances from the window to the text's end: its error is that of the scores, over
-    queries and distances. A value's error is that of the layer's output. Each is taken relative to its variance.
+    queries and distances. A value's error is that of the layer's output. Each is taken relative to its variance. Beside
+    both, an error counts a hundredth of their mean whatever its direction. The layer's cells alone take part.
     """
 
     def __init__(self, model: PhotonForCausalLM, layer: int, batches: list[torch.Tensor]) -> None:
         config, found = model.config, projections(model, layer, torch.cat(batches))
         self.memory, self.chunk = model.model.layers[layer].self_attn.memory, config.chunk_size
+        cells = cells_of(model, layer)
         length = batches[0].shape[1]
         begin, whole = min(config.window, length // 2), length // self.chunk * self.chunk
-        self.keys, self.values = found["k_proj"][:, :whole], found["v_proj"][:, :whole]
+        self.keys, self.values = found["k_proj"][:, :whole, cells], found["v_proj"][:, :whole, cells]
         # Query heads of one key head below each other: ``[heads, queries, D]``.
-        queries = found["q_proj"][:, begin:].unflatten(2, (HEADS, 2)).permute(2, 0, 1, 3, 4).flatten(1, 3)
-        self.to_scores = torch.linalg.qr(queries / len(queries[0]) ** 0.5).R
+        queries = found["q_proj"][:, begin:].unflatten(2, (HEADS, 2)).permute(2, 0, 1, 3, 4).flatten(1, 3)[cells]
+        self.to_scores = torch.linalg.qr(floored(queries / len(queries[0]) ** 0.5)).R
         out = model.model.layers[layer].self_attn.o_proj.weight.double()
-        self.to_output = out.unflatten(1, (HEADS, 2, SIZE)).permute(1, 2, 0, 3).flatten(1, 2)
+        self.to_output = floored(out.unflatten(1, (HEADS, 2, SIZE)).permute(1, 2, 0, 3).flatten(1, 2)[cells])
         self.wanted_keys = self._seen_from_afar(dense_twin(model), range(begin, length))
 
     def _seen_from_afar(self, dense: LlamaForCausalLM, distances: range) -> torch.Tensor:
@@ -108,13 +121,13 @@ class Problem:
         """
         wanted = self._wanted()
         groups = [torch.cat(wanted, dim=1)] if self.memory.num_latents == 1 else wanted
-        rank = 2 * HEADS * SIZE // self.memory.num_latents
+        rank = 2 * self.keys.shape[2] * SIZE // self.memory.num_latents
         return sum(float(torch.linalg.svdvals(group)[rank:].square().sum()) for group in groups)
 
     @torch.no_grad()
     def error(self) -> float:
         """The error of the model's own chunker and converter."""
-        latents_ = self.memory.pack(*(states.transpose(1, 2).float() for states in (self.keys, self.values)))
+        latents_, _ = self.memory.pack(*(states.transpose(1, 2).float() for states in (self.keys, self.values)))
         read = [states.transpose(1, 2).double() for states in self.memory.unpack(*latents_)]
         errors = 0.0
         costs = zip(self._costs(*read), self._costs(self.wanted_keys, self.values), strict=True)
@@ -143,7 +156,8 @@ def test_the_fit_is_the_best_of_its_rank(name):
     ("part", "spoilt"),
     [
         ("_turn", lambda keys, away: keys),
-        ("_weights", lambda model, layer, queries: torch.eye(SIZE).double().expand(2, HEADS, SIZE, SIZE)),
+        ("_weights", lambda model, layer, _: torch.eye(SIZE).double().repeat(2, len(cells_of(model, layer)), 1, 1)),
+        ("_floored", lambda counts: counts + 100 * torch.eye(SIZE)),
     ],
 )
 def test_the_reference_sees_a_fit_that_leaves_out_distances_or_weights(part, spoilt, monkeypatch):
@@ -152,6 +166,64 @@ def test_the_reference_sees_a_fit_that_leaves_out_distances_or_weights(part, spo
     problem = Problem(model, 2, TEXT)
     fit_latents(model, TEXT)
     assert problem.error() > 1.1 * problem.optimum()
+
+
+# --- few bits ---
+
+
+def unturned(monkeypatch) -> None:
+    """Latents in the basis of the regression, its directions scaled alike."""
+    monkeypatch.setattr(latents, "_random_rotation", lambda size: torch.eye(size).double())
+
+
+@pytest.mark.parametrize("size", [1, 16, 96])
+def test_the_random_rotation_is_one_and_always_the_same(size):
+    turn = latents._random_rotation(size)
+    torch.testing.assert_close(turn @ turn.T, torch.eye(size).double())
+    assert torch.equal(turn, latents._random_rotation(size))
+
+
+@pytest.mark.parametrize("name", ["memory", "memory-apart", "memory-many-sinks"])
+@torch.no_grad()
+def test_the_rotation_changes_no_function(name, monkeypatch):
+    turned, plain, ids = uneven(name), uneven(name), tokens(2, 60, seed=9)
+    fit_latents(turned, TEXT)
+    unturned(monkeypatch)
+    fit_latents(plain, TEXT)
+    for layer in plain.config.memory_layers:
+        one, two = (model.model.layers[layer].self_attn.memory for model in (turned, plain))
+        for mine, theirs in zip(one.chunker.maps, two.chunker.maps, strict=True):
+            assert (mine.weight - theirs.weight).norm() > 0.5 * theirs.weight.norm()
+            torch.testing.assert_close(mine.weight.norm(), theirs.weight.norm(), rtol=1e-4, atol=0)
+    torch.testing.assert_close(turned(ids).logits, plain(ids).logits, atol=2e-4, rtol=0)
+
+
+@pytest.mark.parametrize("name", ["memory", "memory-apart", "memory-no-sinks", "memory-many-sinks"])
+def test_latents_in_four_bits_lose_less_when_turned(name, monkeypatch):
+    """Of text that the fit has not seen."""
+
+    def errors() -> list[float]:
+        model = uneven(name, memory_bits=4)
+        problems = [Problem(model, layer, [tokens(8, 60, seed=7)]) for layer in model.config.memory_layers]
+        fit_latents(model, TEXT)
+        return [problem.error() for problem in problems]
+
+    turned = errors()
+    unturned(monkeypatch)
+    for mine, theirs in zip(turned, errors(), strict=True):
+        assert mine < theirs
+
+
+@pytest.mark.parametrize("name", ["memory", "memory-apart"])
+def test_the_mean_costs_no_bits(name):
+    """Latents of the text that was fitted to vary around 0, in every direction by as much as it counts."""
+    model = uneven(name, memory_bits=4)
+    fit_latents(model, TEXT)
+    for layer in model.config.memory_layers:
+        problem = Problem(model, layer, TEXT)
+        states = torch.stack([problem.keys, problem.values], dim=2).flatten(2).float()
+        packed = problem.memory.chunker(states.unflatten(1, (-1, problem.chunk))).flatten(0, 1)
+        assert packed.mean(0).abs().max() < 1e-4 * packed.std(0).max()
 
 
 # --- what else the fit promises ---
@@ -165,7 +237,8 @@ def test_what_fits_into_the_rank_is_reconstructed_exactly():
     fit_latents(model, [ids])
     found = projections(model, 0, ids)
     memory = model.model.layers[0].self_attn.memory
-    _, read = memory.unpack(*memory.pack(*(found[name].transpose(1, 2).float() for name in ("k_proj", "v_proj"))))
+    packed, _ = memory.pack(*(found[name].transpose(1, 2).float() for name in ("k_proj", "v_proj")))
+    _, read = memory.unpack(*packed)
     torch.testing.assert_close(read.transpose(1, 2), found["v_proj"].float(), atol=2e-2, rtol=0)
 
 
@@ -221,7 +294,7 @@ class Texts:
 
 def test_conversion_writes_the_fitted_latents(tmp_path):
     dense = save_dense(tmp_path / "dense")
-    photon = PhotonSettings(memory_layers=[0, 1, 2, 3], window=16, chunk_size=2)
+    photon = PhotonSettings(memory_cells=["0:0", "0:1", "1:1", "2:0", "3:0", "3:1"], window=16)
     settings = RunConfig(photon=photon, train=TrainSettings(seq_len=96))
     checkpoint = DenseCheckpoint.open(str(dense))
     config = photon_config(checkpoint.config, settings)

@@ -9,7 +9,7 @@ import torch
 from rich.console import Console
 from tiny_dense import dense_config
 
-from photon_train.config import PRESETS, RunConfig
+from photon_train.config import PRESETS, PhotonSettings, RunConfig
 from photon_train.conversion.operators import OPERATORS
 from photon_train.conversion.plan import ConversionPlan, Dropped
 from photon_train.conversion.presets import make_plan, photon_config, target_of, target_tensors
@@ -105,7 +105,8 @@ def test_json_round_trip(case):
 
 
 def test_the_table_of_eighty_layers_fits_a_screen():
-    plan, _ = plan_for(checkpoint_like(dense_config(num_hidden_layers=80)))
+    photon = PhotonSettings(memory_cells=[f"{layer}:0" for layer in range(43, 80, 4)])
+    plan, _ = plan_for(checkpoint_like(dense_config(num_hidden_layers=80)), photon=photon)
     console = Console(width=120, record=True, file=open("/dev/null", "w"))
     console.print(plan.table())
     lines = console.export_text().splitlines()
@@ -141,7 +142,7 @@ def run_operator(name: str, shape, **arguments):
     return torch.cat(list(OPERATORS[name](shape, arguments, ()))).view(shape)
 
 
-@pytest.mark.parametrize(("preset", "count"), [("graft", 3), ("paper", 11)])
+@pytest.mark.parametrize(("preset", "count"), [("graft", 4), ("paper", 11)])
 def test_operators_make_what_an_untrained_model_starts_with(preset, count, monkeypatch):
     import photon_train.conversion.operators as operators
 
