@@ -254,6 +254,14 @@ class DistillSettings:
     """Softmax temperature of both."""
     hidden_weight: NotNegative = 0.0
     """Weight of the squared error of the last hidden states (what the head reads), relative to the dense model's."""
+    ce_weight: NotNegative = 1.0
+    """Weight of the cross-entropy beside them; 0 learns from the dense model alone."""
+
+    @model_validator(mode="after")
+    def _has_a_loss(self) -> DistillSettings:
+        if not (self.ce_weight or self.is_on):
+            raise ValueError("distill.ce_weight is 0 and nothing else is learnt: set distill.weight or hidden_weight")
+        return self
 
     @property
     def is_on(self) -> bool:

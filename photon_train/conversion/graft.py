@@ -1,6 +1,6 @@
 """The `graft`: from a dense configuration and settings to a `PhotonConfig`, and how its tensors are made.
 
-Choices where the user makes none: a window of 256 tokens, or 64 for models of hidden size <= 512 (such as the demo's),
+Choices where the user makes none: a window of 512 tokens, or 64 for models of hidden size <= 512 (such as the demo's),
 and 4 sinks; units of 2 tokens in 4 bits, in as many memory cells as a budget of 1% of the dense model's growing KV pays
 for, and one at least. Which cells, a probe of the dense model says (`photon_train.pipeline.choose`); until then, and
 where the text does not reach beyond the window, they are spread over the upper half. Latents wider than 4,096 numbers

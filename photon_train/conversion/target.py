@@ -20,7 +20,7 @@ NUM_SINKS = 4
 
 def default_window(dense: PretrainedConfig) -> int:
     """Tokens of a window where the user names none; a small model (such as the demo's) has short texts."""
-    return 64 if dense.hidden_size <= 512 else 256
+    return 64 if dense.hidden_size <= 512 else 512
 
 
 def copied(

@@ -11,7 +11,7 @@ from typing import Any
 from accelerate.utils import broadcast_object_list
 from transformers import AutoModelForCausalLM
 
-from photon_train.config import RunConfig, to_dict
+from photon_train.config import DistillSettings, RunConfig, to_dict
 from photon_train.conversion.apply import convert
 from photon_train.conversion.calibrate import calibrate_directory, calibration_batches
 from photon_train.conversion.source import DenseCheckpoint
@@ -195,6 +195,6 @@ def _as_baseline(config: RunConfig) -> RunConfig:
     """`config` for the dense model: no hierarchy to be consistent with, and no teacher."""
     return dataclasses.replace(
         config,
-        distill=dataclasses.replace(config.distill, weight=0.0, hidden_weight=0.0),
+        distill=DistillSettings(),
         consistency=dataclasses.replace(config.consistency, weight=0.0),
     )

@@ -171,7 +171,8 @@ class TrainingObjective(nn.Module):
         head, temperature = base.get_output_embeddings(), self.distill.temperature
         taught = teacher if self.distill.weight else None
         ce, kl = vocabulary_losses(head, output.logits, labels, taught, temperature)
-        total = ce = ce / target_tokens
+        ce = ce / target_tokens
+        total = self.distill.ce_weight * ce
         parts = {"ce": ce.detach()}
         consistency = getattr(output, "consistency_loss", None)
         if self.training and consistency is not None and self.consistency_weight:

@@ -121,6 +121,21 @@ def test_the_logits_of_a_sequence_are_never_held(name, weight, monkeypatch):
         assert torch.allclose(value, whole[key], rtol=1e-5), key
 
 
+def test_cross_entropy_may_be_left_to_the_teacher():
+    batch = _example()
+    counts = {"target_tokens": num_target_tokens(batch["labels"]), "sequences": torch.tensor(len(batch["input_ids"]))}
+    model = _trained("memory")
+    both, alone = (
+        TrainingObjective(model, DistillSettings(weight=0.5, ce_weight=weight)).train()(**batch, **counts)
+        for weight in (2.0, 0.0)
+    )
+    assert both["distill"] > 0 and both["ce"] == alone["ce"] > 0
+    torch.testing.assert_close(alone["total"], 0.5 * both["distill"])
+    torch.testing.assert_close(both["total"], 2 * both["ce"] + 0.5 * both["distill"])
+    with pytest.raises(ValueError, match="distill.ce_weight is 0 and nothing else is learnt"):
+        DistillSettings(ce_weight=0.0)
+
+
 def test_liger_takes_over_where_it_can_run(monkeypatch):
     """On a GPU with a plain head; never for a head that is sharded or has an adapter."""
     states = torch.randn(4, 8)
