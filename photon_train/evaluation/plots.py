@@ -1,11 +1,13 @@
-"""The plot of a run, and what every plot of ours is drawn with."""
+"""The plots of a run and of its evaluation, and what every plot of ours is drawn with."""
 
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
+from photon_train.errors import PhotonError
 from photon_train.files import atomic_file
 
 
@@ -29,6 +31,41 @@ def plot_losses(metrics: Path, output: Path) -> None:
     axes.set_ylabel("nats per token")
     axes.grid(alpha=0.3)
     axes.legend()
+    save_figure(figure, output)
+
+
+def plot_needles(rows: list[dict[str, Any]], output: Path) -> None:
+    """Draw how often a single needle was found, by the length of the text and the needle's depth: a map per model.
+
+    Args:
+        rows: Of `photon_train.evaluation.long.evaluate_long`, each with the ``model`` it is of.
+        output: PNG to write; it appears when it is complete.
+
+    Raises:
+        PhotonError: if no row has needles.
+    """
+    rows = [row for row in rows if row["needle_by_depth"]]
+    if not rows:
+        raise PhotonError("--plot: no needle was hidden; take --samples of at least one")
+    models = list(dict.fromkeys(row["model"] for row in rows))
+    lengths = sorted({row["length"] for row in rows})
+    depths = sorted({depth for row in rows for depth in row["needle_by_depth"]}, key=int)
+    figure = new_figure(1.5 + (1.2 + 0.8 * len(lengths)) * len(models), 1.5 + 0.5 * len(depths))
+    panels = figure.subplots(1, len(models), squeeze=False, sharey=True)[0]
+    for axes, model in zip(panels, models, strict=True):
+        found = {row["length"]: row["needle_by_depth"] for row in rows if row["model"] == model}
+        values = [[found.get(length, {}).get(depth, math.nan) for length in lengths] for depth in depths]
+        image = axes.imshow(values, vmin=0, vmax=1, cmap="RdYlGn", aspect="auto")
+        for row, of_depth in enumerate(values):
+            for column, value in enumerate(of_depth):
+                if not math.isnan(value):
+                    axes.text(column, row, f"{100 * value:.0f}", ha="center", va="center", fontsize=8)
+        axes.set_xticks(range(len(lengths)), [f"{length:,}" for length in lengths], fontsize=7)
+        axes.set_yticks(range(len(depths)), [f"{depth}%" for depth in depths])
+        axes.set_title(Path(model).name or model, fontsize=8)
+        axes.set_xlabel("tokens")
+    panels[0].set_ylabel("text before the needle")
+    figure.colorbar(image, ax=list(panels), label="share of needles found")
     save_figure(figure, output)
 
 
