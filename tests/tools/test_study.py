@@ -28,7 +28,7 @@ def tool(name: str, *arguments: object) -> subprocess.CompletedProcess:
     return subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": path}, timeout=280)
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "tools" / "plans").glob("*.yaml")), ids=lambda path: path.stem)
+@pytest.mark.parametrize("name", ["screen", "latent", "ablations"])
 def test_the_plans_of_the_study_can_be_converted(path: Path) -> None:
     spec = importlib.util.spec_from_file_location("compare_plans", ROOT / "tools" / "compare_plans.py")
     compare_plans = importlib.util.module_from_spec(spec)

@@ -131,3 +131,49 @@ def plot_inference(rows: list[dict[str, Any]], output: Path) -> None:
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8)
     save_figure(figure, output)
+
+
+def plot_frontier(rows: list[dict[str, Any]], output: Path) -> None:
+    """Draw quality against growing cache for a real model: excess cross-entropy, and retrieval in percent of dense.
+
+    Filled markers are fine-tuned models. One panel each, one colour per name, one line style per length.
+
+    Args:
+        rows: Of `tools/compare_long.py`, the dense model's among them.
+        output: PNG to write; nothing is written without the dense model.
+    """
+    dense = {row["length"]: row for row in rows if row["plan"] == "dense"}
+    if not dense:
+        return
+    figure = new_figure(12, 5)
+    left, right = figure.subplots(1, 2)
+    names = list(dict.fromkeys(row["name"] for row in rows if row["plan"] != "dense"))
+    for axes, column, label in (
+        (left, "ce_beyond_window", "cross-entropy beyond 256 tokens: % above the dense model's"),
+        (right, "ruler", "RULER: % of the dense model's"),
+    ):
+        for row in rows:
+            whole = dense.get(row["length"])
+            if row["plan"] == "dense" or whole is None or not whole[column]:
+                continue
+            value = 100 * row[column] / whole[column] - (100 if axes is left else 0)
+            index = names.index(row["name"])
+            marker = "os^Dv<>P"[sorted(dense).index(row["length"]) % 8]
+            first = row["length"] == min(dense)
+            axes.plot(
+                row["kv_growing_percent"],
+                value,
+                marker=marker,
+                linestyle="",
+                color=f"C{index % 10}",
+                fillstyle="full" if row["tokens"] else "none",
+                label=row["name"] if first else None,
+            )
+        axes.axhline(0 if axes is left else 100, color="grey", linewidth=0.8)
+        axes.set_xscale("symlog", linthresh=0.5)
+        axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
+        axes.set_xlabel("growing KV cache, % of the dense model's")
+        axes.set_ylabel(label)
+        axes.grid(alpha=0.3)
+    right.legend(fontsize=7)
+    save_figure(figure, output)

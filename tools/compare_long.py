@@ -1,0 +1,171 @@
+"""Long contexts of one real model under different caches: cross-entropy and retrieval at equal bytes.
+
+python tools/compare_long.py --dense runs/smollm2 --data runs/text/train --held-out runs/text/heldout \
+    --probe runs/smollm2-probe.json --plans tools/plans/smollm2.yaml --output benchmarks/quality/smollm2.json
+
+A plan of the YAML file is a mapping with `plan` (dense, dense-window, or graft), an optional `name`, and dotted
+settings of the recipe; `all` holds for every plan. `photon.memory_budget` takes the probe's best cells. A plan with
+`export`, the output directory of a run of the recipe, measures its fine-tuned model instead. Rows that the output
+already holds are not measured again, so a stopped comparison goes on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+
+from lib.benchmark import read_rows
+from lib.converted import converted
+from lib.plots import plot_frontier
+from photon_train import accounting
+from photon_train.cli import main_wrapper
+from photon_train.config import DataSettings, RunConfig, load_config, read_yaml
+from photon_train.conversion.calibrate import calibration_batches
+from photon_train.conversion.cells import CellProbe
+from photon_train.conversion.graft import count_cells, format_cells, memory_candidates
+from photon_train.data.corpora import read_documents
+from photon_train.data.packing import pack
+from photon_train.errors import PhotonError
+from photon_train.evaluation.long import LongInputs, LongSettings, evaluate_long, prepare_long
+from photon_train.evaluation.report import write_rows
+
+_SHOWN = ("name", "length", "kv_growing_percent", "kv_total_percent", "ce_beyond_window", "ruler", "needle")
+_CALIBRATION = 64  # sequences
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--dense", type=Path, required=True, help="the dense checkpoint")
+    parser.add_argument("--data", required=True, help="text that new modules are fitted to")
+    parser.add_argument("--held-out", required=True, help="text to measure on, other documents")
+    parser.add_argument("--probe", type=Path, default=None, help="probe.json of a run, or of tools/probe_cells.py")
+    parser.add_argument("--plans", type=Path, required=True, help="YAML file with the plans")
+    parser.add_argument("--output", type=Path, required=True, help="JSON; a plot (.png) goes beside it")
+    parser.add_argument("--only", nargs="*", default=None, help="names of the plans to measure")
+    parser.add_argument("--lengths", nargs="+", type=int, default=[2048], help="tokens of texts and prompts (2048)")
+    parser.add_argument("--sequences", type=int, default=8, help="texts per length (8)")
+    parser.add_argument("--samples", type=int, default=10, help="prompts per RULER task and length (10)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the prompts")
+    return parser.parse_args()
+
+
+def settings_of(plan: dict[str, Any], common: dict[str, Any]) -> RunConfig:
+    """The recipe's settings of a plan."""
+    merged = {**common, **{key: value for key, value in plan.items() if "." in key}}
+    if plan["plan"] == "dense-window":
+        merged = {key: value for key, value in merged.items() if not key.startswith("photon.memory")}
+        merged["photon.memory_cells"] = []
+    texts = {key: value if isinstance(value, str) else json.dumps(value) for key, value in merged.items()}
+    argv = [part for key, text in texts.items() for part in (f"--{key}", text)]
+    return load_config(argv, prog="compare_long.py", description="")
+
+
+class Comparison:
+    """What all plans share: the dense checkpoint, its probe, and text to fit new modules to."""
+
+    def __init__(self, options: argparse.Namespace) -> None:
+        self.dense, self.options = options.dense, options
+        self.tokenizer = AutoTokenizer.from_pretrained(options.dense)
+        self._calibration: list[torch.Tensor] | None = None
+
+    def open(self, plan: dict[str, Any], common: dict[str, Any]) -> PreTrainedModel:
+        """The model of a plan."""
+        if plan["plan"] == "dense":
+            return AutoModelForCausalLM.from_pretrained(self.dense, dtype="auto")
+        if "export" in plan:
+            return AutoModelForCausalLM.from_pretrained(Path(plan["export"]) / "export", dtype="auto")
+        config = settings_of(plan, common)
+        photon = config.photon
+        if photon.memory_cells is None:
+            cells = self._best_cells(config)
+            config.photon = dataclasses.replace(photon, memory_cells=cells, memory_budget=None)
+        return converted(self.dense, config, self._fitted_to(config))
+
+    def _best_cells(self, config: RunConfig) -> list[str]:
+        if self.options.probe is None:
+            raise PhotonError("a plan with photon.memory_budget needs --probe: a run's probe.json")
+        probe = CellProbe.from_json(self.options.probe.read_text(encoding="utf-8"))
+        dense = AutoModelForCausalLM.from_pretrained(self.dense, dtype="auto").config
+        return format_cells(
+            probe.best_cells(count_cells(dense, config.photon), memory_candidates(dense, config.photon))
+        )
+
+    def _fitted_to(self, config: RunConfig) -> list[torch.Tensor]:
+        if self._calibration is None:
+            documents = list(read_documents(self.options.data, DataSettings()))
+            packed = pack(documents, self.tokenizer, config.train.seq_len, 1, self.tokenizer.eos_token_id)
+            self._calibration = calibration_batches(packed, _CALIBRATION)
+        return self._calibration
+
+
+def cache_percents(model: PreTrainedModel, length: int) -> dict[str, float]:
+    """What grows with the text, and all of the cache at `length`, in percent of the dense model's in 16 bits."""
+    if not hasattr(model, "new_cache"):
+        return {"kv_growing_percent": 100.0, "kv_total_percent": 100.0}
+    costs = accounting.costs_of(model.config)
+    whole = accounting.dense_cache_bytes(costs.dense, length)
+    held = accounting.cache_bytes(model.config, length)
+    return {
+        "kv_growing_percent": 100 * accounting.growing_bytes_per_token(model.config) * length / whole,
+        "kv_total_percent": 100 * held.total / whole,
+    }
+
+
+def measure(
+    model: PreTrainedModel, plan: dict[str, Any], comparison: Comparison, inputs: LongInputs
+) -> list[dict[str, Any]]:
+    """One row per length."""
+    cells = getattr(model.config, "memory_cells", None)
+    trained = 0
+    if "export" in plan:
+        report = json.loads((Path(plan["export"]) / "report.json").read_text(encoding="utf-8"))
+        trained = report["tokens"]
+    return [
+        {
+            "plan": plan["plan"],
+            "name": plan.get("name", plan["plan"]),
+            "seed": inputs.settings.seed,
+            **found,
+            "tokens": trained,
+            **cache_percents(model, found["length"]),
+            "cells": None if cells is None else format_cells(cells),
+            "window": getattr(model.config, "window", None),
+            "config": {key: value for key, value in plan.items() if key not in ("plan", "name")},
+        }
+        for found in evaluate_long(model, comparison.tokenizer, inputs)
+    ]
+
+
+def main() -> None:
+    options = arguments()
+    content = read_yaml(options.plans)
+    common, plans = content.get("all", {}), content["plans"]
+    comparison = Comparison(options)
+    measured = LongSettings(tuple(options.lengths), options.sequences, options.samples, seed=options.seed)
+    documents = list(read_documents(options.held_out, DataSettings()))
+    inputs = prepare_long(documents, comparison.tokenizer, measured)
+    rows = read_rows(options.output)
+    done = {row["key"] for row in rows}
+    asked = [str(options.dense), dataclasses.asdict(measured), common]
+    for plan in plans:
+        key = hashlib.sha256(json.dumps([*asked, plan], sort_keys=True).encode()).hexdigest()[:16]
+        name = plan.get("name", plan["plan"])
+        if key in done or (options.only is not None and name not in options.only):
+            continue
+        model = comparison.open(plan, common)
+        for row in measure(model, plan, comparison, inputs):
+            rows.append({"key": key, **row})
+            print(json.dumps({column: rows[-1][column] for column in _SHOWN}), flush=True)
+        write_rows(options.output, rows, dense=options.dense.name, all=common)
+    plot_frontier(rows, options.output.with_suffix(".png"))
+
+
+if __name__ == "__main__":
+    main_wrapper(main)
