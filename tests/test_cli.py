@@ -69,14 +69,28 @@ def test_level_overrides_extend_the_list(yaml_file) -> None:
 
 @pytest.mark.parametrize("text", ["[0,2]", "0,2", "[0, 2]"])
 def test_lists(text: str) -> None:
-    assert load("--photon.memory_layers", text).photon.memory_layers == [0, 2]
+    assert load("--photon.full_attention_layers", text).photon.full_attention_layers == [0, 2]
+
+
+@pytest.mark.parametrize("text", ["7:2,18:0", "[7:2, 18:0]", '["7:2", "18:0"]'])
+def test_lists_of_cells(text: str, yaml_file) -> None:
+    """Which YAML 1.1 would read as numbers of base 60."""
+    assert load("--photon.memory_cells", text).photon.memory_cells == ["7:2", "18:0"]
+    if text.startswith("["):
+        assert load("--config", yaml_file(f"photon: {{memory_cells: {text}}}")).photon.memory_cells == ["7:2", "18:0"]
+
+
+@pytest.mark.parametrize("bits", [4, 8, 16])
+def test_choices_of_numbers(bits: int, yaml_file) -> None:
+    assert load("--photon.memory_bits", str(bits)).photon.memory_bits == bits
+    assert load("--config", yaml_file(f"photon: {{memory_bits: {bits}}}")).photon.memory_bits == bits
 
 
 def test_lists_of_text_empty_and_unset() -> None:
-    config = load("--lora.target_modules", "q_proj,v_proj", "--photon.memory_layers", "[]")
+    config = load("--lora.target_modules", "q_proj,v_proj", "--photon.memory_cells", "[]")
     assert config.lora.target_modules == ["q_proj", "v_proj"]
-    assert config.photon.memory_layers == []
-    assert load("--photon.memory_layers", "none").photon.memory_layers is None
+    assert config.photon.memory_cells == []
+    assert load("--photon.memory_cells", "none").photon.memory_cells is None
 
 
 def test_text_stays_text() -> None:
@@ -102,7 +116,7 @@ def test_numbers_in_yaml_are_read_as_people_write_them(yaml_file) -> None:
         (["--photon.levels.0.chunk", "3"], ["photon.levels.0.chunk", "photon.levels.0.chunk_size"]),
         (["--photon.levels.99.chunk_size", "3"], ["photon.levels.99.chunk_size", "at most"]),
         (["--photon.levels.x.chunk_size", "3"], ["photon.levels.x.chunk_size", "photon.levels.0.chunk_size"]),
-        (["--photon.memory_layers.0", "3"], ["photon.memory_layers.0", "did you mean 'photon.memory_layers'"]),
+        (["--photon.memory_cells.0", "3:0"], ["photon.memory_cells.0", "did you mean 'photon.memory_cells'"]),
         (["--xyzzy", "3"], ["xyzzy", "--help"]),
         (["--=3"], ["group", "--help"]),
         (["--train", "3"], ["--train", "group"]),
@@ -113,8 +127,12 @@ def test_numbers_in_yaml_are_read_as_people_write_them(yaml_file) -> None:
         (["--train.max_steps", "1.5"], ["train.max_steps", "'1.5'", "whole number"]),
         (["--train.learning_rate", "nan"], ["train.learning_rate", "nan", "finite"]),
         (["--train.dense_baseline", "maybe"], ["train.dense_baseline", "'maybe'", "true or false"]),
-        (["--photon.memory_layers", "a,b"], ["photon.memory_layers.0", "'a'", "whole number"]),
-        (["--photon.memory_layers", "[0"], ["command line", "not valid YAML"]),
+        (["--photon.full_attention_layers", "a,b"], ["photon.full_attention_layers.0", "'a'", "whole number"]),
+        (["--photon.full_attention_layers", "[0"], ["command line", "not valid YAML"]),
+        (["--photon.memory_cells", "7:2,a"], ["photon.memory_cells.1", "'a'", "layer:head", "such as 7:2"]),
+        (["--photon.memory_cells", "7"], ["photon.memory_cells.0", "'7'", "layer:head", "such as 7:2"]),
+        (["--photon.memory_cells", "7:-1"], ["photon.memory_cells.0", "'7:-1'", "layer:head"]),
+        (["--photon.memory_bits", "5"], ["photon.memory_bits", "'5'", "one of 4, 8, 16"]),
         (["--seed", "none"], ["seed", "'none'", "whole number"]),
         (["--config", "absent.yaml"], ["absent.yaml", "No such file"]),
     ],
@@ -136,7 +154,10 @@ def test_bad_command_line_is_one_clear_error(argv: list[str], parts: list[str]) 
         ("train: {max_steps: true}", ["train.max_steps", "run.yaml", "True", "whole number"]),
         ("train: {max_steps: null}", ["train.max_steps", "run.yaml", "None", "whole number"]),
         ("hub: {revision: 12}", ["hub.revision", "run.yaml", "12", "text"]),
-        ("photon: {memory_layers: 3}", ["photon.memory_layers", "run.yaml", "3", "list", "whole number"]),
+        ("photon: {memory_cells: 3}", ["photon.memory_cells", "run.yaml", "3", "list", "whole number"]),
+        ("photon: {memory_cells: [3]}", ["photon.memory_cells.0", "run.yaml", "3", "layer:head"]),
+        ("photon: {memory_cells: {3: [0]}}", ["photon.memory_cells", "run.yaml", "list", "layer:head"]),
+        ("photon: {full_attention_layers: 3}", ["photon.full_attention_layers", "run.yaml", "3", "list"]),
         ("photon: {levels: [3]}", ["photon.levels.0", "run.yaml", "mapping"]),
         ("photon: {levels: [{slots: 3}]}", ["photon.levels.0.slots", "run.yaml"]),
         ("photon: {levels: 3}", ["photon.levels", "run.yaml", "list"]),
@@ -179,9 +200,11 @@ def test_bad_yaml_is_one_clear_error(yaml_file, text: str, parts: list[str]) -> 
         (["--photon.latents_per_unit", "3"], "photon.latents_per_unit on the command line is '3'; expected a"),
         (["--train.log_every", "0"], "train.log_every"),
         (["--train.gpu_memory", "80"], "train.gpu_memory on the command line is '80'; expected a size such as"),
-        (["--photon.choose_layers", "probe", "--photon.memory_layers", "1"], "photon.memory_layers is set"),
-        (["--photon.num_memory_layers", "1", "--photon.memory_layers", "1"], "photon.memory_layers is set"),
-        (["--photon.memory_layers", "1,1"], "photon.memory_layers"),
+        (["--photon.memory_budget", "1", "--photon.memory_cells", "1:0"], "photon.memory_cells is set"),
+        (["--photon.memory_budget", "0"], "photon.memory_budget on the command line is '0'; expected a finite number"),
+        (["--photon.memory_budget", "101"], "photon.memory_budget on the command line is '101'; expected a finite"),
+        (["--photon.memory_cells", "1:0,1:0"], "photon.memory_cells"),
+        (["--photon.full_attention_layers", "1,1"], "photon.full_attention_layers"),
         (["--photon.full_attention_layers", "-1"], "photon.full_attention_layers"),
         (["--photon.num_levels", "1", "--photon.levels.1.chunk_size", "4"], "photon.levels"),
         (["--export.max_shard_size", "big"], "export.max_shard_size"),
@@ -227,7 +250,7 @@ def test_a_default_of_the_code_is_checked_where_it_is_set() -> None:
 def test_every_number_is_bounded() -> None:
     for key in KEYS:
         for node in (find(key), find(key).get("items", {})):
-            if node.get("type") in ("integer", "number"):
+            if node.get("type") in ("integer", "number") and "enum" not in node:
                 assert "minimum" in node or "exclusiveMinimum" in node, key
 
 
@@ -263,6 +286,8 @@ def _values(node):
         values = st.lists(_values(node["items"]), max_size=2, unique="properties" not in node["items"])
     elif "enum" in node:
         values = st.sampled_from(node["enum"])
+    elif "layer:head" in node.get("expected", ""):
+        values = st.builds("{}:{}".format, st.integers(0, 99), st.integers(0, 99))
     elif "expected" in node:
         values = st.sampled_from(["5GB", "80GiB"])
     elif node["type"] == "string":
@@ -278,7 +303,7 @@ def _values(node):
 @given(_values(ROOT))
 def test_yaml_round_trip(values) -> None:
     # Set, these exclude others.
-    values["photon"] |= {"num_memory_layers": None, "choose_layers": "preset", "num_levels": None}
+    values["photon"] |= {"memory_budget": None, "num_levels": None}
     values["data"], values["hub"]["token"] = None, None
     config = check(values, {})
     assert check(parse_yaml(to_yaml(config), "text"), {}) == config

@@ -50,6 +50,8 @@ def tool():
         {"distill": 1.0},
         {"distill_hidden": 1.0},
         {"weights": "bfloat16"},  # trained in fp32, as there is no mixed precision
+        {"memory": "cells"},
+        {"memory": "cells", "gradient_checkpointing": True, "seq_len": 2048},
     ],
 )
 def test_a_measured_step_takes_what_the_formula_says(tool, changes, tmp_path, monkeypatch):

@@ -33,6 +33,7 @@ from lib.plots import plot_training
 from photon_train.accounting import dense_flops, photon_flops
 from photon_train.cli import main_wrapper
 from photon_train.config import LoraSettings, RunConfig, TrainSettings
+from photon_train.conversion.graft import format_cells
 from photon_train.conversion.presets import photon_config
 from photon_train.data.pretrain import fast_dtype
 from photon_train.errors import PhotonError
@@ -236,7 +237,8 @@ def main() -> None:
             rows.append(row)
             print(json.dumps(row), flush=True)
         shape = {"name": options.shape, **SHAPES[options.shape], "window": photon.window, "sinks": photon.num_sinks}
-        shape |= {"memory_layers": photon.memory_layers, "chunk_size": photon.chunk_size}
+        shape |= {"memory_cells": format_cells(photon.memory_cells), "memory_bits": photon.memory_bits}
+        shape |= {"chunk_size": photon.chunk_size}
         write_rows(options.output, rows, shape=shape, lora=dataclasses.asdict(run.lora), checks=checks)
     plot_training(rows, options.output.with_suffix(".png"))
 

@@ -50,7 +50,7 @@ from photon_train.training.lora import add_lora, merge_lora
 BEYOND = 256  # positions with more tokens before them count as beyond the window, in every row
 STUDY_FILE = "study.json"  # recipe of `pretrain_dense.py`: which text is held out
 _SHOWN = ("name", "seed", "ce", "ce_beyond_window", "ce_repeated", "copy_gain", "recovered_repeated", "seconds")
-WINDOW_ONLY = {"preset": "graft", "photon.memory_layers": []}
+WINDOW_ONLY = {"preset": "graft", "photon.memory_cells": []}
 
 
 def arguments() -> argparse.Namespace:

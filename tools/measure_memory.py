@@ -33,7 +33,14 @@ from lib.benchmark import read_rows
 from lib.peak_memory import PeakMemory
 from photon_train.accounting import TrainingSetup, training_memory
 from photon_train.cli import main_wrapper
-from photon_train.config import DistillSettings, LoraSettings, RunConfig, TrackingSettings, TrainSettings
+from photon_train.config import (
+    DistillSettings,
+    LoraSettings,
+    PhotonSettings,
+    RunConfig,
+    TrackingSettings,
+    TrainSettings,
+)
 from photon_train.conversion.presets import photon_config, target_of
 from photon_train.data.packing import PackedDataset
 from photon_train.errors import PhotonError
@@ -74,7 +81,12 @@ CONFIGS = {
 
 @dataclass(frozen=True)
 class Point:
-    """One training: the shape's name, and the settings that memory depends on."""
+    """One training: the shape's name, and the settings that memory depends on.
+
+    Attributes:
+        memory: Of a graft: `layers`, all heads of an eighth of the layers with latents of 16-bit numbers, which is what
+            rows without it had; or `cells`, the default.
+    """
 
     shape: str
     zero_stage: int
@@ -87,6 +99,7 @@ class Point:
     distill: float = 0.0
     distill_hidden: float = 0.0
     preset: str = "graft"
+    memory: str = "layers"
 
 
 POINTS = {
@@ -97,6 +110,8 @@ POINTS = {
         Point("llama-2m", 0, 1024, batch_size=2, distill=1.0),
         Point("llama-2m", 0, 1024, rank=0),
         Point("llama-2m", 0, 1024, preset="split"),
+        Point("llama-2m", 0, 4096, memory="cells"),
+        Point("qwen3-20m", 0, 2048, gradient_checkpointing=True, memory="cells"),
         Point("qwen3-20m", 0, 1024),
         Point("qwen3-20m", 0, 2048, gradient_checkpointing=True),
         Point("llama-2m", 0, 2048, weights="bfloat16", precision="bf16"),
@@ -152,6 +167,8 @@ def estimated(point: Point, processes: int) -> tuple[PretrainedConfig, TrainingS
     settings = dict(SHAPES[point.shape])
     dense = AutoConfig.for_model(settings.pop("model_type"), **settings)
     config, weight_bytes = run_config(point), getattr(torch, point.weights).itemsize
+    if point.preset == "graft" and point.memory == "layers":
+        config.photon = PhotonSettings(**shapes.whole_layers(dense))
     return photon_config(dense, config), training_setup(config, processes, weight_bytes, point.precision)
 
 

@@ -53,7 +53,7 @@ def _add_group(lines: list[str], group: dict[str, Any], values: Any, path: str, 
 
 def _placeholder(field: dict[str, Any]) -> str:
     if "enum" in field:
-        return "|".join(field["enum"])
+        return "|".join(map(str, field["enum"]))
     if "items" in field:
         return "LIST" if "properties" in field["items"] else f"{_placeholder(field['items'])},..."
     return {"integer": "INT", "number": "FLOAT", "boolean": "[true|false]", "string": "TEXT"}[field["type"]]

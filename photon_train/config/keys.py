@@ -66,7 +66,7 @@ def limits(node: dict[str, Any]) -> list[str]:
 def expected(node: dict[str, Any]) -> str:
     """What a value must be, in words."""
     if "enum" in node:
-        return f"one of {', '.join(node['enum'])}"
+        return f"one of {', '.join(map(str, node['enum']))}"
     listed = f"a list, each item {expected(node['items'])}" if "items" in node else ""
     return ", ".join([node.get("expected") or listed or _WORDS[node["type"]], *limits(node)])
 

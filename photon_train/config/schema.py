@@ -55,8 +55,7 @@ Flag = Annotated[bool, Strict()]
 NonEmpty = Annotated[str, MinLen(1), _expected("text that is not empty")]
 Size = Annotated[str, AfterValidator(_size), _expected("a size such as 5GB or 80GiB")]
 Layers = Annotated[list[Natural], AfterValidator(_once), _expected("a list of layers, each a whole number, given once")]
-
-Cell = Annotated[str, Field(pattern=r"^\d+:\d+$")]
+Cell = Annotated[str, Field(pattern=r"^\d+:\d+$"), _expected("layer:head, two whole numbers such as 7:2")]
 Cells = Annotated[
     list[Cell], AfterValidator(_once), _expected("a list of layer:head (7:2,18:0), whole numbers, each given once")
 ]
@@ -105,7 +104,7 @@ class PhotonSettings:
     memory_budget: Annotated[float, Strict(), Gt(0), Le(100), _NUMBER] | None = None
     """`graft`: what the memory may add to the cache per token, in percent of the dense model's keys and values, where
     `memory_cells` are unset."""
-    memory_bits: Literal[4, 8, 16] | None = None
+    memory_bits: Annotated[Literal[4, 8, 16], _NUMBER] | None = None
     """`graft`: bits in which the cache stores a number of a latent; 16 is the model's own type."""
     latents_per_unit: Annotated[int, Strict(), Ge(1), Le(2), _NUMBER] | None = None
     """`graft`: 1 packs keys and values together, 2 apart: half the arithmetic of reading and half the parameters; unset

@@ -82,7 +82,7 @@ model.set_backend("triton")
 
 # What of a text is not seen as it is, by preset.
 _SEEN = {
-    "graft": "What lies outside the window is seen through a compressed memory, and by the memory layers alone",
+    "graft": "What lies outside the window is seen through a compressed memory, and by its attention heads alone",
     "split": "What lies outside the token decoder's window is seen through summaries",
     "paper": "What lies outside a token's own chunk is seen through summaries",
 }

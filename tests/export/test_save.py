@@ -66,7 +66,7 @@ def test_holds_all_that_is_served(tmp_path, tokenizer) -> None:
     assert set(manifest["files"]) == {path.name for path in directory.iterdir()} - {"manifest.json"}
 
 
-@pytest.mark.parametrize("name", ["memory", "memory-full", "block-2", "stream-2"])
+@pytest.mark.parametrize("name", ["memory", "memory-4-bits", "memory-full", "block-2", "stream-2"])
 @pytest.mark.parametrize("tied", [False, True])
 def test_loads_as_the_same_function(tmp_path, tokenizer, name: str, tied: bool) -> None:
     model = tiny_model(name, tie_word_embeddings=tied)

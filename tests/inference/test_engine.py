@@ -269,6 +269,19 @@ def test_a_gpus_free_memory_also_holds_the_weights_of_latents(monkeypatch):
         Engine(model, settings=EngineSettings(max_sequences=100, max_length=2**13))
 
 
+def test_the_weights_of_latents_are_those_of_the_widest_layer():
+    """Of the query heads that read them alone: one layer decodes at a time."""
+    needed = {}
+    for cells in ({2: [0]}, {0: [1], 2: [0]}, {0: [1], 2: [0, 1]}, {}):
+        model = tiny_model("memory", memory_cells=cells)
+        assert decode_bytes(model, 100, 3072) == 0
+        model.model.backend = "triton"
+        needed[sum(map(len, cells.values()))] = decode_bytes(model, 100, 3072)
+    assert needed[1] == needed[2] == needed[3] / 2 and needed[0] == 0
+    # 100 rows, 2 of 4 heads and 3,072 tokens: a weight in fp32, and what the tiles of units add.
+    assert 100 * 2 * 3072 * 4 < needed[1] < 1.4 * 100 * 2 * 3072 * 4
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [

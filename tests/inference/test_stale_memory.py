@@ -13,11 +13,11 @@ from photon_train.inference.runner import Runner
 
 
 def poison(engine: Engine) -> None:
-    """NaN in everything that belongs to no sequence."""
+    """NaN (or, of codes, their largest) in everything that belongs to no sequence."""
     cache = engine.cache
     free = [block for block, count in enumerate(cache.pool.references) if not count]
     for stored in (states for store in cache.state.growing() for states in store.tensors()):
-        stored[free] = torch.nan
+        stored[free] = torch.nan if stored.is_floating_point() else 255
     for states in cache.state.row_tensors():
         if states.is_floating_point():
             states[cache._free_rows] = torch.nan

@@ -31,7 +31,7 @@ DRAFTS = ("prompt lookup", "assistant")
 
 def _model(window: int) -> PhotonForCausalLM:
     settings = base_config()
-    photon = {"window": window, "num_sinks": 1, "chunk_size": 2, "memory_layers": [1, 2]}
+    photon = {"window": window, "num_sinks": 1, "chunk_size": 2, "memory_cells": {1: [0], 2: [0, 1]}}
     return shake(
         PhotonForCausalLM(PhotonConfig(base_model_type=settings.pop("model_type"), **photon, **settings))
     ).eval()

@@ -99,7 +99,7 @@ class Family:
     def get_config(self) -> PhotonConfig:
         """Most tokens are beyond the window: the memory takes part in whatever is compared."""
         settings = base_config(self.model_type, num_hidden_layers=2)
-        photon = {"window": 4, "num_sinks": 1, "chunk_size": 2, "memory_layers": [1]}
+        photon = {"window": 4, "num_sinks": 1, "chunk_size": 2, "memory_cells": {1: [1]}}
         return PhotonConfig(base_model_type=settings.pop("model_type"), **photon, **settings)
 
     def prepare_config_and_inputs_for_common(self) -> tuple[PhotonConfig, dict[str, torch.Tensor]]:

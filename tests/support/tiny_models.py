@@ -8,7 +8,7 @@ from transformers import PreTrainedModel
 
 ALL = sorted([*GRAFTS, *HIERARCHIES])
 # One of each kind of path; the others differ in numbers.
-SOME = ["memory", "memory-full", "memory-apart", "block-2", "stream-2-slots"]
+SOME = ["memory", "memory-full", "memory-apart", "memory-4-bits", "block-2", "stream-2-slots"]
 
 
 def tiny_model(name: str, **changes) -> PreTrainedModel:

@@ -61,6 +61,7 @@ def test_systems_are_compared(order, preset, unit, tmp_path, monkeypatch):
 def test_prefill_is_compared(tmp_path, monkeypatch, capsys):
     record = run(monkeypatch, tmp_path / "smoke.json", "--no-decode")["prefill"]
     assert record["layers"] == 2 and record["memory_layers"] == [1] and record["window"] == 64
+    assert record["memory_cells"] == ["1:0", "1:1", "1:2", "1:3"] and record["memory_bits"] == 16
     errors = record["relative_errors"]
     assert errors["graft as the dense model"] < 1e-5 and errors["graft under the engine"] < 1e-5
     dense, graft = record["rows"]

@@ -77,10 +77,22 @@ def test_chunkers_are_read_as_often_as_units_leave_the_window(system, maps):
     constant = accounting.cache_bytes(photon, 0).constant
     weights = 2 * accounting.photon_parameters(photon)
     # 8 tokens with keys and values of 4 heads of 32; packed apart, each kind by a map of a quarter of the size.
-    chunker = 2 * 8 * 256 * 256 // maps if maps else 0
+    chunker = 2 * (8 * 256 * 256 // maps + 256) if maps else 0
     for batch in (1, 3, 1000):
         read = roofline.photon_bound(photon, 0, batch, device).step_bytes
         assert read == pytest.approx(weights - (7 / 8) ** batch * chunker + batch * constant)
+
+
+def test_the_default_reads_its_cells_alone():
+    """Llama-3.2-1B: 1% of 16 layers of 8 heads is 9 cells, each alone in its layer but for one."""
+    photon = photon_shape(dense_shape("1b"), "graft-cells", 64)
+    counts = sorted(map(len, photon.memory_cells.values()))
+    assert counts == [1, 1, 1, 1, 1, 1, 1, 2] and (photon.chunk_size, photon.memory_bits) == (2, 4)
+    (chunkers,) = roofline.occasional(photon, 32_768)
+    one, two = (width * (2 * width + 1) for width in (2 * 64, 2 * 2 * 64))
+    assert (chunkers.unit_tokens, chunkers.weights, chunkers.cached) == (2, 7 * one + two, 0)
+    grown = [roofline.photon_bound(photon, n, 1, H200).cache_bytes for n in (32_768, 32_770)]
+    assert grown[1] - grown[0] == 9 * 2 * (32 + 2)
 
 
 @pytest.mark.parametrize("system", ["split", "paper"])

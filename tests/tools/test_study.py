@@ -8,18 +8,20 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import yaml
 from tiny_dense import dense_config
 
+from photon_train.accounting import dense_cache_bytes, growing_bytes_per_token
 from photon_train.config import read_yaml
 from photon_train.conversion.presets import photon_config
 
 ROOT = Path(__file__).resolve().parents[2]
 SETTINGS = {"train.seq_len": 1024, "train.batch_size": 1, "train.max_steps": 2, "train.mixed_precision": "no"}
 SETTINGS |= {"photon.window": 64, "lora.rank": 2}
-MEMORY = {"photon.memory_layers": [1], "photon.chunk_size": 4}
+MEMORY = {"photon.memory_cells": ["1:0", "1:1"], "photon.memory_bits": 16, "photon.chunk_size": 4}
 
 
 def tool(name: str, *arguments: object) -> subprocess.CompletedProcess:
@@ -28,12 +30,17 @@ def tool(name: str, *arguments: object) -> subprocess.CompletedProcess:
     return subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": path}, timeout=280)
 
 
-@pytest.mark.parametrize("name", ["screen", "latent", "ablations"])
-def test_the_plans_of_the_study_can_be_converted(path: Path) -> None:
+def load_compare_plans() -> ModuleType:
     spec = importlib.util.spec_from_file_location("compare_plans", ROOT / "tools" / "compare_plans.py")
     compare_plans = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = compare_plans  # dataclasses look their module up
     spec.loader.exec_module(compare_plans)
+    return compare_plans
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "tools" / "plans").glob("*.yaml")), ids=lambda path: path.stem)
+def test_the_plans_of_the_study_can_be_converted(path: Path) -> None:
+    compare_plans = load_compare_plans()
     content = read_yaml(path)
     model = dense_config(num_hidden_layers=8, hidden_size=128, max_position_embeddings=1024)
     for plan in content["plans"]:
@@ -43,7 +50,24 @@ def test_the_plans_of_the_study_can_be_converted(path: Path) -> None:
             photon = photon_config(model, config)
             assert photon.window == (None if plan["plan"] == "paper" else config.photon.window)
             if plan["plan"] == "dense-window":
-                assert photon.memory_layers == [] and photon.num_sinks == 4
+                assert photon.memory_cells == {} and photon.num_sinks == 4
+
+
+@pytest.mark.parametrize("name", ["latent", "ablations"])
+def test_the_plans_of_the_study_are_those_of_its_rows(name: str) -> None:
+    """By name: what grows in the cache is what the row says, so that a row can be measured again."""
+    compare_plans = load_compare_plans()
+    content = read_yaml(ROOT / "tools" / "plans" / f"{name}.yaml")
+    recorded = json.loads((ROOT / "benchmarks" / "quality" / f"{name}.json").read_text())["rows"]
+    growing = {row["name"]: row["kv_growing_percent"] for row in recorded if row["plan"] == "graft"}
+    model, compared = dense_config(num_hidden_layers=8, hidden_size=128, max_position_embeddings=1024), 0
+    for plan in content["plans"]:
+        if plan["plan"] == "graft" and plan["name"] in growing:
+            photon = photon_config(model, compare_plans.settings_of(plan, content["all"], seed=0))
+            percent = 100 * growing_bytes_per_token(photon) / dense_cache_bytes(model, 1)
+            assert percent == pytest.approx(growing[plan["name"]]), plan["name"]
+            compared += 1
+    assert compared > 10
 
 
 @pytest.fixture(scope="module")
@@ -98,3 +122,12 @@ def test_plans_are_compared_and_a_stopped_comparison_goes_on(dense: Path, tmp_pa
     assert {"machine", "versions", "commit"} <= result.keys()
     assert (tmp_path / "out" / "study.md").read_text().count("\n") == 2 + 5
     assert (tmp_path / "out" / "study.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.slow
+def test_the_probe_prints_a_line_per_layer(dense: Path, tmp_path: Path) -> None:
+    arguments = ("--window", 16, "--seq-len", 64, "--sequences", 4, "--output", tmp_path / "probe.json")
+    done = tool("probe_layers.py", "--model", dense, *arguments)
+    assert done.returncode == 0, done.stderr
+    assert [row["layer"] for row in json.loads((tmp_path / "probe.json").read_text())["rows"]] == [0, 1, 2]
+    assert "kept alone" in done.stdout

@@ -14,6 +14,7 @@ from lib.cases import Prefill
 from lib.shapes import dense_shape, photon_shape
 from lib.systems import Clock, PhotonSystem, relative_error
 from photon_train.accounting import dense_flops, photon_flops
+from photon_train.conversion.graft import format_cells
 from photon_train.errors import PhotonError
 from photon_train.models import PhotonForCausalLM
 
@@ -25,7 +26,7 @@ class PrefillBench:
     """Both models, with the same random weights in fp32.
 
     The dense model reads a prompt in one pass under transformers: PyTorch's attention without a mask, a dynamic cache,
-    the logits of the last token. The graft has the preset's own window and memory, and the engine its default settings;
+    the logits of the last token. The graft has the preset's own window, and the engine its default settings;
     the engine's cache is allocated before the clock starts.
 
     Attributes:
@@ -103,6 +104,8 @@ class PrefillBench:
             "window": config.window,
             "chunk_size": config.chunk_size,
             "memory_layers": config.memory_layers,
+            "memory_cells": format_cells(config.memory_cells),
+            "memory_bits": config.memory_bits,
             "turns": self.case.turns,
             "relative_errors": self.errors,
             "rows": self.rows,

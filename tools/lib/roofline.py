@@ -79,8 +79,9 @@ def occasional(photon: Any, context: int) -> list[Occasional]:
     costs = accounting.costs_of(photon)
     shape = costs.shape
     if isinstance(costs, Graft):
-        chunker = photon.chunk_size * shape.kv * (shape.kv // photon.latents_per_unit)
-        return [Occasional(photon.chunk_size, len(photon.memory_layers) * chunker)]
+        widths = [2 * len(heads) * shape.head_dim for heads in photon.memory_cells.values()]
+        chunkers = sum(width * (photon.chunk_size * width // photon.latents_per_unit + 1) for width in widths)
+        return [Occasional(photon.chunk_size, chunkers)]
     found = []
     for index, level in enumerate(photon.levels):
         span = photon.unit_tokens(index + 1)

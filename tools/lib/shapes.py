@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from transformers import LlamaConfig, PretrainedConfig
@@ -58,13 +59,40 @@ SHAPES = {
 }
 
 
+def whole_layers(dense: PretrainedConfig) -> dict[str, Any]:
+    """A memory of all heads in an eighth of the layers, evenly in the upper half and in the topmost: 3.1% of the dense
+    model's growing KV, with a latent of 16-bit numbers per 4 tokens (8 in models of fewer than 8 layers).
+
+    Returns:
+        Settings of the `photon` group.
+    """
+    total = dense.num_hidden_layers
+    number = max(1, total // 8)
+    layers = range(total)[:: -max(1, total // (2 * number))][:number]
+    cells = [f"{layer}:{head}" for layer in layers for head in range(dense.num_key_value_heads)]
+    return {"memory_cells": cells, "memory_bits": 16, "chunk_size": 4 if total >= 8 else 8}
+
+
+def _whole_layers_apart(dense: LlamaConfig) -> dict[str, Any]:
+    return whole_layers(dense) | {"latents_per_unit": 2}
+
+
+def _no_memory(dense: LlamaConfig) -> dict[str, Any]:
+    return {"memory_cells": []}
+
+
+def _defaults(dense: LlamaConfig) -> dict[str, Any]:
+    return {}
+
+
 # What is compared: the settings of the `photon` group by name, beside the window.
-SYSTEMS: dict[str, tuple[str, dict[str, Any]]] = {
-    "graft": ("graft", {}),
-    "graft-apart": ("graft", {"latents_per_unit": 2}),  # keys and values packed apart
-    "graft-window": ("graft", {"memory_layers": []}),  # window and sinks alone
-    "split": ("split", {}),
-    "paper": ("paper", {}),
+SYSTEMS: dict[str, tuple[str, Callable[[LlamaConfig], dict[str, Any]]]] = {
+    "graft": ("graft", whole_layers),  # what predictions and measurements were made of so far
+    "graft-apart": ("graft", _whole_layers_apart),  # keys and values packed apart
+    "graft-cells": ("graft", _defaults),  # the default: single heads, in 4 bits
+    "graft-window": ("graft", _no_memory),  # window and sinks alone
+    "split": ("split", _defaults),
+    "paper": ("paper", _defaults),
 }
 
 
@@ -81,5 +109,5 @@ def photon_shape(dense: LlamaConfig, system: str, window: int | None = None) -> 
         window: Tokens that the token stream looks back on (`paper` has none); None: the preset's own choice.
     """
     preset, settings = SYSTEMS[system]
-    photon = PhotonSettings(window=None if preset == "paper" else window, **settings)
+    photon = PhotonSettings(window=None if preset == "paper" else window, **settings(dense))
     return photon_config(dense, RunConfig(preset=preset, photon=photon))
