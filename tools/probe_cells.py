@@ -130,7 +130,7 @@ def _rankings(
     with progress_bar(True, "of {task.total} cells") as bar:
         task = bar.add_task("leaving one out", total=len(layers) * held_out.heads)
         restriction = Restriction(model, few, probe.window, probe.num_sinks, layers)
-        rankings["leaving one out"] = restriction.leave_one_out(lambda: bar.advance(task))
+        rankings["leaving one out"] = restriction.leave_one_out(lambda: bar.update(task, advance=1))
     took, sequences = time.perf_counter() - began, sum(len(text.tokens) for text in few)
     times["leaving one out"] = {"seconds": took, "seconds_per_sequence": took / sequences}
     return rankings, times
@@ -162,7 +162,7 @@ def _compare(rankings: dict[str, CellProbe], held_out: Restriction, sizes: list[
             )
             shares = ", ".join(f"{text} {share:.0%}" for text, share in rows[-1].items() if text in SEQUENCES)
             console.print(f"{name}, {len(cells)} cells ({grain}): {shares}")
-            bar.advance(task)
+            bar.update(task, advance=1)
     return rows
 
 

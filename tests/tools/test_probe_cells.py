@@ -80,7 +80,7 @@ def test_the_command_prints_a_table_and_writes_its_numbers(tmp_path: Path, compa
     (tmp_path / "text").mkdir()
     for number, ids in enumerate(own_text(model, count=60, length=47).tokens):
         (tmp_path / "text" / f"{number}.txt").write_text(word_tokenizer().decode(ids))
-    arguments = ["--model", tmp_path / "dense", "--data", tmp_path / "text", "--window", 6, "--output", output]
+    arguments = ["--model", tmp_path / "dense", "--data", tmp_path / "text", "--window", 2, "--output", output]
     arguments += ["--seq-len", 48, "--sequences", 12, 6, 4, *(["--compare", 1, 6] if compare else [])]
     path = os.pathsep.join([str(ROOT), str(ROOT / "kernels")])
     command = [sys.executable, str(ROOT / "tools" / "probe_cells.py"), *map(str, arguments)]
@@ -88,7 +88,7 @@ def test_the_command_prints_a_table_and_writes_its_numbers(tmp_path: Path, compa
     assert done.returncode == 0, done.stderr
     assert "wins back" in done.stdout and output.with_suffix(".png").is_file()
     record = json.loads(output.read_text())
-    assert record["model"] == "dense" and record["window"] == 6 and {"machine", "versions", "commit"} <= record.keys()
+    assert record["model"] == "dense" and record["window"] == 2 and {"machine", "versions", "commit"} <= record.keys()
     if not compare:
         assert {(row["layer"], row["head"]) for row in record["rows"]} == {(i, j) for i in ALL for j in ALL[i]}
         scores = torch.tensor([row["score"] for row in record["rows"]])
