@@ -4,16 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from functools import lru_cache
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from photon_train.data.packing import PackedDataset
-
-if TYPE_CHECKING:
-    from photon_train.data.retrieval_share import RetrievalShare
+from photon_train.data.retrieval_share import RetrievalShare
 
 
 @lru_cache(maxsize=2)

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from photon_train.data.pretrain import Sequences
+from photon_train.data.packing import Sequences
 from photon_train.errors import PhotonError
 
 _MOST_SEQUENCES = 200_000_000

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from itertools import islice
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -18,6 +19,14 @@ from photon_train.errors import PhotonError
 IGNORED_LABEL = -100
 _BATCH_DOCUMENTS = 256
 _PIECE_CHARACTERS = 1_000_000
+
+
+class Sequences(Protocol):
+    """What is trained on: `PackedDataset`, or a data set that changes its sequences."""
+
+    def __len__(self) -> int: ...
+
+    def batch(self, indices: Tensor) -> dict[str, Tensor]: ...
 
 
 class PackedDataset(torch.utils.data.Dataset):

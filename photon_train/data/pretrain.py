@@ -6,13 +6,13 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
-from typing import Protocol
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from photon_train.data.loader import batches
+from photon_train.data.packing import Sequences
 from photon_train.data.progress import progress_bar
 
 END_OF_TEXT = "<|endoftext|>"
@@ -101,14 +101,6 @@ def fast_dtype(device: torch.device) -> torch.dtype:
     capabilities = getattr(torch.cpu, "get_capabilities", dict)()  # torch < 2.11 cannot tell
     native = any(capabilities.get(name) for name in ("amx_bf16", "avx512_bf16", "bf16"))
     return torch.bfloat16 if native else torch.float32
-
-
-class Sequences(Protocol):
-    """What is trained on: `PackedDataset`, or a data set that changes its sequences."""
-
-    def __len__(self) -> int: ...
-
-    def batch(self, indices: torch.Tensor) -> dict[str, torch.Tensor]: ...
 
 
 @dataclass(frozen=True)

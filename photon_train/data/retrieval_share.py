@@ -10,8 +10,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from photon_train.data.packing import IGNORED_LABEL, isolated
-from photon_train.data.pretrain import Sequences
+from photon_train.data.packing import IGNORED_LABEL, Sequences, isolated
 from photon_train.data.retrieval import (
     Sample,
     list_sample,

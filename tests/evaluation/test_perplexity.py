@@ -52,6 +52,29 @@ def test_dense_function_of_a_graft() -> None:
     assert abs(result.ce - evaluate_loss(model, data, 2).ce) > 1e-3
 
 
+@pytest.mark.parametrize(
+    ("name", "as_dense"), [("llama", False), ("memory", False), ("memory", True), ("block-2", False)]
+)
+def test_isolated_documents_have_the_loss_that_they_have_alone(name: str, as_dense: bool) -> None:
+    """The dense baseline, PHOTON and the dense function that it holds alike; no token is predicted across a start."""
+    model, data = tiny_model(name).eval(), tiny_data(6, documents=True)
+    data.filler = data.masked = None
+    options, total, tokens = {"as_dense": True} if as_dense else {}, 0.0, 0
+    for row, starts in zip(data.tokens.long(), data.starts, strict=True):
+        edges = [0, *(starts[1:].nonzero()[:, 0] + 1).tolist(), len(row)]
+        for begin, end in zip(edges, edges[1:], strict=False):
+            document = row[None, begin:end]
+            if document.shape[1] > 1:
+                with torch.no_grad():
+                    loss = model(document, labels=document, use_cache=False, **options).loss
+                total, tokens = total + loss.item() * (end - begin - 1), tokens + end - begin - 1
+    found = evaluate_loss(model, data, 4, as_dense=as_dense)
+    assert found.tokens == tokens < data.tokens.numel() - len(data)
+    assert found.ce == pytest.approx(total / tokens, abs=1e-5)
+    data.starts = None
+    assert abs(evaluate_loss(model, data, 4, as_dense=as_dense).ce - found.ce) > 1e-3
+
+
 def test_mode_precision_and_sequences_without_targets() -> None:
     model, data = tiny_model("llama").train(), tiny_data(5)
     data.filler[1] = True

@@ -87,6 +87,20 @@ def test_a_neighbour_changes_nothing(name: str, as_dense: bool) -> None:
         assert torch.equal(one, other)
 
 
+@pytest.mark.parametrize("name", ["window", "memory", "memory-full", "block-2", "stream-2-slots"])
+@torch.no_grad()
+def test_not_even_a_neighbour_that_is_no_number_changes_anything(name: str) -> None:
+    """What fills a row up is never another document: a weight of zero would let it through."""
+    model, ids, mine = model_of(name), tokens(len(LENGTHS), COLUMNS), slice(3, 26)
+    embeds = model.get_input_embeddings()(ids)
+    found = []
+    for value in (0.1, torch.nan):
+        others = torch.full_like(embeds, value)
+        others[0, mine] = embeds[0, mine]
+        found.append(model(inputs_embeds=others, position_ids=positions(LENGTHS)).logits[0, mine])
+    assert torch.equal(*found)
+
+
 @pytest.mark.parametrize("name", MODELS)
 def test_gradients_are_the_sum_of_those_of_the_documents(name: str) -> None:
     model, ids = model_of(name).train(), tokens(len(LENGTHS), COLUMNS)

@@ -27,13 +27,20 @@ def tiny_model(name: str, seed: int = 0, **changes: Any) -> PreTrainedModel:
     return hierarchical_model(name, seed=seed, **changes)
 
 
-def tiny_data(num_sequences: int, seed: int = 0, seq_len: int = SEQ_LEN) -> PackedDataset:
-    """Sequences of mostly low ids, which is what can be learned, with an uneven share of filler."""
+def tiny_data(num_sequences: int, seed: int = 0, seq_len: int = SEQ_LEN, documents: bool = False) -> PackedDataset:
+    """Sequences of mostly low ids, which is what can be learned, with an uneven share of filler.
+
+    With `documents` they hold isolated documents: of any two sequences that follow each other, one holds many.
+    """
     generator = torch.Generator().manual_seed(seed)
     ids = 3 + (torch.rand(num_sequences, seq_len, generator=generator) ** 4 * (VOCABULARY - 3)).long()
     share = torch.rand(num_sequences, 1, generator=generator)
     filler = torch.rand(num_sequences, seq_len, generator=generator) < share
-    return PackedDataset(ids.int(), filler, num_documents=num_sequences)
+    starts = None
+    if documents:
+        often = 0.3 * (torch.arange(num_sequences)[:, None] % 2)
+        starts = torch.rand(num_sequences, seq_len, generator=generator) < often
+    return PackedDataset(ids.int(), filler, num_documents=num_sequences, starts=starts)
 
 
 def tiny_run(lora: dict[str, Any] | None = None, **train: Any) -> RunConfig:

@@ -16,6 +16,7 @@ from tiny import VOCABULARY
 from tiny_training import Poison, losses, tiny_data, tiny_model, tiny_run
 
 from photon_train.config import ConsistencySettings, DistillSettings, RunConfig
+from photon_train.data.packing import PackedDataset
 from photon_train.training import heads
 from photon_train.training.accelerator import make_accelerator
 from photon_train.training.collect import gather_full_model
@@ -42,6 +43,15 @@ def run_config(name: str, batch_size: int) -> RunConfig:
     return config
 
 
+def sets(name: str) -> tuple[PackedDataset, PackedDataset]:
+    """Sequences to train on and held-out ones; the graft's hold isolated documents, a different number each.
+
+    The hierarchical model's mean of recursive consistency over a micro-batch would depend on how they are divided.
+    """
+    documents = name.startswith("memory")
+    return tiny_data(20, seed=1, documents=documents), tiny_data(7, seed=2, documents=documents)
+
+
 def main(output: Path, batch_size: int, names: list[str]) -> None:
     """Train each model in turn with one Accelerator; the first also with dropout and resumed, and with bad steps."""
     accelerator = make_accelerator(run_config(names[0], batch_size), output)
@@ -63,12 +73,11 @@ def main(output: Path, batch_size: int, names: list[str]) -> None:
         assert all(parameter.numel() for parameter in model.parameters()), "loaded in shards"
         config.lora.dropout = 0.2 if folder.name == "dropout" else 0.0
         model = add_lora(model, config.lora, config.seed)
-        sets = tiny_data(20, seed=1), tiny_data(7, seed=2)
         spoiler = None
         if folder.name == "poisoned":
             config.train.spike_window, config.train.max_steps = 4, 6
             spoiler = Poison(model, {3: "nan", 5: "gradient"}, active=accelerator.is_main_process)
-        return train(model, *sets, config, folder, accelerator=accelerator, name=name, on_step=spoiler)
+        return train(model, *sets(name), config, folder, accelerator=accelerator, name=name, on_step=spoiler)
 
     if (output / "checkpoints").exists():
         for name in names:
@@ -100,7 +109,7 @@ def main(output: Path, batch_size: int, names: list[str]) -> None:
             summary["poisoned"] = losses(poisoned)
             accelerator.free_memory()
             untrained = prepare_for_evaluation(accelerator, TrainingObjective(tiny_model(name)))
-            summary["untrained"] = evaluate(accelerator, untrained, tiny_data(7, seed=2), run_config(name, batch_size))
+            summary["untrained"] = evaluate(accelerator, untrained, sets(name)[1], run_config(name, batch_size))
             summary["largest"] = max(parameter.numel() for parameter in untrained.parameters())
         if accelerator.is_main_process:
             save_file(state, output / f"{name}.safetensors")

@@ -61,6 +61,28 @@ def _trained(name: str) -> torch.nn.Module:
     return model
 
 
+@pytest.mark.parametrize("name", ["memory", "memory-full"])
+def test_every_part_of_the_loss_holds_documents_apart(name):
+    """Student and teacher: what stands in another document changes no part of one document's loss, nor a gradient."""
+    batch, found = tiny_data(2, documents=True).batch(torch.arange(2)), []
+    assert (batch["position_ids"][1] == 0).sum() > 3
+    first = int((batch["position_ids"][1] == 0).nonzero()[2])
+    batch["labels"][0], batch["labels"][1, first:] = IGNORED, IGNORED
+    for token in (5, 9):
+        batch["input_ids"][1, first:] = token
+        model = _trained(name)
+        objective = TrainingObjective(model, DistillSettings(weight=0.5, hidden_weight=0.5)).train()
+        one = torch.ones((), dtype=torch.long)
+        parts = objective(**batch, target_tokens=one, sequences=one)
+        parts["total"].backward()
+        gradients = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+        found.append((parts, gradients))
+    (parts, gradients), (other_parts, other_gradients) = found
+    assert set(parts) == {"total", "ce", "distill", "distill_hidden"} and parts["distill"] > 0
+    assert all(torch.equal(parts[key], other_parts[key]) for key in parts)
+    assert all(torch.equal(gradients[key], other_gradients[key]) for key in gradients)
+
+
 @pytest.mark.parametrize("temperature", [1.0, 2.5])
 @pytest.mark.parametrize("chunks", [1, 5, 72])
 def test_kl_and_its_gradient_equal_the_formula(temperature, chunks):

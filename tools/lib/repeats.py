@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from photon_train.data.pretrain import Sequences
+from photon_train.data.packing import Sequences
 
 _MIN_PERIOD = 16
 _SPAN = (8, 48)  # shortest and longest repeated span, tokens
