@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
+import json
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +18,7 @@ import numpy as np
 import torch
 import transformers
 from huggingface_hub.utils import WeakFileLock
-from tokenizers import pre_tokenizers
+from tokenizers import Tokenizer, pre_tokenizers
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -25,6 +26,7 @@ from transformers import (
     PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
 )
 
 from photon_train.conversion.families import family_of
@@ -52,6 +54,7 @@ class _Header:
         architecture: ``general.architecture``, llama.cpp's name.
         splitting: ``tokenizer.ggml.pre``; None for SentencePiece vocabularies.
         context_length: Positions the model was trained for, if it says so.
+        vocabulary: Entries of its tokenizer.
         dtype: What the weights are saved in.
         num_weights: Elements of all tensors.
     """
@@ -59,6 +62,7 @@ class _Header:
     architecture: str
     splitting: str | None
     context_length: int | None
+    vocabulary: int
     dtype: torch.dtype
     num_weights: int
 
@@ -172,6 +176,7 @@ def _read_header(file: Path) -> _Header:
         architecture,
         values.get("tokenizer.ggml.pre") if values.get("tokenizer.ggml.model") == "gpt2" else None,
         values.get(f"{architecture}.context_length"),
+        len(reader.fields["tokenizer.ggml.tokens"].data) if "tokenizer.ggml.tokens" in reader.fields else 0,
         # Norms are in F32 in every file: what most weights are stored in decides.
         _STORED.get(stored.most_common(1)[0][0], torch.bfloat16),
         sum(stored.values()),
@@ -261,6 +266,7 @@ def _read_tokenizer(file: Path, header: _Header) -> PreTrainedTokenizerBase:
             f"{file}: its tokenizer cannot be read ({reason}): put the model's tokenizer.json and "
             "tokenizer_config.json beside it"
         ) from error
+    tokenizer = _without_additions(tokenizer, header.vocabulary)
     if header.splitting in _SPLIT_DIGITS:
         tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
             [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
@@ -268,3 +274,20 @@ def _read_tokenizer(file: Path, header: _Header) -> PreTrainedTokenizerBase:
     if header.context_length:
         tokenizer.model_max_length = header.context_length
     return tokenizer
+
+
+def _without_additions(tokenizer: PreTrainedTokenizerBase, vocabulary: int) -> PreTrainedTokenizerBase:
+    """Drop what transformers' classes add by default (GPT-2's ``<|endoftext|>``): the embedding has no rows for it."""
+    content = json.loads(tokenizer.backend_tokenizer.to_str())
+    extra = {entry["content"] for entry in content["added_tokens"] if entry["id"] >= vocabulary}
+    if not extra:
+        return tokenizer
+    content["added_tokens"] = [entry for entry in content["added_tokens"] if entry["content"] not in extra]
+    special = {
+        name: token
+        for name, token in tokenizer.special_tokens_map.items()
+        if isinstance(token, str) and token not in extra
+    }
+    return PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer.from_str(json.dumps(content)), chat_template=tokenizer.chat_template, **special
+    )

@@ -31,6 +31,7 @@ def test_a_file_of_floats_is_the_model_itself(tmp_path, tied):
     """Including the order of the dimensions of queries and keys, which GGUF interleaves."""
     model = gguf_model(tie_word_embeddings=tied)
     checkpoint = DenseCheckpoint.open(str(write_gguf(tmp_path / "tiny.gguf", model)))
+    checkpoint.check_tokenizer()
     read = AutoModelForCausalLM.from_pretrained(checkpoint.directory)
     assert checkpoint.dtype == torch.float32
     assert torch.equal(read(TOKENS).logits, model(TOKENS).logits)
@@ -63,6 +64,7 @@ def test_the_tokenizer_splits_digits_where_the_file_says_so(tmp_path):
     assert tokens[-1] == tokenizer.eos_token_id == 0
     assert tokenizer.chat_template == CHAT_TEMPLATE
     assert tokenizer.model_max_length == 512
+    assert len(tokenizer) == 261  # GPT-2's class would add its own end of text, for which there is no embedding
 
 
 def test_a_directory_with_one_file_is_that_file(tmp_path):
