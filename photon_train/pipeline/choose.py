@@ -13,8 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, Pre
 from photon_train.config import RunConfig
 from photon_train.conversion.cells import MIDDLE, CellProbe, ProbeText, probe_cells
 from photon_train.conversion.graft import configure, count_cells, format_cells, memory_candidates
-from photon_train.data.packing import IGNORED_LABEL
-from photon_train.data.pretrain import Sequences
+from photon_train.data.packing import IGNORED_LABEL, Sequences
 from photon_train.data.progress import progress_bar
 from photon_train.data.retrieval import longest_fact, needle_sequences, periodic_sequences, plain_text
 from photon_train.files import atomic_write_text

@@ -114,7 +114,7 @@ def test_wide_latents_are_packed_in_two_parts(heads, chosen, parts):
 
 
 def test_the_window_is_wider_for_real_models():
-    assert photon_config(dense_config(hidden_size=1024), run()).window == 256
+    assert photon_config(dense_config(hidden_size=1024), run()).window == 512
 
 
 def test_the_default_window_reaches_over_a_unit():

@@ -64,7 +64,7 @@ def test_split_has_a_stream_of_tokens():
     config = photon_config(eight_layers(), run("split"))
     assert (config.layout, config.window, config.num_sinks, config.preset) == ("stream", 64, 4, "split")
     assert [(level["chunk_size"], level["num_slots"]) for level in config.levels] == [(4, 1), (4, 1)]
-    assert photon_config(dense_config(hidden_size=1024), run("split")).window == 256
+    assert photon_config(dense_config(hidden_size=1024), run("split")).window == 512
 
 
 def test_the_default_window_reaches_over_the_top_unit():
