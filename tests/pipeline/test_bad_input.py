@@ -128,7 +128,7 @@ def quick(directory: Path) -> list[object]:
         (["--trian.max_steps", 3], "trian.max_steps"),
         (["--train.max_steps", "many"], "train.max_steps"),
         (["--preset", "grfat"], "grfat"),
-        (["--photon.chunk_size", 7, "--train.seq_len", 32], "train.seq_len"),
+        (["--photon.chunk_size", 7, "--train.seq_len", 32, "--dataset.isolate_documents", "false"], "train.seq_len"),
         (["--photon.window", 1], "photon.window"),
         (["--photon.num_levels", 2], "photon.num_levels"),
         (["--preset", "paper", "--photon.window", 64], "photon.window"),

@@ -124,12 +124,3 @@ def test_plans_are_compared_and_a_stopped_comparison_goes_on(dense: Path, tmp_pa
     assert {"machine", "versions", "commit"} <= result.keys()
     assert (tmp_path / "out" / "study.md").read_text().count("\n") == 2 + 5
     assert (tmp_path / "out" / "study.png").read_bytes().startswith(b"\x89PNG")
-
-
-@pytest.mark.slow
-def test_the_probe_prints_a_line_per_layer(dense: Path, tmp_path: Path) -> None:
-    arguments = ("--window", 16, "--seq-len", 64, "--sequences", 4, "--output", tmp_path / "probe.json")
-    done = tool("probe_layers.py", "--model", dense, *arguments)
-    assert done.returncode == 0, done.stderr
-    assert [row["layer"] for row in json.loads((tmp_path / "probe.json").read_text())["rows"]] == [0, 1, 2]
-    assert "kept alone" in done.stdout
