@@ -53,8 +53,8 @@ def _wandb_records(file: Path) -> Iterator:
             position += left
             continue
         _checksum, length, kind = struct.unpack_from("<IHB", data, position)
-        if kind == 0:
-            break
+        if kind == 0 or position + 7 + length > len(data):
+            break  # not written yet
         parts += data[position + 7 : position + 7 + length]
         position += 7 + length
         if kind in (1, 4):  # a whole record, or the last part of one
