@@ -10,7 +10,8 @@ the S tokens' keys and values (unrotated) that predicts best what the layer need
 
 Both are scaled to the same total, and the means go into the maps' biases, where they cost no cache. Of the bases in
 which a latent can be written, it gets one in which an error of any number counts the same, turned at random: then no
-number has a larger range than others, and few bits lose least (as rotations do in QuaRot, arXiv 2404.00456).
+number has a larger range than others, and few bits lose least (as rotations do in QuaRot, arXiv 2404.00456). Its size
+makes the weights of both maps equally large, so that training changes them at one rate.
 """
 
 from __future__ import annotations
@@ -209,6 +210,9 @@ def _regress(found: _Moments, errors: torch.Tensor, rank: int) -> tuple[torch.Te
     spread = counts.clamp(min=_LEAST_COST * float(counts.mean())).sqrt()
     turn = _random_rotation(rank).to(pack.device) @ torch.diag(spread) @ basis.T
     pack, unpack = turn @ pack, torch.linalg.solve(turn.T, unpack.T).T
+    # An optimiser's step is as large for every weight: neither map may be so small that it is lost in the first steps.
+    scale = (unpack.square().mean() / pack.square().mean()) ** 0.25
+    pack, unpack = scale * pack, unpack / scale
     return pack, -pack @ mean_x, unpack, mean_y
 
 

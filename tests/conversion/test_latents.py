@@ -230,6 +230,17 @@ def test_the_mean_costs_no_bits(name):
 
 
 @torch.no_grad()
+def test_both_maps_have_weights_of_one_size():
+    """An optimiser's step has one size: a map of small weights would be overwritten by the first steps."""
+    model = uneven("memory")
+    fit_latents(model, TEXT)
+    for layer in model.config.memory_layers:
+        memory = model.model.layers[layer].self_attn.memory
+        sizes = [part.maps[0].weight.square().mean().sqrt() for part in (memory.chunker, memory.converter)]
+        torch.testing.assert_close(sizes[0], sizes[1], rtol=1e-4, atol=0)
+
+
+@torch.no_grad()
 def test_what_fits_into_the_rank_is_reconstructed_exactly():
     """Where a layer's keys and values are the same for both tokens of a unit, one latent holds both."""
     model = photon_model("memory-apart")
