@@ -58,6 +58,7 @@ class Bench:
         self.cases = [case for case in cases if options.only in (None, case.context)]
         self.prefill = self._prefill()
         self.began = time.perf_counter()
+        self.until = self.began + options.budget_seconds
         self.measured: list[tuple[Case, dict[str, Any], list[float]]] = []
         self.record: dict[str, Any] = {"shape": options.shape, "window": options.window, "backend": options.backend}
         gpu = device.type == "cuda"
@@ -110,8 +111,13 @@ class Bench:
             PhotonError: if they differ by more than rounding.
         """
         ids = torch.randint(3, 1000, (1, 310), generator=torch.Generator().manual_seed(1)).to(self.device)
-        self.record["relative_errors"][system.name] = error = system.check(ids, 270)
-        if not error < max(system.tolerance, 5e-2 if self.dtype == torch.bfloat16 else 0.0):
+        errors = self.record["relative_errors"]
+        errors[system.name] = error = system.check(ids, 270)
+        # Random weights of a deep model make much of a rounding: what it does to the dense model is the measure.
+        rounding = (
+            0.0 if self.dtype != torch.bfloat16 else 2.5 * max((errors[n] for n in FULL if n in errors), default=0.02)
+        )
+        if not error < max(system.tolerance, rounding) or error > 0.2:
             raise PhotonError(f"{system.name} computes something else: relative error {error:.2g}")
         print(f"{system.name}: relative error {error:.1g}", flush=True)
 
@@ -148,7 +154,11 @@ class Bench:
 
     def run_alone(self) -> None:
         """One system at a time; its cache has the memory that its weights leave."""
-        for build in self.groups():
+        groups = self.groups()
+        for number, build in enumerate(groups):
+            # Each group has its share of the time that is left: a slow one does not take the others'.
+            left = self.began + self.options.budget_seconds - time.perf_counter()
+            self.until = time.perf_counter() + left / (len(groups) - number)
             systems = build()
             for system in systems:
                 self.check(system)
@@ -169,7 +179,7 @@ class Bench:
             self.measured.append((case, row, rates))
 
     def _is_late(self, case: Case, system: System | None = None) -> bool:
-        if time.perf_counter() - self.began < self.options.budget_seconds:
+        if time.perf_counter() < self.until:
             return False
         name = system and system.name
         self.record["skipped"].append(vars(case) | {"system": name, "reason": "the time was up"})

@@ -3,10 +3,11 @@
 python tools/compare_long.py --dense runs/smollm2 --data runs/text/train --held-out runs/text/heldout \
     --probe runs/smollm2-probe.json --plans tools/plans/smollm2.yaml --output benchmarks/quality/smollm2.json
 
-A plan of the YAML file is a mapping with `plan` (dense, dense-window, or graft), an optional `name`, and dotted
-settings of the recipe; `all` holds for every plan. `photon.memory_budget` takes the probe's best cells. A plan with
-`export`, the output directory of a run of the recipe, measures its fine-tuned model instead. Rows that the output
-already holds are not measured again, so a stopped comparison goes on.
+A plan of the YAML file is a mapping with `plan` (dense, dense-finetuned, dense-window, or graft), an optional `name`,
+and dotted settings of the recipe; `all` holds for every plan. `photon.memory_budget` takes the probe's best cells. A
+plan with `run`, the output directory of a run of the recipe, measures the model that it fine-tuned. Rows that the
+output already holds are not measured again, so a stopped comparison goes on; `--add` takes rows over from others,
+measured on other machines or by other processes.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import argparse
 import dataclasses
 import hashlib
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +37,7 @@ from photon_train.data.packing import pack
 from photon_train.errors import PhotonError
 from photon_train.evaluation.long import LongInputs, LongSettings, evaluate_long, prepare_long
 from photon_train.evaluation.report import write_rows
+from photon_train.pipeline.run import DENSE_FINETUNED
 
 _SHOWN = ("name", "length", "kv_growing_percent", "kv_total_percent", "ce_beyond_window", "ruler", "needle")
 _CALIBRATION = 64  # sequences
@@ -52,7 +55,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--lengths", nargs="+", type=int, default=[2048], help="tokens of texts and prompts (2048)")
     parser.add_argument("--sequences", type=int, default=8, help="texts per length (8)")
     parser.add_argument("--samples", type=int, default=10, help="prompts per RULER task and length (10)")
+    parser.add_argument("--batch-size", type=int, default=4, help="prompts that are answered at once (4)")
     parser.add_argument("--seed", type=int, default=0, help="seed of the prompts")
+    parser.add_argument("--add", nargs="*", type=Path, default=[], help="outputs of this tool whose rows to take over")
     return parser.parse_args()
 
 
@@ -73,20 +78,25 @@ class Comparison:
     def __init__(self, options: argparse.Namespace) -> None:
         self.dense, self.options = options.dense, options
         self.tokenizer = AutoTokenizer.from_pretrained(options.dense)
+        self.device = "cuda" if torch.cuda.is_available() else "cpu"
         self._calibration: list[torch.Tensor] | None = None
 
     def open(self, plan: dict[str, Any], common: dict[str, Any]) -> PreTrainedModel:
-        """The model of a plan."""
+        """The model of a plan, on the GPU if there is one."""
+        return self._open(plan, common).to(self.device)
+
+    def _open(self, plan: dict[str, Any], common: dict[str, Any]) -> PreTrainedModel:
         if plan["plan"] == "dense":
             return AutoModelForCausalLM.from_pretrained(self.dense, dtype="auto")
-        if "export" in plan:
-            return AutoModelForCausalLM.from_pretrained(Path(plan["export"]) / "export", dtype="auto")
+        if "run" in plan:
+            directory = DENSE_FINETUNED if plan["plan"] == "dense-finetuned" else "export"
+            return AutoModelForCausalLM.from_pretrained(Path(plan["run"]) / directory, dtype="auto")
         config = settings_of(plan, common)
         photon = config.photon
         if photon.memory_cells is None:
             cells = self._best_cells(config)
             config.photon = dataclasses.replace(photon, memory_cells=cells, memory_budget=None)
-        return converted(self.dense, config, self._fitted_to(config))
+        return converted(self.dense, config, self._fitted_to(config), self.device)
 
     def _best_cells(self, config: RunConfig) -> list[str]:
         if self.options.probe is None:
@@ -120,15 +130,15 @@ def cache_percents(model: PreTrainedModel, length: int) -> dict[str, float]:
 
 def measure(
     model: PreTrainedModel, plan: dict[str, Any], comparison: Comparison, inputs: LongInputs
-) -> list[dict[str, Any]]:
-    """One row per length."""
+) -> Iterator[dict[str, Any]]:
+    """A row per length, as it is measured."""
     cells = getattr(model.config, "memory_cells", None)
     trained = 0
-    if "export" in plan:
-        report = json.loads((Path(plan["export"]) / "report.json").read_text(encoding="utf-8"))
+    if "run" in plan:
+        report = json.loads((Path(plan["run"]) / "report.json").read_text(encoding="utf-8"))
         trained = report["tokens"]
-    return [
-        {
+    for found in evaluate_long(model, comparison.tokenizer, inputs):
+        yield {
             "plan": plan["plan"],
             "name": plan.get("name", plan["plan"]),
             "seed": inputs.settings.seed,
@@ -137,10 +147,9 @@ def measure(
             **cache_percents(model, found["length"]),
             "cells": None if cells is None else format_cells(cells),
             "window": getattr(model.config, "window", None),
+            "device": torch.cuda.get_device_name() if comparison.device == "cuda" else "cpu",
             "config": {key: value for key, value in plan.items() if key not in ("plan", "name")},
         }
-        for found in evaluate_long(model, comparison.tokenizer, inputs)
-    ]
 
 
 def main() -> None:
@@ -148,23 +157,37 @@ def main() -> None:
     content = read_yaml(options.plans)
     common, plans = content.get("all", {}), content["plans"]
     comparison = Comparison(options)
-    measured = LongSettings(tuple(options.lengths), options.sequences, options.samples, seed=options.seed)
-    documents = list(read_documents(options.held_out, DataSettings()))
-    inputs = prepare_long(documents, comparison.tokenizer, measured)
-    rows = read_rows(options.output)
-    done = {row["key"] for row in rows}
-    asked = [str(options.dense), dataclasses.asdict(measured), common]
+    settings = LongSettings(
+        tuple(options.lengths), options.sequences, options.samples, batch_size=options.batch_size, seed=options.seed
+    )
+    inputs = prepare_long(list(read_documents(options.held_out, DataSettings())), comparison.tokenizer, settings)
+    rows = {row["key"]: row for path in (options.output, *options.add) for row in read_rows(path)}
     for plan in plans:
-        key = hashlib.sha256(json.dumps([*asked, plan], sort_keys=True).encode()).hexdigest()[:16]
         name = plan.get("name", plan["plan"])
-        if key in done or (options.only is not None and name not in options.only):
+        if options.only is not None and name not in options.only:
+            continue
+        keys = {length: row_key(options, settings, common, plan, length) for length in options.lengths}
+        missing = tuple(length for length, key in keys.items() if key not in rows)
+        if not missing:
             continue
         model = comparison.open(plan, common)
-        for row in measure(model, plan, comparison, inputs):
-            rows.append({"key": key, **row})
-            print(json.dumps({column: rows[-1][column] for column in _SHOWN}), flush=True)
-        write_rows(options.output, rows, dense=options.dense.name, all=common)
-    plot_frontier(rows, options.output.with_suffix(".png"))
+        wanted = dataclasses.replace(inputs, settings=dataclasses.replace(settings, lengths=missing))
+        for row in measure(model, plan, comparison, wanted):
+            key = keys[row["length"]]
+            rows[key] = {"key": key, **row}
+            print(json.dumps({column: row[column] for column in _SHOWN}), flush=True)
+            write_rows(options.output, list(rows.values()), dense=options.dense.name, all=common)
+    write_rows(options.output, list(rows.values()), dense=options.dense.name, all=common)
+    plot_frontier(list(rows.values()), options.output.with_suffix(".png"))
+
+
+def row_key(
+    options: argparse.Namespace, settings: LongSettings, common: dict[str, Any], plan: dict[str, Any], length: int
+) -> str:
+    """What a row was measured by; how many prompts were answered at once changes nothing."""
+    asked = {**dataclasses.asdict(settings), "lengths": [length], "batch_size": None}
+    text = json.dumps([options.dense.name, asked, common, plan], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 if __name__ == "__main__":

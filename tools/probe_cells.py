@@ -14,6 +14,7 @@ whole layers as the sets pay for. That takes a pass per cell, and about ten time
 from __future__ import annotations
 
 import argparse
+import json
 import time
 from dataclasses import asdict
 from pathlib import Path
@@ -78,7 +79,8 @@ def main() -> None:
     probe = run_probe(model, texts, options.window, options.sinks, layers)
     seconds = time.perf_counter() - began
     make_console().print(probe.table())
-    record = {"model": Path(options.model).name, "length": length, "window": options.window, "sinks": options.sinks}
+    # With the probe itself: `CellProbe.from_json` reads the file.
+    record = {"model": Path(options.model).name, "length": length, **json.loads(probe.to_json())}
     record |= {"sequences": counts, "dtype": str(model.dtype).removeprefix("torch."), "seed": options.seed}
     rows = []
     if options.compare:

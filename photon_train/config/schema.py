@@ -226,7 +226,7 @@ class TrainSettings:
     keep_checkpoints: Count = Field(2, json_schema_extra=FREE)
     """Newest checkpoints kept on disk."""
     dense_baseline: Flag = Field(True, json_schema_extra=FREE)
-    """Also fine-tune the dense model the same way, for the report."""
+    """Also fine-tune the dense model the same way, for the report, and keep it in `dense-finetuned/`."""
 
 
 @dataclass(config=_CHECKED)

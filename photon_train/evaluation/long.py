@@ -6,7 +6,7 @@ Likelihood alone hides lost retrieval, and retrieval alone what happens to ordin
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -143,8 +143,8 @@ def evaluate_long(
     inputs: LongInputs,
     make_cache: MakeCache | None = None,
     on_tokens: Callable[[int], None] | None = None,
-) -> list[dict[str, Any]]:
-    """Measure a dense or PHOTON causal LM.
+) -> Iterator[dict[str, Any]]:
+    """Measure a dense or PHOTON causal LM, a length at a time.
 
     Args:
         model: On its device; it is left as it was.
@@ -154,31 +154,27 @@ def evaluate_long(
             model's own.
         on_tokens: Is told tokens as they are read; they sum to ``inputs.tokens_read``.
 
-    Returns:
-        A row per length: ``length``, ``tokens`` (read), what `bucket_means` returns, ``ruler`` (mean score of the
-        tasks), ``ruler_tasks``, ``needle`` (score of a single needle), ``needle_nll``, ``needle_by_depth`` and
-        ``needle_nll_by_depth`` (percent of the text before it -> mean), ``seconds``. Scores lie in [0, 1], the rest is
-        in nats; what was not asked for is None.
+    Yields:
+        A row per length, as soon as it is measured: ``length``, ``tokens`` (read), what `bucket_means` returns,
+        ``ruler`` (mean score of the tasks), ``ruler_tasks``, ``needle`` (score of a single needle), ``needle_nll``,
+        ``needle_by_depth`` and ``needle_nll_by_depth`` (percent of the text before it -> mean), ``seconds``. Scores lie
+        in [0, 1], the rest is in nats; what was not asked for is None.
     """
-    was_training = model.training
-    model.eval()
-    found = []
     for length in inputs.settings.lengths:
+        was_training = model.training
+        model.eval()
         start = time.perf_counter()
         losses = [position_losses(model, row, make_cache, on_tokens) for row in inputs.rows[length]]
         samples = inputs.samples[length]
         answers = list(answer_samples(model, tokenizer, samples, inputs.settings.batch_size, make_cache, on_tokens))
-        found.append(
-            {
-                "length": length,
-                "tokens": inputs.rows[length].numel() + sum(len(sample.tokens) for sample in samples),
-                **bucket_means(torch.stack(losses), inputs.settings.beyond),
-                **_retrieval(answers),
-                "seconds": round(time.perf_counter() - start, 1),
-            }
-        )
-    model.train(was_training)
-    return found
+        model.train(was_training)
+        yield {
+            "length": length,
+            "tokens": inputs.rows[length].numel() + sum(len(sample.tokens) for sample in samples),
+            **bucket_means(torch.stack(losses), inputs.settings.beyond),
+            **_retrieval(answers),
+            "seconds": round(time.perf_counter() - start, 1),
+        }
 
 
 def _mean(values: Sequence[float]) -> float | None:

@@ -188,12 +188,12 @@ def _fit(
 
     answers = make(1).answers
     room = length - len(tokenizer(", ".join(answers), add_special_tokens=False).input_ids) - _SLACK
-    low, high = 0, 1
-    while high < 2 * length and len(encode(make(high))) <= room:
-        low, high = high, 2 * high
+    # Filler's tokens are nearly in proportion to it: a few encodings of a long text are enough.
+    low, high, filler = 0, 2 * length, max(1, length // 32)
     while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (middle, high) if len(encode(make(middle))) <= room else (low, middle)
+        used = len(encode(make(filler)))
+        low, high = (filler, high) if used <= room else (low, filler)
+        filler = min(max(round(filler * room / used), low + 1), high - 1)
     if low == 0:
         raise PhotonError(f"no prompt of {task} fits {length} tokens: take greater lengths (--lengths)")
     prompt = make(low)

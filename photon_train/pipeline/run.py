@@ -8,6 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate.utils import broadcast_object_list
 from transformers import AutoModelForCausalLM
 
@@ -17,11 +18,11 @@ from photon_train.conversion.calibrate import calibrate_directory, calibration_b
 from photon_train.conversion.source import DenseCheckpoint
 from photon_train.data.demo import demo_dense_model
 from photon_train.errors import PhotonError
-from photon_train.files import atomic_write_text, check_can_write
+from photon_train.files import atomic_directory, atomic_write_text, check_can_write
 from photon_train.manifest import verify_manifest
 from photon_train.pipeline.base import TrainingRun, outcome
 from photon_train.pipeline.choose import choose_cells, wants_probe, with_cells
-from photon_train.pipeline.devices import roomy_device
+from photon_train.pipeline.devices import roomy_device, weight_bytes
 from photon_train.pipeline.prepare import (
     Conversion,
     Text,
@@ -34,9 +35,12 @@ from photon_train.pipeline.prepare import (
 )
 from photon_train.pipeline.stages import Stages
 from photon_train.training.accelerator import make_accelerator
+from photon_train.training.collect import gather_full_model
 from photon_train.training.loop import evaluate, prepare_for_evaluation
 from photon_train.training.lora import add_lora
 from photon_train.training.losses import TrainingObjective
+
+DENSE_FINETUNED = "dense-finetuned"
 
 
 def run_conversion(config: RunConfig, families: tuple[str, ...] | None = None) -> None:
@@ -128,8 +132,10 @@ class _ConversionRun(TrainingRun):
         }
 
     def paths(self) -> dict[str, str]:
+        finetuned = self.output / DENSE_FINETUNED
         return {
             "dense model": str(self.conversion.checkpoint.directory),
+            **({"fine-tuned dense model": str(finetuned)} if finetuned.exists() else {}),
             "plan": str(self.output / "plan.json"),
             "converted model": str(self.start),
         }
@@ -188,7 +194,23 @@ class _ConversionRun(TrainingRun):
         self.say("Fine-tuning the dense model the same way, for comparison.")
         config = _as_baseline(self.config)
         model = add_lora(model, config.lora, config.seed)
-        return outcome(self.train(model, config, text, name="dense"))
+        result = self.train(model, config, text, name="dense")
+        state = gather_full_model(self.accelerator, result.model)
+        if self.is_main:
+            self._save_dense(directory, state, text)
+        return outcome(result)
+
+    def _save_dense(self, directory: Path, state: dict[str, torch.Tensor], text: Text) -> None:
+        """The fine-tuned dense model as a checkpoint: what the export can be measured against on other tasks."""
+        output = self.output / DENSE_FINETUNED
+        if output.exists():  # a run that was stopped right after: a directory is there only when it is complete
+            return
+        model = AutoModelForCausalLM.from_pretrained(directory, dtype="auto")
+        check_can_write(output, weight_bytes(directory), "the fine-tuned dense model")
+        model.load_state_dict(state)
+        with atomic_directory(output) as partial_output:
+            model.save_pretrained(partial_output, max_shard_size=self.config.export.max_shard_size)
+            text.tokenizer.save_pretrained(partial_output)
 
 
 def _as_baseline(config: RunConfig) -> RunConfig:

@@ -246,13 +246,13 @@ def test_a_model_is_measured_at_every_length(model):
     tokenizer, counts = byte_tokenizer(), []
     inputs = prepare_long(DOCUMENTS, tokenizer, settings)
     assert 0 < estimate_seconds(model, inputs) < 600
-    rows = evaluate_long(model, tokenizer, inputs, on_tokens=counts.append)
+    rows = list(evaluate_long(model, tokenizer, inputs, on_tokens=counts.append))
     assert sum(counts) == inputs.tokens_read == sum(row["tokens"] for row in rows)
     assert [row["length"] for row in rows] == [700, 1400]
     assert list(rows[1]["ce_by_position"]) == ["0-256", "256-1024", "1024-2048"]
     assert rows[0]["needle_nll"] == rows[0]["needle_nll_by_depth"]["0"] > 0
     assert all(set(row["ruler_tasks"]) == set(settings.tasks) for row in rows)
-    without = evaluate_long(model, tokenizer, prepare_long(DOCUMENTS, tokenizer, replace(settings, samples=0)))
+    without = list(evaluate_long(model, tokenizer, prepare_long(DOCUMENTS, tokenizer, replace(settings, samples=0))))
     assert [row["ce"] for row in without] == [row["ce"] for row in rows]
     assert without[0]["ruler"] is without[0]["needle"] is None
 

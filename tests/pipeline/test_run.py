@@ -9,8 +9,10 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from safetensors.torch import load_file
 from tiny_checkpoint import tiny_checkpoint
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from photon_train.conversion.cells import CellProbe
 from photon_train.conversion.plan import ConversionPlan
@@ -132,10 +134,29 @@ def test_zero_3_on_two_processes_exports_what_one_process_exports(run, tmp_path)
     )
     assert sharded["tuned_ce"] == pytest.approx(report["tuned_ce"], rel=1e-3)
     assert sharded["dense_tuned_ce"] == pytest.approx(report["dense_tuned_ce"], rel=1e-3)
-    expected, weights = (load_file(path / "export" / "model.safetensors") for path in (output, tmp_path / "out"))
-    assert expected.keys() == weights.keys()
-    for name, tensor in expected.items():
-        assert (weights[name] - tensor).abs().max() < 5e-3, name
+    for kind in ("export", "dense-finetuned"):
+        expected, weights = (load_file(path / kind / "model.safetensors") for path in (output, tmp_path / "out"))
+        assert expected.keys() == weights.keys()
+        for name, tensor in expected.items():
+            assert (weights[name] - tensor).abs().max() < 5e-3, name
+
+
+@pytest.mark.distributed
+@pytest.mark.slow
+def test_the_fine_tuned_dense_model_is_kept(run):
+    """With the text's loss that the report gives it, and the dense model's tensors, the adapted ones changed."""
+    output, report = run
+    before, after = (
+        load_file(path / "model.safetensors") for path in (output.parent / "dense", output / "dense-finetuned")
+    )
+    assert before.keys() == after.keys()
+    changed = {name.split(".")[-2] for name, tensor in before.items() if not tensor.equal(after[name])}
+    assert changed == {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
+    assert report["paths"]["fine-tuned dense model"] == str(output / "dense-finetuned")
+    model = AutoModelForCausalLM.from_pretrained(output / "dense-finetuned").eval()
+    ids = torch.arange(1, 40)[None]
+    assert not model(ids).logits.isnan().any()
+    AutoTokenizer.from_pretrained(output / "dense-finetuned")
 
 
 @pytest.mark.distributed

@@ -42,7 +42,7 @@ def test_the_plans_for_smollm2_are_what_they_say():
     shape = {"hidden_size": 576, "num_attention_heads": 9, "num_key_value_heads": 3, "head_dim": 64}
     dense = dense_config(num_hidden_layers=30, max_position_embeddings=8192, **shape)
     for plan in content["plans"]:
-        if plan["plan"] == "dense" or "export" in plan:
+        if plan["plan"] == "dense" or "run" in plan:
             continue
         photon = photon_config(dense, config := tool.settings_of(plan, content["all"]))
         grows = accounting.growing_bytes_per_token(photon) / accounting.dense_cache_bytes(dense, 1)
@@ -88,3 +88,10 @@ def test_rows_are_measured_once_with_the_cells_of_the_probe(tmp_path, monkeypatc
     capsys.readouterr()
     load_tool().main()
     assert json.loads(output.read_text())["rows"] == rows and not capsys.readouterr().out.count("graft")
+
+    # Another output takes the rows over, and measures nothing again.
+    argv[argv.index(output)] = other = tmp_path / "other.json"
+    monkeypatch.setattr(sys, "argv", ["compare_long.py", *map(str, argv), "--add", str(output)])
+    load_tool().main()
+    assert json.loads(other.read_text())["rows"] == rows
+    assert not capsys.readouterr().out.count("graft")

@@ -44,18 +44,17 @@ CASES = {
     ],
     # By context, so that the dense model encodes each once.
     "gpu": [
-        Case("long", 4096, None, 32),
         Case("long", 4096, 32, 32),
         Case("long", 4096, 1, 32),
-        Case("multi-query", 4096, 9, 32),
-        Case("multi-query", 4096, 64, 32),
-        Case("long", 32_768, None, 32),
+        Case("multi-query", 4096, 64, 16),
+        Case("long", 4096, None, 8),
         Case("long", 32_768, 8, 32),
         Case("long", 32_768, 1, 32),
-        Case("long", 131_072, None, 16),
+        Case("long", 32_768, None, 8),
         Case("long", 131_072, 1, 32),
-        Case("prefill-heavy", 2048, 32, 32),
-        Case("decode-heavy", 128, 32, 32),
+        Case("long", 131_072, None, 8),
+        Case("prefill-heavy", 2048, 32, 16),
+        Case("decode-heavy", 128, 32, 16),
     ],
 }
 # On a GPU the time to the first token of the cases above says it.

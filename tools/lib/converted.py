@@ -17,17 +17,20 @@ from photon_train.conversion.presets import make_plan, photon_config
 from photon_train.conversion.source import DenseCheckpoint
 
 
-def converted(dense: Path, config: RunConfig, calibration: Sequence[torch.Tensor]) -> PreTrainedModel:
+def converted(
+    dense: Path, config: RunConfig, calibration: Sequence[torch.Tensor], device: str | torch.device = "cpu"
+) -> PreTrainedModel:
     """What the recipe makes of a dense checkpoint before it trains.
 
     Args:
         config: The run's settings; `photon.memory_cells` is set where cells are to be chosen by a probe.
         calibration: Batches of token ids ``[B, T]`` that the new modules are fitted to.
+        device: Where they are fitted; the model comes on the CPU.
     """
     checkpoint = DenseCheckpoint.open(str(dense))
     target = photon_config(checkpoint.config, config)
     with tempfile.TemporaryDirectory() as scratch:
         directory = Path(scratch) / "converted"
-        fit = partial(calibrate_directory, batches=calibration)
+        fit = partial(calibrate_directory, batches=calibration, device=device)
         convert(checkpoint, make_plan(checkpoint, target), target, directory, progress=False, on_written=fit)
         return AutoModelForCausalLM.from_pretrained(directory, dtype="auto")
