@@ -112,51 +112,54 @@ def window_mask(
     return FlexMask(starts.int(), after.int(), at_least.int(), at_most.int())
 
 
+def far_ends(units: int, chunk_size: int, num_sinks: int, device: torch.device) -> torch.Tensor:
+    """The `unit_ends` of `window_mask` for far keys that are single tokens under their units, of so many units; a sink
+    is never seen there."""
+    token = torch.arange(units * chunk_size, device=device)
+    return ((token // chunk_size + 1) * chunk_size).masked_fill(token < num_sinks, NEVER)
+
+
 def attend_window(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
-    starts: torch.Tensor,
-    index: torch.Tensor,
-    num_sinks: int,
+    mask: FlexMask,
     scale: float,
     far: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None,
-    chunk_size: int = 1,
-    varies: bool = False,
 ) -> torch.Tensor:
     """Attention of a segment without a past to its window, its sinks and far keys.
 
     Args:
         query: ``[B, Hq, T, D]``; key, value: ``[B, Hkv, T, D]``.
-        starts, index, num_sinks: As for `window_mask`.
+        mask: From `window_mask`, with the far keys' ends where there are any.
         far: The queries as far keys want them, ``[B, Hq, T, D]``, far keys and values ``[B, Hkv, U, D]``.
-        chunk_size: Tokens under a unit.
-        varies: Whether B and T differ from call to call.
 
     Returns:
         ``[B, Hq, T, D]``. Compiled on a GPU.
     """
-    function, size, ends = compiled(varies) if query.is_cuda else flex_attention, query.shape[-1], None
-    if far is not None and far[1].shape[2]:
+    function, size = compiled() if query.is_cuda else flex_attention, query.shape[-1]
+    if far is not None:
         # One softmax takes rotated scores near and unrotated ones far: a query is both side by side, a near key has
         # zeros for the second half, a far key for the first. Values are padded as well: the kernel wants one width.
         query = torch.cat([query, far[0]], dim=-1)
         key, value = F.pad(key, (0, size)), F.pad(value, (0, size))
-        token = torch.arange(far[1].shape[2], device=query.device)
-        ends = ((token // chunk_size + 1) * chunk_size).masked_fill(token < num_sinks, NEVER)
         far = tuple(F.pad(part, (size, 0) if number == 0 else (0, size)) for number, part in enumerate(far[1:]))
-    mask = window_mask(starts, index, num_sinks, ends)
-    return attend_fused(query, key, value, mask, scale, far if ends is not None else None, function)[..., :size]
+    return attend_fused(query, key, value, mask, scale, far, function)[..., :size]
 
 
 def attend_fused(query, key, value, mask: FlexMask, scale: float, far=None, function: Callable = flex_attention):
-    """`flex_attention` of ``[B, H, T, D]`` to near keys and far ones ``[B, Hkv, U, D]``, padded to whole blocks."""
-    length = query.shape[2]
+    """`flex_attention` of ``[B, H, T, D]`` to near keys and far ones ``[B, Hkv, U, D]``, padded to whole blocks.
+
+    Key heads are rows of their own: layers with other numbers of cells are then one shape to the compiler.
+    """
+    batch, heads, length, size = query.shape
     states = [_whole_blocks(part) for part in (query, key, value)]
     if far is not None:
         states[1:] = (torch.cat([near, _whole_blocks(part)], 2) for near, part in zip(states[1:], far, strict=True))
-    grouped = query.shape[1] != key.shape[1]
-    return function(*states, block_mask=mask.block_mask, scale=scale, enable_gqa=grouped)[:, :, :length]
+    rows = batch * key.shape[1]
+    query, key, value = (part.reshape(rows, -1, *part.shape[2:]) for part in states)
+    out = function(query, key, value, block_mask=mask.block_mask, scale=scale, enable_gqa=query.shape[1] > 1)
+    return out.reshape(batch, heads, -1, size)[:, :, :length]
 
 
 def _whole_blocks(states: torch.Tensor) -> torch.Tensor:
@@ -164,35 +167,30 @@ def _whole_blocks(states: torch.Tensor) -> torch.Tensor:
 
 
 @functools.cache
-def compiled(varies: bool = False) -> Callable:
-    """`flex_attention` as a fused kernel: uncompiled, it would hold all scores.
-
-    Args:
-        varies: Compile for any number and length of rows, once; else anew for each.
-    """
-    if not varies:
-        return torch.compile(flex_attention, dynamic=False)
+def compiled() -> Callable:
+    """`flex_attention` as a fused kernel for any number and length of rows: uncompiled, it would hold all scores."""
     # Sizes of one are still compiled for apart; past the limit (8) it would run uncompiled.
     torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
     return torch.compile(flex_attention, dynamic=True)
 
 
 @functools.cache
-def is_usable(
-    device: torch.device, dtype: torch.dtype, heads: int, kv_heads: int, head_dim: int, varies: bool = False
-) -> bool:
+def is_usable(device: torch.device, dtype: torch.dtype, queries: int, head_dim: int) -> bool:
     """Whether the compiled kernel runs here and gives what a plain softmax gives, forward and backward.
 
-    Tried once per shape class, on random numbers, and logged if not: nothing then depends on it. What is compiled for
-    sizes that vary is tried on two.
+    Tried once per shape class, on random numbers of two sizes, and logged if not: nothing then depends on it.
+
+    Args:
+        queries: Query heads per key head.
     """
-    shapes = ((1, 2), (3, 4)) if varies else ((1, 2),)
-    return all(_try(device, dtype, heads, kv_heads, head_dim, varies, *shape) for shape in shapes)
+    # Compiling takes seconds to minutes, and whoever waits wants to know for what.
+    logger.info("compiling windowed attention on %s: the first steps take up to a few minutes", device)
+    return all(_try(device, dtype, queries, head_dim, *shape) for shape in ((1, 2), (3, 4)))
 
 
-def _try(device, dtype, heads: int, kv_heads: int, head_dim: int, varies: bool, batch: int, blocks: int) -> bool:
+def _try(device, dtype, queries: int, head_dim: int, batch: int, blocks: int) -> bool:
     generator = torch.Generator().manual_seed(0)
-    sizes = [(heads, blocks * BLOCK), *[(kv_heads, blocks * BLOCK)] * 2, *[(kv_heads, 8)] * 2]
+    sizes = [(queries, blocks * BLOCK), *[(1, blocks * BLOCK)] * 2, *[(1, 8)] * 2]
     numbers = [torch.randn(batch, *size, head_dim, generator=generator) for size in sizes]
     leaves = [each.to(device, dtype).requires_grad_() for each in numbers]
     query, key, value, *far = leaves
@@ -202,7 +200,7 @@ def _try(device, dtype, heads: int, kv_heads: int, head_dim: int, varies: bool, 
     # What the caller runs under must not round the reference.
     with torch.autocast(device.type, enabled=False), torch.enable_grad():
         try:
-            out = attend_fused(query, key, value, mask, 0.3, tuple(far), compiled(varies))
+            out = attend_fused(query, key, value, mask, 0.3, tuple(far), compiled())
             upstream = torch.randn(out.shape, generator=generator).to(device, dtype)
             results = [out, *torch.autograd.grad(out, leaves, upstream)]
         except Exception as error:  # compilers fail in many ways, and the blockwise path is always there
@@ -212,7 +210,7 @@ def _try(device, dtype, heads: int, kv_heads: int, head_dim: int, varies: bool, 
         precise = [leaf.detach().double().requires_grad_() for leaf in leaves]
         pairs = zip(precise[1:3], precise[3:], strict=True)
         joined = [torch.cat([near, _whole_blocks(part)], dim=2) for near, part in pairs]
-        keys, values = (part.repeat_interleave(heads // kv_heads, dim=1) for part in joined)
+        keys, values = (part.expand(-1, queries, -1, -1) for part in joined)
         expected = F.scaled_dot_product_attention(precise[0], keys, values, attn_mask=mask.visible(), scale=0.3)
         expected = [expected, *torch.autograd.grad(expected, precise, upstream.double())]
     with torch.no_grad():

@@ -9,7 +9,7 @@ import torch
 
 from .attention_photon import NewElements, load_kernels, unrotate
 from .cache_photon import KeyValue, SlotMapping
-from .flex_photon import attend_window
+from .flex_photon import attend_window, far_ends
 from .memory_photon import LayerMemory, put_heads, take_heads, take_heads_back
 from .segments_photon import WindowSegment
 from .softmax_photon import FarKeys, additive, merge
@@ -222,8 +222,11 @@ class MemorySegment(WindowSegment):
         return self._biases[name]
 
     def _attend_fused(self, query, key, value, scale, far) -> torch.Tensor:
-        near = self.start[0], self.index[0], self.num_sinks
-        return attend_window(query, key, value, *near, scale, far, self.chunk_size, self.new.varies)
+        units = 0 if far is None else far[1].shape[2] // self.chunk_size
+        if not units:
+            return super()._attend_fused(query, key, value, scale, None)
+        ends = far_ends(units, self.chunk_size, self.num_sinks, query.device)
+        return attend_window(query, key, value, self._flex_mask(ends, "far"), scale, far)
 
 
 def _gather(states: torch.Tensor, where: torch.Tensor) -> torch.Tensor:

@@ -8,7 +8,7 @@ import torch
 
 from .attention_photon import NewElements, load_kernels, sdpa
 from .cache_photon import GrowingStore, KeyValue, RingStore
-from .flex_photon import attend_window, is_usable
+from .flex_photon import FlexMask, attend_window, is_usable, window_mask
 from .softmax_photon import FarKeys, NearKeys, additive, attend_set, blockwise_attention
 
 # How windows are attended to in training on a GPU: by one compiled kernel (`flex_photon`), block by block, or the first
@@ -88,6 +88,7 @@ class WindowSegment:
         self.start, self.reach, self.num_sinks, self.ring, self.fused = start, reach, num_sinks, ring, fused
         self.period, self.block = period, -(-BLOCK // period) * period
         self._biases: dict[object, torch.Tensor] = {}
+        self._flex_masks: dict[str, FlexMask] = {}
         self.past_index, self.slot_mapping = (None, None) if ring is None else new.enter(ring)
 
     def attend(self, module, query, key, value, scale):
@@ -192,12 +193,14 @@ class WindowSegment:
         trains = query.is_cuda and torch.is_grad_enabled() and query.requires_grad
         return self.fused == "yes" or (
             trains
-            and is_usable(
-                query.device, query.dtype, query.shape[1], key.shape[1], widths * query.shape[3], self.new.varies
-            )
+            and is_usable(query.device, query.dtype, query.shape[1] // key.shape[1], widths * query.shape[3])
         )
 
     def _attend_fused(self, query, key, value, scale, far) -> torch.Tensor:
-        return attend_window(
-            query, key, value, self.start[0], self.index[0], self.num_sinks, scale, varies=self.new.varies
-        )
+        return attend_window(query, key, value, self._flex_mask(), scale)
+
+    def _flex_mask(self, ends: torch.Tensor | None = None, name: str = "near") -> FlexMask:
+        """The mask that all layers share, near or with far keys that are seen from `ends` on."""
+        if name not in self._flex_masks:
+            self._flex_masks[name] = window_mask(self.start[0], self.index[0], self.num_sinks, ends)
+        return self._flex_masks[name]
