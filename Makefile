@@ -41,7 +41,7 @@ demo-real: venv
 	$(BIN)/python tools/fetch_smollm2.py --output runs/smollm2
 	$(BIN)/python tools/fetch_texts.py --output runs/text
 	$(BIN)/accelerate launch --quiet --config_file accelerate_configs/cpu.yaml recipes/convert_llama.py --config recipes/smollm2.yaml \
-		--output $(OUTPUT)
+		--train.max_steps 16 --train.gradient_accumulation_steps 2 --train.warmup_steps 4 --output $(OUTPUT)
 	$(BIN)/python tools/ask_long.py --model $(OUTPUT)/export --dense runs/smollm2 --text runs/text/heldout/austen-persuasion.txt
 
 test: venv

@@ -87,7 +87,7 @@ def test_commands_name_files_and_settings_that_exist(page, script, arguments):
 
 
 def test_accelerate_configs_and_make_targets_exist():
-    targets = set(re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE))
+    targets = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE))
     for page, words in commands():
         if words[0] == "make":
             assert words[1] in targets, page

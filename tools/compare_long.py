@@ -133,10 +133,11 @@ def measure(
 ) -> Iterator[dict[str, Any]]:
     """A row per length, as it is measured."""
     cells = getattr(model.config, "memory_cells", None)
-    trained = 0
+    trained, seconds = 0, None
     if "run" in plan:
         report = json.loads((Path(plan["run"]) / "report.json").read_text(encoding="utf-8"))
-        trained = report["tokens"]
+        stage = "dense" if plan["plan"] == "dense-finetuned" else "photon"
+        trained, seconds = report["tokens"], report["seconds"][stage]
     for found in evaluate_long(model, comparison.tokenizer, inputs):
         yield {
             "plan": plan["plan"],
@@ -144,6 +145,7 @@ def measure(
             "seed": inputs.settings.seed,
             **found,
             "tokens": trained,
+            "training_seconds": seconds,
             **cache_percents(model, found["length"]),
             "cells": None if cells is None else format_cells(cells),
             "window": getattr(model.config, "window", None),
@@ -156,6 +158,10 @@ def main() -> None:
     options = arguments()
     content = read_yaml(options.plans)
     common, plans = content.get("all", {}), content["plans"]
+    plans = [plan for plan in plans if options.only is None or plan.get("name", plan["plan"]) in options.only]
+    for run in (Path(plan["run"]) for plan in plans if "run" in plan):
+        if not (run / "report.json").is_file():
+            raise PhotonError(f"{run} holds no finished run: make it first, or leave its plan out with --only")
     comparison = Comparison(options)
     settings = LongSettings(
         tuple(options.lengths), options.sequences, options.samples, batch_size=options.batch_size, seed=options.seed
@@ -163,9 +169,6 @@ def main() -> None:
     inputs = prepare_long(list(read_documents(options.held_out, DataSettings())), comparison.tokenizer, settings)
     rows = {row["key"]: row for path in (options.output, *options.add) for row in read_rows(path)}
     for plan in plans:
-        name = plan.get("name", plan["plan"])
-        if options.only is not None and name not in options.only:
-            continue
         keys = {length: row_key(options, settings, common, plan, length) for length in options.lengths}
         missing = tuple(length for length, key in keys.items() if key not in rows)
         if not missing:

@@ -192,8 +192,7 @@ class WindowSegment:
         # Training has one length; evaluation would compile for each.
         trains = query.is_cuda and torch.is_grad_enabled() and query.requires_grad
         return self.fused == "yes" or (
-            trains
-            and is_usable(query.device, query.dtype, query.shape[1] // key.shape[1], widths * query.shape[3])
+            trains and is_usable(query.device, query.dtype, query.shape[1] // key.shape[1], widths * query.shape[3])
         )
 
     def _attend_fused(self, query, key, value, scale, far) -> torch.Tensor:

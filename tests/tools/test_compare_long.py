@@ -19,6 +19,7 @@ from photon_train.config import read_yaml
 from photon_train.conversion.cells import CellProbe, ProbedLoss
 from photon_train.conversion.graft import count_cells
 from photon_train.conversion.presets import photon_config
+from photon_train.errors import PhotonError
 
 ROOT = Path(__file__).resolve().parents[2]
 LENGTH = 2048  # a prompt of the tasks is no shorter in bytes
@@ -89,6 +90,13 @@ def test_rows_are_measured_once_with_the_cells_of_the_probe(tmp_path, monkeypatc
     load_tool().main()
     assert json.loads(output.read_text())["rows"] == rows and not capsys.readouterr().out.count("graft")
 
+    # A run that is not there is said before anything is measured.
+    content["plans"].append({"plan": "graft", "name": "trained", "run": str(tmp_path / "nothing")})
+    (tmp_path / "plans.yaml").write_text(yaml.safe_dump(content))
+    with pytest.raises(PhotonError, match="nothing holds no finished run: make it first"):
+        load_tool().main()
+    content["plans"].pop()
+    (tmp_path / "plans.yaml").write_text(yaml.safe_dump(content))
     # Another output takes the rows over, and measures nothing again.
     argv[argv.index(output)] = other = tmp_path / "other.json"
     monkeypatch.setattr(sys, "argv", ["compare_long.py", *map(str, argv), "--add", str(output)])
