@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from tiny_dense import save_dense
 
+from photon_train.checkpoints import read_config
 from photon_train.conversion.source import INDEX, DenseCheckpoint
 from photon_train.errors import PhotonError
 from photon_train.manifest import write_manifest
@@ -106,6 +107,18 @@ def test_a_quantised_checkpoint(single):
 def test_pickled_weights_are_refused(single):
     (single / "model.safetensors").rename(single / "pytorch_model.bin")
     open_fails(single, "pickle", "save_pretrained")
+
+
+def test_an_adapter_beside_the_weights_is_not_ignored(single, tmp_path):
+    """transformers would load it for the teacher and the probe; the converted weights would be without it."""
+    (single / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "base_model_name_or_path": "x/y"}))
+    open_fails(single, "adapter_config.json", "beside the model", "merge_and_unload")
+    with pytest.raises(PhotonError, match="beside the model"):
+        DenseCheckpoint.open(str(single), weights=False)
+    with pytest.raises(PhotonError, match="beside the model"):
+        read_config(single)
+    (single / "config.json").unlink()
+    open_fails(single, "is a PEFT adapter, not a model", "merge_and_unload")
 
 
 def test_no_weights(single):
