@@ -143,6 +143,19 @@ def read_pieces(info: TensorInfo, piece_bytes: int = PIECE_BYTES) -> Iterator[to
             yield torch.frombuffer(buffer, dtype=info.dtype)
 
 
+def check_finite(name: str, tensor: torch.Tensor) -> None:
+    """Check a tensor that was cast to the type it is written in.
+
+    Raises:
+        PhotonError: if a value is not finite.
+    """
+    # Both extremes pass NaN on, and need no second tensor of the same size.
+    low, high = torch.aminmax(tensor)
+    if not (torch.isfinite(low) and torch.isfinite(high)):
+        dtype = str(tensor.dtype).removeprefix("torch.")
+        raise PhotonError(f"{name} is not finite in {dtype}: set export.dtype to a wider type, such as bfloat16")
+
+
 class ShardWriter:
     """Writes one safetensors file, its tensors streamed in the order they were declared.
 
@@ -171,14 +184,18 @@ class ShardWriter:
 
         Raises:
             ValueError: if `name` is not the next declared tensor or the pieces do not fill it.
+            PhotonError: if a value is not finite in the file's type.
         """
         if name != next(iter(self._pending), None):
             raise ValueError(f"{name} is not the next tensor of this file")
         left = self._pending.pop(name)
         for piece in pieces:
             left -= piece.numel()
+            cast = piece.to(self.dtype)
+            if cast.dtype != piece.dtype:
+                check_finite(name, cast)
             # The bytes as such: numpy has no bfloat16.
-            self._file.write(piece.to(self.dtype).contiguous().view(torch.uint8).numpy().data)
+            self._file.write(cast.contiguous().view(torch.uint8).numpy().data)
         if left:
             raise ValueError(f"{name} was given {-left} elements too many" if left < 0 else f"{name} lacks {left}")
 

@@ -99,8 +99,10 @@ class _ConversionRun(TrainingRun):
             self.begin()  # the tokens are written into the output
         text = load_text(self.config, tokenizer, align, processes, self.is_main, self.main_first)
         self.say(f"Data: {text}.")
-        if not self.start.exists():
-            check_can_write(self.start, conversion.plan.num_bytes, "the converted model")
+        sizes = {self.start: conversion.plan.num_bytes, self.exported: conversion.plan.num_bytes}
+        if self.config.train.dense_baseline:
+            sizes[self.output / DENSE_FINETUNED] = weight_bytes(directory)
+        self.check_disk(sizes)
         self.begin()
         if wants_probe(self.config, conversion.config):
             self._choose_cells(directory, text)
