@@ -43,10 +43,10 @@ def run_finetuning(config: RunConfig) -> None:
         if rank == 0:
             make_console().print(numbers.table())
         return
-    stages = Stages(config, rank == 0, num_processes)
-    run = _FinetuningRun(config, make_accelerator(config, config.output), stages)
-    run.start, run.dtype, run.numbers = Path(config.model), config.export.dtype, numbers
-    run.carry_out(photon)
+    with Stages(config, rank == 0, num_processes) as stages:
+        run = _FinetuningRun(config, make_accelerator(config, config.output), stages)
+        run.start, run.dtype, run.numbers = Path(config.model), config.export.dtype, numbers
+        run.carry_out(photon)
 
 
 class _FinetuningRun(TrainingRun):

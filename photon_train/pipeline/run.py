@@ -64,11 +64,11 @@ def run_conversion(config: RunConfig, families: tuple[str, ...] | None = None) -
             if wants_probe(config, conversion.config):
                 print("The run will choose as many memory cells by a probe of the dense model on its text.")
         return
-    stages = Stages(config, rank == 0, num_processes)
-    if config.model is not None:
-        # Settings that cannot be served are known before the processes join.
-        plan_conversion(_open(config, families), config, num_processes)
-    _ConversionRun(config, make_accelerator(config, config.output), stages).carry_out()
+    with Stages(config, rank == 0, num_processes) as stages:
+        if config.model is not None:
+            # Settings that cannot be served are known before the processes join.
+            plan_conversion(_open(config, families), config, num_processes)
+        _ConversionRun(config, make_accelerator(config, config.output), stages).carry_out()
 
 
 def _open(config: RunConfig, families: tuple[str, ...] | None = None, weights: bool = True) -> DenseCheckpoint:

@@ -184,6 +184,7 @@ def test_the_same_command_goes_on_after_a_kill_between_stages(checkpoint, tmp_pa
 
     def killed(self, name, stage):
         stage()
+        assert (tmp_path / "out" / ".lock").is_file()
         raise Killed
 
     with monkeypatch.context() as patch, pytest.raises(Killed):
