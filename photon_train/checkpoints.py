@@ -1,4 +1,4 @@
-"""The configuration of a PHOTON checkpoint on disk."""
+"""What can be told of a checkpoint on disk without reading its weights."""
 
 from __future__ import annotations
 
@@ -10,17 +10,20 @@ from photon_train.errors import PhotonError
 
 # Kinds of PHOTON models.
 MODEL_TYPES = ("photon", "photon_hierarchical")
+ADAPTER = "adapter_config.json"
 
 
 def read_config(directory: str | Path) -> PretrainedConfig:
     """The configuration of a converted or exported model.
 
     Raises:
-        PhotonError: in one line, if there is none, it is of another kind of model, of an older layout, or unsound.
+        PhotonError: in one line, if there is none, it is of another kind of model, of an older layout, or unsound, or
+            an adapter lies beside it.
     """
     import photon_train.models  # noqa: F401  registers PHOTON with the Auto classes
 
     directory = Path(directory)
+    refuse_adapter(directory)
     if not (directory / "config.json").is_file():
         raise PhotonError(f"{directory} holds no config.json: give the converted/ or export/ directory of a run")
     try:
@@ -30,6 +33,25 @@ def read_config(directory: str | Path) -> PretrainedConfig:
     except (ValueError, OSError) as error:
         raise PhotonError(f"{directory / 'config.json'}: {first_line(error)}") from error
     raise PhotonError(f"{directory} is no PHOTON model: convert it with `photon-train convert`")
+
+
+def refuse_adapter(directory: Path) -> None:
+    """Check that no adapter of PEFT lies in a checkpoint's directory.
+
+    transformers loads one by itself, so that what it computes is not what the weight files hold.
+
+    Raises:
+        PhotonError: if there is one.
+    """
+    if not (directory / ADAPTER).is_file():
+        return
+    merge = "merge it with `merge_and_unload()` of peft, save that with `save_pretrained`, and give its directory"
+    if (directory / "config.json").is_file() or any(directory.glob("*.gguf")):
+        raise PhotonError(
+            f"{directory / ADAPTER}: an adapter lies beside the model, whose weight files are without it: {merge}; to "
+            "leave it out, move the adapter's files away"
+        )
+    raise PhotonError(f"{directory} is a PEFT adapter, not a model: {merge}")
 
 
 def first_line(error: Exception) -> str:

@@ -42,6 +42,20 @@ def parse_size(size: str | int, key: str = "size") -> int:
     return result
 
 
+def expand_path(path: str) -> str:
+    """`path` with the home directory in place of ``~`` or ``~user``, as shells do where they see one.
+
+    They see none in YAML and after ``--key=``.
+
+    Raises:
+        PhotonError: if there is no such user.
+    """
+    expanded = os.path.expanduser(path)
+    if expanded.startswith("~"):
+        raise PhotonError(f"{path}: this machine has no user {path.split('/')[0][1:]!r}: write ./{path} for a file")
+    return expanded
+
+
 def check_can_write(directory: Path, num_bytes: int, what: str) -> None:
     """Check that a new `directory` can take `num_bytes`; costs nothing, so callers may ask early.
 

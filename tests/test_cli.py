@@ -232,6 +232,25 @@ def test_sources_of_a_mixture_are_checked(argv: list[str], message: str) -> None
         load(*argv)
 
 
+def test_the_home_directory_stands_for_a_tilde_in_every_path(yaml_file, monkeypatch, tmp_path) -> None:
+    """In YAML and after ``--key=`` no shell puts it there."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    text = "model: ~/m\noutput: ~/o\ndataset: {chat_template: ~/t, sources: [{path: ~/s}]}"
+    Path(tmp_path, "home.yaml").write_text(text)
+    config = load("--config=~/home.yaml", "--dataset.sources.1.path", "~/s2")
+    found = [config.model, config.output, config.dataset.chat_template, *(s.path for s in config.dataset.sources)]
+    assert found == [f"{tmp_path}/{name}" for name in ("m", "o", "t", "s", "s2")]
+    assert load("--data=~/d").data == f"{tmp_path}/d"
+    assert load("--data=a~b").data == "a~b"
+
+
+@pytest.mark.parametrize("key", ["model", "data", "output", "dataset.chat_template", "dataset.sources.0.path"])
+def test_the_home_of_nobody_is_refused(key: str) -> None:
+    """It would be a directory here, named after the tilde."""
+    with pytest.raises(PhotonError, match=rf"{key} on the command line is '~no-such-user/x'; expected a path"):
+        load(f"--{key}=~no-such-user/x")
+
+
 def test_a_value_of_the_command_line_does_not_hide_a_wrong_one_of_a_file(yaml_file) -> None:
     with pytest.raises(PhotonError, match=r"photon.levels in .*run.yaml is 3; expected a list"):
         load("--config", yaml_file("photon: {levels: 3}"), "--photon.levels.0.chunk_size", "4")

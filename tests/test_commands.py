@@ -39,6 +39,26 @@ def test_an_unknown_command_is_one_line() -> None:
         dispatcher.run(["--model", "x"])
 
 
+@pytest.mark.parametrize(
+    ("name", "required", "options"),
+    [
+        ("evaluate", ["--long"], ["model", "output", "include-path", "data", "plot"]),
+        ("generate", ["--prompt=a"], ["model"]),
+        ("serve", [], ["model"]),
+    ],
+)
+def test_the_home_directory_stands_for_a_tilde(name, required, options, monkeypatch, capsys) -> None:
+    monkeypatch.setenv("HOME", "/home/someone")
+    parser = importlib.import_module(f"photon_train.commands.{name}").make_parser()
+    found = vars(parser.parse_args([*required, *(f"--{option}=~/x" for option in options)]))
+    for option in options:
+        value = found[option.replace("-", "_")]
+        assert (value[0] if isinstance(value, list) else value) == "/home/someone/x", option
+    with pytest.raises(SystemExit):
+        parser.parse_args([*required, "--model=~no-such-user/x"])
+    assert "this machine has no user 'no-such-user': write ./~no-such-user/x" in capsys.readouterr().err
+
+
 def test_arguments_reach_the_command() -> None:
     with pytest.raises(PhotonError, match="modle"):
         dispatcher.run(["convert", "--modle", "x"])

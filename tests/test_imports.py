@@ -21,7 +21,7 @@ ALLOWED = {
     "models": {"photon_kernels"},
     "checkpoints": {"models", "errors"},
     "accounting": {"errors", "linears"},
-    "conversion": {"models", "accounting", "manifest", *HELPERS},
+    "conversion": {"checkpoints", "models", "accounting", "manifest", *HELPERS},
     "data": {"models", "manifest", *HELPERS},
     "training": {"models", "data", "accounting", "manifest", *HELPERS},
     "export": {"checkpoints", "models", "accounting", "manifest", *HELPERS},

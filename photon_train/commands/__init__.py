@@ -2,10 +2,24 @@
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 from photon_train.errors import PhotonError
+from photon_train.files import expand_path
+
+
+def place(text: str) -> str:
+    """Type of an option that takes a path or a hub id: ``~`` is the home directory, also after ``--option=``.
+
+    Raises:
+        argparse.ArgumentTypeError: for the home of a user whom the machine does not know.
+    """
+    try:
+        return expand_path(text)
+    except PhotonError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 @contextmanager

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from photon_train.cli import main_wrapper
+from photon_train.commands import place
 
 # Columns of --long that are shown; the JSON has all.
 _SHOWN = {
@@ -31,26 +32,30 @@ def make_parser(prog: str = "photon-train evaluate") -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog=prog, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--model", required=True, nargs="+", help="directories, hub ids or GGUF files, dense or PHOTON")
+    parser.add_argument(
+        "--model", required=True, nargs="+", type=place, help="directories, hub ids or GGUF files, dense or PHOTON"
+    )
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--tasks", nargs="+", help="names, as `lm_eval ls tasks` lists them")
     what.add_argument("--long", action="store_true", help="long texts and retrieval in them")
     parser.add_argument("--batch-size", type=int, help="sequences per forward pass (8; with --long, prompts: 4)")
     parser.add_argument("--device", help="cpu, cuda, ... (a GPU if there is one)")
     parser.add_argument("--dtype", default="auto", help="auto (the checkpoint's), float32, bfloat16 or float16")
-    parser.add_argument("--output", type=Path, help="JSON to write: rows, machine, versions, commit")
+    parser.add_argument("--output", type=place, help="JSON to write: rows, machine, versions, commit")
     harness = parser.add_argument_group("with --tasks")
-    harness.add_argument("--include-path", type=Path, help="directory with tasks of your own")
+    harness.add_argument("--include-path", type=place, help="directory with tasks of your own")
     harness.add_argument("--num-fewshot", type=int, help="examples before each question (the task's own)")
     harness.add_argument("--limit", type=int, help="questions per task (all)")
     long = parser.add_argument_group("with --long")
-    long.add_argument("--data", help="text that no model was trained on, as for conversion (Python's standard library)")
+    long.add_argument(
+        "--data", type=place, help="text that no model was trained on, as for conversion (Python's standard library)"
+    )
     long.add_argument("--lengths", nargs="+", type=int, default=[2048, 8192], help="tokens of a text (2048 8192)")
     long.add_argument("--sequences", type=int, default=8, help="texts per length (8)")
     long.add_argument("--samples", type=int, default=20, help="prompts per retrieval task and length (20)")
     long.add_argument("--chat-template", action="store_true", help="ask in the tokenizer's chat template")
     long.add_argument("--seed", type=int, default=0, help="seed of the prompts (0)")
-    long.add_argument("--plot", type=Path, help="PNG to draw: single needles by length and depth")
+    long.add_argument("--plot", type=place, help="PNG to draw: single needles by length and depth")
     return parser
 
 
@@ -100,7 +105,8 @@ def _harness(options: argparse.Namespace) -> None:
     from photon_train.evaluation.harness import harness_scores, open_tasks
     from photon_train.evaluation.report import write_rows
 
-    manager = open_tasks(options.tasks, options.include_path)
+    own = None if options.include_path is None else Path(options.include_path)
+    manager = open_tasks(options.tasks, own)
     settings = (options.tasks, manager, options.num_fewshot, options.limit, options.batch_size or 8)
     rows, table = [], Table("Task", "Metric", *options.model)
     for name, model, tokenizer in _models(options):
@@ -112,7 +118,7 @@ def _harness(options: argparse.Namespace) -> None:
             table.add_row(task, metric.removesuffix(",none"), *[f"{row[metric]:.4f}" for row in mine])
     Console().print(table)
     if options.output is not None:
-        write_rows(options.output, rows, limit=options.limit, num_fewshot=options.num_fewshot)
+        write_rows(Path(options.output), rows, limit=options.limit, num_fewshot=options.num_fewshot)
 
 
 def _long(options: argparse.Namespace) -> None:
@@ -157,9 +163,9 @@ def _long(options: argparse.Namespace) -> None:
             table.add_row(f"{length:,}", f"  {task}", *[f"{row['ruler_tasks'][task]:.4f}" for row in mine])
     console.print(table)
     if options.output is not None:
-        write_rows(options.output, rows, data=options.data, settings=asdict(settings))
+        write_rows(Path(options.output), rows, data=options.data, settings=asdict(settings))
     if options.plot is not None:
-        plot_needles(rows, options.plot)
+        plot_needles(rows, Path(options.plot))
 
 
 if __name__ == "__main__":

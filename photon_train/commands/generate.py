@@ -9,6 +9,7 @@ import argparse
 import time
 
 from photon_train.cli import main_wrapper
+from photon_train.commands import place
 from photon_train.errors import PhotonError
 
 
@@ -17,7 +18,7 @@ def make_parser(prog: str = "photon-train generate") -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog=prog, description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
-    parser.add_argument("--model", required=True, help="directory of an exported checkpoint")
+    parser.add_argument("--model", required=True, type=place, help="directory of an exported checkpoint")
     parser.add_argument("--prompt", required=True, nargs="+", help="one or more prompts, continued as one batch")
     parser.add_argument("--backend", default="torch", help="torch, or triton (a GPU, or TRITON_INTERPRET=1 on the CPU)")
     parser.add_argument("--protocol", help="presets split and paper: hiergen (default), or the paper's recgen")

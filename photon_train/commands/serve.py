@@ -10,7 +10,7 @@ import argparse
 from pathlib import Path
 
 from photon_train.cli import main_wrapper
-from photon_train.commands import requires
+from photon_train.commands import place, requires
 
 
 def make_parser(prog: str = "photon-train serve") -> argparse.ArgumentParser:
@@ -18,7 +18,7 @@ def make_parser(prog: str = "photon-train serve") -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog=prog, description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
-    parser.add_argument("--model", required=True, help="directory of an exported checkpoint")
+    parser.add_argument("--model", required=True, type=place, help="directory of an exported checkpoint")
     parser.add_argument("--name", default=None, help="name that clients give; default: the directory's")
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (nobody is asked for a key)")
     parser.add_argument("--port", type=int, default=8000, help="port to listen on")

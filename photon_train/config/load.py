@@ -17,6 +17,7 @@ from photon_train.config.keys import CONFIG, expected, find, unknown_key
 from photon_train.config.schema import RunConfig
 from photon_train.config.yaml import parse_yaml, read_yaml
 from photon_train.errors import PhotonError
+from photon_train.files import expand_path
 
 _COMMAND_LINE = "on the command line"
 _BOOLEANS = {"true": True, "yes": True, "on": True, "1": True, "false": False, "no": False, "off": False, "0": False}
@@ -126,7 +127,7 @@ def _split_arguments(arguments: list[str]) -> tuple[list[Path], list[tuple[str, 
         if "properties" in field:
             raise PhotonError(f"--{key} is a group of settings: give --{key}.NAME VALUE (see --help)")
         if key == "config":
-            files.append(Path(text))
+            files.append(Path(expand_path(text)))
         else:
             overrides.append((key, text))
     return files, overrides

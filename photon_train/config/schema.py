@@ -15,7 +15,7 @@ from annotated_types import Ge, Gt, Le, Lt, MinLen
 from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, Strict, model_validator
 from pydantic.dataclasses import dataclass
 
-from photon_train.files import parse_size
+from photon_train.files import expand_path, parse_size
 from photon_train.linears import LINEARS
 
 
@@ -52,7 +52,9 @@ Natural = Annotated[int, Strict(), Ge(0), _NUMBER]
 Positive = Annotated[float, Strict(), Gt(0), _NUMBER]
 NotNegative = Annotated[float, Strict(), Ge(0), _NUMBER]
 Flag = Annotated[bool, Strict()]
-NonEmpty = Annotated[str, MinLen(1), _expected("text that is not empty")]
+Place = Annotated[
+    str, MinLen(1), AfterValidator(expand_path), _expected("a path or hub id that is not empty (~user must exist)")
+]
 Size = Annotated[str, AfterValidator(_size), _expected("a size such as 5GB or 80GiB")]
 Layers = Annotated[list[Natural], AfterValidator(_once), _expected("a list of layers, each a whole number, given once")]
 Cell = Annotated[str, Field(pattern=r"^\d+:\d+$"), _expected("layer:head, two whole numbers such as 7:2")]
@@ -132,7 +134,7 @@ class PhotonSettings:
 class SourceSettings:
     """One source of a mixture."""
 
-    path: NonEmpty
+    path: Place
     """A file, a directory, the directory of a tokenised corpus, or a hub id."""
     weight: Positive = 1.0
     """Its share of the training sequences, relative to the others'."""
@@ -147,7 +149,7 @@ class DataSettings:
     messages_field: str | None = None
     """Column or key that holds conversations (lists of `role` and `content`): they are written with the chat template,
     and the loss is on what the assistant says alone."""
-    chat_template: str | None = None
+    chat_template: Place | None = None
     """File of a chat template that marks the assistant's words with generation tags; unset takes the
     tokenizer's own."""
     stream: Flag = False
@@ -322,11 +324,11 @@ class HubSettings:
 class RunConfig:
     """A conversion run."""
 
-    model: str | None = None
+    model: Place | None = None
     """Dense checkpoint: a directory or a hub id; unset pretrains the small demo model."""
-    data: str | None = None
+    data: Place | None = None
     """Text: a file, a directory, JSONL, Parquet or a hub id; unset reads the Python standard library."""
-    output: NonEmpty = Field("runs/photon", json_schema_extra=FREE)
+    output: Place = Field("runs/photon", json_schema_extra=FREE)
     """Directory that the run writes; it must be empty or belong to the same run (`--resume`)."""
     preset: Preset = "graft"
     """Conversion preset."""

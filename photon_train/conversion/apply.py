@@ -18,7 +18,7 @@ from transformers import GenerationConfig, PretrainedConfig
 from photon_train.conversion.operators import OPERATORS
 from photon_train.conversion.plan import ConversionPlan, TensorPlan
 from photon_train.conversion.presets import target_of
-from photon_train.conversion.safetensors_io import ShardWriter
+from photon_train.conversion.safetensors_io import ShardWriter, check_finite
 from photon_train.conversion.source import INDEX, TOKENIZER_FILES, DenseCheckpoint
 from photon_train.errors import PhotonError
 from photon_train.files import atomic_directory, atomic_file, check_can_write, parse_size
@@ -55,8 +55,8 @@ def convert(
 
     Raises:
         PhotonError: before anything is written, if `output_dir` is not empty, the disk is too full, a known hash is
-            wrong or the tokenizer does not fit the vocabulary; while writing, at a weight that is not finite, or if the
-            disk fills up.
+            wrong or the tokenizer does not fit the vocabulary; while writing, at a weight that is not finite or
+            not so in the plan's type, or if the disk fills up.
     """
     output_dir = Path(output_dir)
     check_can_write(output_dir, plan.num_bytes, "the converted model")
@@ -155,7 +155,7 @@ def rewrite_new_tensors(directory: Path, values: dict[str, torch.Tensor]) -> Non
         values: Name -> new value, of the stored shape.
 
     Raises:
-        PhotonError: if a name is not a new tensor of this checkpoint.
+        PhotonError: if a name is not a new tensor of this checkpoint, or a value is not finite in the stored type.
     """
     if not values:
         return
@@ -166,5 +166,6 @@ def rewrite_new_tensors(directory: Path, values: dict[str, torch.Tensor]) -> Non
         if name not in tensors or tensors[name].shape != value.shape:
             raise PhotonError(f"{directory / last} holds no tensor {name} of shape {list(value.shape)}")
         tensors[name] = value.detach().to("cpu", tensors[name].dtype).contiguous()
+        check_finite(name, tensors[name])
     with atomic_file(directory / last) as temporary:
         save_file(tensors, temporary, metadata={"format": "pt"})

@@ -29,6 +29,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from photon_train.checkpoints import refuse_adapter
 from photon_train.conversion.families import family_of
 from photon_train.errors import PhotonError
 from photon_train.files import atomic_directory, check_can_write, default_cache_dir, make_directory
@@ -93,8 +94,9 @@ def cached_checkpoint(file: Path, weights: bool = True) -> Path:
         weights: Whether they are needed; without them a directory that has none is enough.
 
     Raises:
-        PhotonError: as `dequantise`, and if the cache cannot be written.
+        PhotonError: as `dequantise`, and if an adapter lies beside the file or the cache cannot be written.
     """
+    refuse_adapter(file.parent)
     status = file.stat()
     key = f"{_VERSION} {file.resolve()} {status.st_size} {status.st_mtime_ns}"
     name = f"{file.stem}-{hashlib.sha256(key.encode()).hexdigest()[:16]}"

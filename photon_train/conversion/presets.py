@@ -11,6 +11,7 @@ from photon_train.conversion.hierarchical import HIERARCHICAL
 from photon_train.conversion.plan import ConversionPlan, Dropped
 from photon_train.conversion.source import DenseCheckpoint
 from photon_train.conversion.target import Target
+from photon_train.errors import PhotonError
 
 PRESETS: dict[str, Target] = {"graft": GRAFT, "split": HIERARCHICAL, "paper": HIERARCHICAL}
 _BY_MODEL_TYPE = {target.model.config_class.model_type: target for target in PRESETS.values()}
@@ -44,7 +45,15 @@ def target_tensors(config: PretrainedConfig) -> dict[str, tuple[int, ...]]:
 
 
 def resolve_dtype(checkpoint: DenseCheckpoint, dtype: str) -> torch.dtype:
-    """The type to write: `dtype`, or the checkpoint's for ``auto``."""
+    """The type to write: `dtype`, or the checkpoint's for ``auto``.
+
+    Raises:
+        PhotonError: if the checkpoint's is float64, which is read but not written.
+    """
+    if dtype == "auto" and checkpoint.dtype == torch.float64:
+        raise PhotonError(
+            f"{checkpoint.directory} is stored in float64, which is not exported: set export.dtype=float32"
+        )
     return checkpoint.dtype if dtype == "auto" else getattr(torch, dtype)
 
 
@@ -57,7 +66,7 @@ def make_plan(checkpoint: DenseCheckpoint, config: PretrainedConfig, dtype: str 
         dtype: Type of the weights: ``auto`` is the checkpoint's.
 
     Raises:
-        PhotonError: if the plan does not fit the checkpoint or the model.
+        PhotonError: if the plan does not fit the checkpoint or the model, or the type is not written.
     """
     target, targets = target_of(config), target_tensors(config)
     tensors = tuple(target.plan(name, shape, checkpoint.config, config) for name, shape in targets.items())

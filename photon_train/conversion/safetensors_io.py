@@ -62,10 +62,13 @@ class TensorInfo:
 
 
 def read_header(path: Path) -> dict[str, TensorInfo]:
-    """Read the names, shapes and offsets of a file's tensors, and check the file's length against them.
+    """Read the names, shapes and offsets of a file's tensors, and check that they fill the file.
+
+    The order of the result is the header's.
 
     Raises:
-        PhotonError: if the file is truncated, corrupt or not safetensors.
+        PhotonError: if the file is truncated, corrupt or not safetensors; what the library refuses is corrupt here too:
+            tensors that overlap, and bytes between them that belong to none.
     """
     size = path.stat().st_size
     with open(path, "rb") as file:
@@ -79,27 +82,37 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
     try:
         header = json.loads(raw, object_pairs_hook=_unique_pairs)
         entries = {
-            name: (DTYPES.get(entry["dtype"]), tuple(map(int, entry["shape"])), *map(int, entry["data_offsets"]))
+            name: (DTYPES.get(entry["dtype"]), *map(_whole_numbers, (entry["shape"], entry["data_offsets"])))
             for name, entry in header.items()
             if name != "__metadata__"
         }
+        in_order = sorted((begin, end, name) for name, (_, _, (begin, end)) in entries.items())
     except _DuplicateKey as error:
         raise PhotonError(f"{path} holds tensor {error} twice: download it again") from None
     except (ValueError, TypeError, KeyError, AttributeError):
         raise PhotonError(f"{path} has a corrupt safetensors header: download it again") from None
-    tensors = {}
     end_of_data = 0
-    for name, (dtype, shape, begin, end) in entries.items():
+    for begin, end, name in in_order:
+        dtype, shape, _ = entries[name]
         size_fits = dtype is None or end - begin == math.prod(shape) * dtype.itemsize
-        if not size_fits or not 0 <= begin <= end:
+        if not size_fits or begin != end_of_data or end < begin:
             raise PhotonError(f"{path} has a corrupt safetensors header (tensor {name}): download it again")
-        end_of_data = max(end_of_data, end)
-        tensors[name] = TensorInfo(shape, dtype, path, 8 + length + begin)
+        end_of_data = end
+    tensors = {
+        name: TensorInfo(shape, dtype, path, 8 + length + begin) for name, (dtype, shape, (begin, _)) in entries.items()
+    }
     expected = 8 + length + end_of_data
     if size != expected:
         state = "truncated" if size < expected else "corrupt"
         raise PhotonError(f"{path} is {state}: {size} bytes instead of {expected}; download it again")
     return tensors
+
+
+def _whole_numbers(values: object) -> tuple[int, ...]:
+    """A list of the header: JSON numbers that are whole and not negative, which `int` alone would not insist on."""
+    if not isinstance(values, list) or not all(type(value) is int and value >= 0 for value in values):
+        raise ValueError(f"{values!r} are no sizes")
+    return tuple(values)
 
 
 class _DuplicateKey(ValueError):
@@ -130,6 +143,19 @@ def read_pieces(info: TensorInfo, piece_bytes: int = PIECE_BYTES) -> Iterator[to
             yield torch.frombuffer(buffer, dtype=info.dtype)
 
 
+def check_finite(name: str, tensor: torch.Tensor) -> None:
+    """Check a tensor that was cast to the type it is written in.
+
+    Raises:
+        PhotonError: if a value is not finite.
+    """
+    # Both extremes pass NaN on, and need no second tensor of the same size.
+    low, high = torch.aminmax(tensor)
+    if not (torch.isfinite(low) and torch.isfinite(high)):
+        dtype = str(tensor.dtype).removeprefix("torch.")
+        raise PhotonError(f"{name} is not finite in {dtype}: set export.dtype to a wider type, such as bfloat16")
+
+
 class ShardWriter:
     """Writes one safetensors file, its tensors streamed in the order they were declared.
 
@@ -158,14 +184,18 @@ class ShardWriter:
 
         Raises:
             ValueError: if `name` is not the next declared tensor or the pieces do not fill it.
+            PhotonError: if a value is not finite in the file's type.
         """
         if name != next(iter(self._pending), None):
             raise ValueError(f"{name} is not the next tensor of this file")
         left = self._pending.pop(name)
         for piece in pieces:
             left -= piece.numel()
+            cast = piece.to(self.dtype)
+            if cast.dtype != piece.dtype:
+                check_finite(name, cast)
             # The bytes as such: numpy has no bfloat16.
-            self._file.write(piece.to(self.dtype).contiguous().view(torch.uint8).numpy().data)
+            self._file.write(cast.contiguous().view(torch.uint8).numpy().data)
         if left:
             raise ValueError(f"{name} was given {-left} elements too many" if left < 0 else f"{name} lacks {left}")
 

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig, PretrainedConfig
 
+from photon_train.checkpoints import refuse_adapter
 from photon_train.conversion.families import dense_tensors, family_of
 from photon_train.conversion.gguf import cached_checkpoint, find_gguf
 from photon_train.conversion.safetensors_io import TensorInfo, read_header, read_pieces
@@ -66,9 +67,11 @@ class DenseCheckpoint:
 
         Raises:
             PhotonError: naming the file and the fix, if the model cannot be found, is not a safetensors
-                checkpoint of a supported family, or has missing, truncated, corrupt or contradictory files.
+                checkpoint of a supported family, has missing, truncated, corrupt or contradictory files, or holds
+                an adapter.
         """
         directory, local = _resolve(model, revision, token, weights)
+        refuse_adapter(directory)
         config = _read_config(directory)
         expected = dense_tensors(config)
         if not weights and not (local and _has_weights(directory)):

@@ -88,6 +88,27 @@ def export_model(
     return output_dir
 
 
+def check_weights(model: PreTrainedModel, dtype: str) -> None:
+    """Check before a training that its export could hold the model as it is now.
+
+    Args:
+        model: A PHOTON model without adapters; its weights are read once.
+        dtype: As in `ExportSettings`.
+
+    Raises:
+        PhotonError: if a weight is not finite in that type.
+    """
+    target = _written_dtype(model.config, dtype)
+    most = torch.finfo(target).max
+    for name, parameter in model.named_parameters():
+        low, high = torch.aminmax(parameter.detach())
+        if not (-most <= low and high <= most):  # as well where both are NaN
+            raise PhotonError(
+                f"{model.name_or_path}: {name} is not finite in {target}: set export.dtype to a wider type, or start "
+                "from sound weights"
+            )
+
+
 def num_bytes(model: PreTrainedModel) -> int:
     """Bytes of the weights on disk, in the model's type; a tied head counts once."""
     return sum(math.prod(parameter.shape) * parameter.element_size() for parameter in model.parameters())
@@ -95,13 +116,17 @@ def num_bytes(model: PreTrainedModel) -> int:
 
 def _skeleton(config: PretrainedConfig, dtype: str) -> PreTrainedModel:
     """The model without weights, in the type that is written."""
-    if dtype == "auto":
-        dtype = str(config.dtype or "float32").removeprefix("torch.")
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(copy.deepcopy(config)).to(getattr(torch, dtype))
+        model = AutoModelForCausalLM.from_config(copy.deepcopy(config)).to(_written_dtype(config, dtype))
     # Saving adds the class itself, and the configuration's.
     model.config.auto_map = {"AutoModel": _code_reference(type(model.model))}
     return model
+
+
+def _written_dtype(config: PretrainedConfig, dtype: str) -> torch.dtype:
+    if dtype == "auto":
+        dtype = str(config.dtype or "float32").removeprefix("torch.")
+    return getattr(torch, dtype)
 
 
 def _code_reference(model_class: type) -> str:

@@ -15,11 +15,13 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from photon_train.accounting import Estimate
 from photon_train.config import RunConfig, to_dict
+from photon_train.errors import PhotonError
 from photon_train.evaluation.plots import plot_losses
 from photon_train.evaluation.report import Report, machine, print_report, write_report
 from photon_train.export.card import model_card
-from photon_train.export.save import export_model
+from photon_train.export.save import check_weights, export_model
 from photon_train.export.validate import validate_export
+from photon_train.files import check_can_write
 from photon_train.inference.text import generate_text, load_for_inference
 from photon_train.manifest import read_manifest, verify_manifest
 from photon_train.pipeline.devices import roomy_device, weight_bytes
@@ -72,6 +74,17 @@ class TrainingRun:
         self.accelerator.wait_for_everyone()
         self.stages.begin(self.config)
 
+    def check_disk(self, sizes: dict[Path, int]) -> None:
+        """Check that the disk takes all models that the run is still to write, in bytes by directory.
+
+        Raises:
+            PhotonError: if not.
+        """
+        missing = {directory: size for directory, size in sizes.items() if not directory.exists()}
+        if missing:
+            names = " with ".join(f"{directory.name}/" for directory in missing)
+            check_can_write(next(iter(missing)), sum(missing.values()), names)
+
     def say(self, message: str) -> None:
         """A line of progress, from the main process."""
         if self.is_main:
@@ -98,8 +111,19 @@ class TrainingRun:
     # --- training ---
 
     def load(self, loader: type, directory: Path) -> PreTrainedModel:
-        """A model in the checkpoint's type, whole, on the CPU of every process."""
-        return self.main_first(lambda: loader.from_pretrained(directory, dtype="auto"))
+        """A model in the checkpoint's type, whole, on the CPU of every process.
+
+        Raises:
+            PhotonError: if the checkpoint lacks a weight, for which transformers would draw numbers.
+        """
+        model, found = self.main_first(
+            lambda: loader.from_pretrained(directory, dtype="auto", output_loading_info=True)
+        )
+        if missing := sorted(found["missing_keys"]):
+            raise PhotonError(
+                f"{directory} lacks tensor {missing[0]} ({len(missing)} in all), which its config.json calls for"
+            )
+        return model
 
     def train(self, model: PreTrainedModel, config: RunConfig, text: Text, **settings: Any) -> TrainResult:
         """Fine-tune `model` with `config`."""
@@ -109,6 +133,7 @@ class TrainingRun:
     def _fine_tune(self, text: Text, teacher_directory: Path | None) -> dict[str, Any]:
         self.say("Fine-tuning PHOTON.")
         model = self.load(AutoModelForCausalLM, self.start)
+        check_weights(model, self.dtype)
         teacher = None
         holds_teacher = getattr(model, "holds_dense_model", False) and self.config.lora.rank
         if self.config.distill.is_on and not holds_teacher and teacher_directory is not None:

@@ -16,6 +16,7 @@ from photon_train.errors import PhotonError
 from photon_train.manifest import FILE_NAME, verify_manifest
 from photon_train.pipeline.base import TrainingRun
 from photon_train.pipeline.console import make_console
+from photon_train.pipeline.devices import weight_bytes
 from photon_train.pipeline.prepare import document_alignment, estimate_training, load_text, load_tokenizer
 from photon_train.pipeline.stages import Stages
 from photon_train.training.accelerator import make_accelerator
@@ -42,10 +43,10 @@ def run_finetuning(config: RunConfig) -> None:
         if rank == 0:
             make_console().print(numbers.table())
         return
-    stages = Stages(config, rank == 0, num_processes)
-    run = _FinetuningRun(config, make_accelerator(config, config.output), stages)
-    run.start, run.dtype, run.numbers = Path(config.model), config.export.dtype, numbers
-    run.carry_out(photon)
+    with Stages(config, rank == 0, num_processes) as stages:
+        run = _FinetuningRun(config, make_accelerator(config, config.output), stages)
+        run.start, run.dtype, run.numbers = Path(config.model), config.export.dtype, numbers
+        run.carry_out(photon)
 
 
 class _FinetuningRun(TrainingRun):
@@ -61,6 +62,7 @@ class _FinetuningRun(TrainingRun):
         align, processes = document_alignment(photon, self.config), self.accelerator.num_processes
         text = load_text(self.config, tokenizer, align, processes, self.is_main, self.main_first)
         self.say(f"Data: {text}.")
+        self.check_disk({self.exported: weight_bytes(self.start)})
         self.begin()
         self.finish(text)
 

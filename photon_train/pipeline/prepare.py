@@ -271,7 +271,7 @@ def load_text(
 
 def _check_memory(source: str | None, settings: DataSettings) -> None:
     """Refuse text that the processes of this machine cannot hold: the system would end one of them without a word."""
-    path = None if source is None else Path(source).expanduser()
+    path = None if source is None else Path(source)
     if path is None or not path.exists() or settings.max_documents is not None or not hasattr(os, "sysconf"):
         return
     size = sum(file.stat().st_size for file in data_files(path))

@@ -64,11 +64,11 @@ def run_conversion(config: RunConfig, families: tuple[str, ...] | None = None) -
             if wants_probe(config, conversion.config):
                 print("The run will choose as many memory cells by a probe of the dense model on its text.")
         return
-    stages = Stages(config, rank == 0, num_processes)
-    if config.model is not None:
-        # Settings that cannot be served are known before the processes join.
-        plan_conversion(_open(config, families), config, num_processes)
-    _ConversionRun(config, make_accelerator(config, config.output), stages).carry_out()
+    with Stages(config, rank == 0, num_processes) as stages:
+        if config.model is not None:
+            # Settings that cannot be served are known before the processes join.
+            plan_conversion(_open(config, families), config, num_processes)
+        _ConversionRun(config, make_accelerator(config, config.output), stages).carry_out()
 
 
 def _open(config: RunConfig, families: tuple[str, ...] | None = None, weights: bool = True) -> DenseCheckpoint:
@@ -99,8 +99,10 @@ class _ConversionRun(TrainingRun):
             self.begin()  # the tokens are written into the output
         text = load_text(self.config, tokenizer, align, processes, self.is_main, self.main_first)
         self.say(f"Data: {text}.")
-        if not self.start.exists():
-            check_can_write(self.start, conversion.plan.num_bytes, "the converted model")
+        sizes = {self.start: conversion.plan.num_bytes, self.exported: conversion.plan.num_bytes}
+        if self.config.train.dense_baseline:
+            sizes[self.output / DENSE_FINETUNED] = weight_bytes(directory)
+        self.check_disk(sizes)
         self.begin()
         if wants_probe(self.config, conversion.config):
             self._choose_cells(directory, text)

@@ -212,6 +212,23 @@ def test_a_weight_that_is_not_finite_leaves_nothing_behind(dense, tmp_path):
     fails_cleanly(tmp_path, "layers.3.mlp.down_proj.weight holds NaN", source)
 
 
+def test_a_weight_that_the_type_cannot_hold_leaves_nothing_behind(dense, tmp_path):
+    source = broken_copy(dense, tmp_path, "model.layers.3.mlp.down_proj.weight", 1e6)
+    fails_cleanly(
+        tmp_path, "layers.3.mlp.down_proj.weight is not finite in float16: set export.dtype", source, dtype="float16"
+    )
+
+
+def test_a_type_that_is_not_exported_is_refused(tmp_path):
+    """Or set: the dense model itself may be in it."""
+    source = save_dense(tmp_path / "dense", dtype="float64")
+    weights = {name: tensor.double() for name, tensor in load_file(source / "model.safetensors").items()}
+    save_file(weights, source / "model.safetensors", metadata={"format": "pt"})
+    fails_cleanly(tmp_path, "dense is stored in float64, .*set export.dtype=float32", source)
+    run_conversion(source, tmp_path / "photon", dtype="float32")
+    assert load(tmp_path / "photon").dtype == torch.float32
+
+
 def test_a_directory_that_is_not_empty_is_left_as_it_was(dense, tmp_path):
     (tmp_path / "photon").mkdir()
     (tmp_path / "photon" / "mine.txt").write_text("mine")

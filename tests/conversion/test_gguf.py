@@ -75,6 +75,13 @@ def test_a_directory_with_one_file_is_that_file(tmp_path):
     refuses(tmp_path, "2 GGUF files", "name one")
 
 
+def test_an_adapter_beside_the_file_is_not_ignored(tmp_path):
+    file = write_gguf(tmp_path / "tiny.gguf", gguf_model())
+    cached_checkpoint(file)
+    (tmp_path / "adapter_config.json").write_text("{}")
+    refuses(file, "adapter_config.json", "beside the model", "merge_and_unload")
+
+
 def test_it_is_dequantised_once_and_again_when_it_changes(tmp_path, monkeypatch):
     file = write_gguf(tmp_path / "tiny.gguf", gguf_model())
     calls = []

@@ -46,6 +46,8 @@ def test_rewritten_tensors_keep_their_type_and_the_others_their_values(tmp_path)
     found = load_file(tmp_path / "model-00002-of-00002.safetensors")
     assert found["new"].dtype == torch.bfloat16 and found["new"].tolist() == [1, 2, 3]
     assert torch.equal(found["other"], stored["other"])
+    with pytest.raises(PhotonError, match="new is not finite in bfloat16"):
+        rewrite_new_tensors(tmp_path, {"new": torch.tensor([0.0, torch.finfo(torch.float32).max, 0.0])})
     for name, value in (("new", torch.zeros(2)), ("old", torch.zeros(2)), ("neither", torch.zeros(2))):
         with pytest.raises(PhotonError, match=f"holds no tensor {name} of shape"):
             rewrite_new_tensors(tmp_path, {name: value})

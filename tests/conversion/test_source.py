@@ -7,9 +7,12 @@ import shutil
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from tiny_dense import save_dense
 
+from photon_train.checkpoints import read_config
+from photon_train.conversion.safetensors_io import read_header
 from photon_train.conversion.source import INDEX, DenseCheckpoint
 from photon_train.errors import PhotonError
 from photon_train.manifest import write_manifest
@@ -108,6 +111,18 @@ def test_pickled_weights_are_refused(single):
     open_fails(single, "pickle", "save_pretrained")
 
 
+def test_an_adapter_beside_the_weights_is_not_ignored(single, tmp_path):
+    """transformers would load it for the teacher and the probe; the converted weights would be without it."""
+    (single / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "base_model_name_or_path": "x/y"}))
+    open_fails(single, "adapter_config.json", "beside the model", "merge_and_unload")
+    with pytest.raises(PhotonError, match="beside the model"):
+        DenseCheckpoint.open(str(single), weights=False)
+    with pytest.raises(PhotonError, match="beside the model"):
+        read_config(single)
+    (single / "config.json").unlink()
+    open_fails(single, "is a PEFT adapter, not a model", "merge_and_unload")
+
+
 def test_no_weights(single):
     (single / "model.safetensors").unlink()
     open_fails(single, "neither model.safetensors nor")
@@ -145,11 +160,43 @@ def test_a_corrupt_header(single):
     open_fails(single, "model.safetensors", "corrupt")
 
 
-@pytest.mark.parametrize("offsets", [[0, 4], [-8, 0], "no"])
+def write_header(path, num_bytes: int, **tensors):
+    """A safetensors file of zeros with `num_bytes` of data; `tensors` are shape and offsets by name."""
+    entries = {name: {"dtype": "F32", "shape": s, "data_offsets": offsets} for name, (s, offsets) in tensors.items()}
+    header = json.dumps(entries).encode()
+    path.write_bytes(len(header).to_bytes(8, "little") + header + bytes(num_bytes))
+    return path
+
+
+@pytest.mark.parametrize("offsets", [[0, 4], [-8, 0], "no", [0, 8, 8], [0], [0.0, 8.0], ["0", "8"]])
 def test_a_header_with_impossible_offsets(single, offsets):
-    header = json.dumps({"x": {"dtype": "F32", "shape": [2], "data_offsets": offsets}}).encode()
-    (single / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + bytes(8))
+    write_header(single / "model.safetensors", 8, x=([2], offsets))
     open_fails(single, "model.safetensors", "corrupt safetensors header")
+
+
+@pytest.mark.parametrize(
+    "tensors",
+    [
+        {"x": ([2], [0, 8]), "y": ([2], [4, 12])},
+        {"x": ([3], [0, 12]), "y": ([1], [4, 8])},
+        {"x": ([1], [0, 4]), "y": ([1], [8, 12])},
+        {"x": ([2], [4, 12])},
+        {"x": ([-1, -3], [0, 12])},
+    ],
+    ids=["overlap", "inside", "hole", "hole first", "negative"],
+)
+def test_a_header_that_safetensors_refuses(tmp_path, tensors):
+    path = write_header(tmp_path / "x.safetensors", 12, **tensors)
+    with pytest.raises(SafetensorError):
+        load_file(path)
+    with pytest.raises(PhotonError, match="corrupt safetensors header"):
+        read_header(path)
+
+
+def test_tensors_may_lie_in_any_order_and_be_empty(tmp_path):
+    tensors = {"b": ([1], [8, 12]), "empty": ([0], [8, 8]), "a": ([2], [0, 8])}
+    path = write_header(tmp_path / "x.safetensors", 12, **tensors)
+    assert list(read_header(path)) == list(tensors) and set(load_file(path)) == set(tensors)
 
 
 def test_a_git_lfs_pointer(single):

@@ -88,12 +88,20 @@ def other_family(directory: Path) -> str:
     return "llama, mistral, phi3, qwen2, qwen3"
 
 
+def widen(directory: Path) -> str:
+    weights = {name: tensor.double() for name, tensor in load_file(directory / "model.safetensors").items()}
+    save_file(weights, directory / "model.safetensors", metadata={"format": "pt"})
+    return "set export.dtype=float32"
+
+
 def pickled(directory: Path) -> str:
     (directory / "model.safetensors").rename(directory / "pytorch_model.bin")
     return "pickle files are never read"
 
 
-@pytest.mark.parametrize("harm", [drop_shard, truncate, poison, other_hash, shrink_vocabulary, other_family, pickled])
+@pytest.mark.parametrize(
+    "harm", [drop_shard, truncate, poison, other_hash, shrink_vocabulary, other_family, widen, pickled]
+)
 def test_a_harmed_checkpoint(harm, checkpoint, tmp_path, monkeypatch, capsys):
     named = harm(checkpoint)
     output = tmp_path / "out"
@@ -176,6 +184,7 @@ def test_the_same_command_goes_on_after_a_kill_between_stages(checkpoint, tmp_pa
 
     def killed(self, name, stage):
         stage()
+        assert (tmp_path / "out" / ".lock").is_file()
         raise Killed
 
     with monkeypatch.context() as patch, pytest.raises(Killed):
@@ -202,7 +211,7 @@ def test_too_little_disk_is_known_before_anything_is_written(checkpoint, tmp_pat
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 10**9 - 1000, 1000))
     output = tmp_path / "out"
     line = run(monkeypatch, capsys, "--model", checkpoint, "--output", output, *quick(tmp_path))
-    assert "free" in line and not (output / "converted").exists()
+    assert "GB free, converted/ with export/ needs" in line and not (output / "converted").exists()
 
 
 def test_a_run_goes_on_with_other_processes_at_the_same_sequences_per_step(tmp_path):

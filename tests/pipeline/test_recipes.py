@@ -13,8 +13,9 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tiny_checkpoint import tiny_checkpoint
 
 from photon_train.config import load_config
@@ -122,6 +123,38 @@ def test_fine_tuning_needs_a_photon_model_and_leaves_its_architecture(converted,
         run_finetuning(config(model=converted / "export", data=text))
     with pytest.raises(PhotonError, match="model is not set"):
         run_finetuning(finetuning(data=text))
+
+
+def harmed(converted: Path, directory: Path, harm) -> Path:
+    """A copy of the export in which `harm` has changed the weights."""
+    shutil.copytree(converted / "export", directory)
+    (directory / "manifest.json").unlink()
+    weights = load_file(directory / "model.safetensors")
+    harm(weights)
+    save_file(weights, directory / "model.safetensors", metadata={"format": "pt"})
+    return directory
+
+
+@pytest.mark.parametrize(
+    ("harm", "dtype", "message"),
+    [
+        (lambda weights: weights["model.norm.weight"].fill_(1e6), "float16", "norm.weight is not finite in .*float16"),
+        (lambda weights: weights["model.norm.weight"].fill_(torch.nan), "auto", "norm.weight is not finite in"),
+        (lambda weights: weights.pop("model.norm.weight"), "auto", r"lacks tensor model.norm.weight \(1 in all\)"),
+    ],
+)
+def test_what_cannot_be_exported_is_not_trained(harm, dtype, message, converted, tmp_path, text, monkeypatch):
+    monkeypatch.setattr("photon_train.pipeline.base.train", lambda *_, **__: pytest.fail("trained"))
+    settings = {"model": harmed(converted, tmp_path / "in", harm), "data": text, "output": tmp_path / "out"}
+    with pytest.raises(PhotonError, match=message):
+        run_finetuning(finetuning(**settings, **{"export.dtype": dtype}))
+
+
+def test_a_disk_without_room_for_the_export_is_not_trained_on(converted, tmp_path, text, monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 10**9 - 1000, 1000))
+    with pytest.raises(PhotonError, match=r"GB free, export/ needs"):
+        run_finetuning(finetuning(model=converted / "export", data=text, output=tmp_path / "out"))
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("command", ["finetune", "generate", "serve", "evaluate"])
