@@ -31,7 +31,7 @@ from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from photon_train.config import DataSettings
-from photon_train.data.chat import prepare_chat
+from photon_train.data.chat import prepare_chat, say_left_out
 from photon_train.data.corpora import Document, hash_point, read_documents, split_threshold
 from photon_train.data.packing import IGNORED_LABEL, check_alignment, isolated, tokenize_documents
 from photon_train.errors import PhotonError
@@ -99,6 +99,7 @@ def write_corpus(
             number += 1
             collect(2 * max(1, settings.num_workers))  # what is read ahead is bounded
         collect(0)
+    say_left_out(*(sum(shard[key] for shard in shards) for key in ("left_out", "read")))
     if not sum(shard["documents"] for shard in shards):
         raise PhotonError(f"{source or 'the standard library'}: no document has anything to learn")
     corpus = {
@@ -224,7 +225,8 @@ def _write_shard(path: Path, documents: list[Document], mark: dict[str, Any]) ->
         np.save(directory / "offsets.npy", np.cumsum([0, *map(len, rows)], dtype=np.int64))
         np.save(directory / "points.npy", np.asarray(points, dtype=np.float64))
         sizes = {file.name: file.stat().st_size for file in directory.iterdir()}
-        shard = {**mark, "documents": len(rows), "tokens": len(tokens), "dtype": dtype.__name__, "sizes": sizes}
+        counts = {"read": len(documents), "left_out": len(documents) - len(rows), "documents": len(rows)}
+        shard = {**mark, **counts, "tokens": len(tokens), "dtype": dtype.__name__, "sizes": sizes}
         (directory / _SHARD_FILE).write_text(json.dumps(shard, indent=1) + "\n", encoding="utf-8")
     return shard
 
