@@ -2,7 +2,7 @@
 
 A corpus is a directory of `shard-00000`, `shard-00001`, ... and `corpus.json`, written last. A shard holds
 
-    tokens.bin    every token of its documents (uint16 where the vocabulary allows, else uint32)
+    tokens.bin    every token of its documents (uint16 where the largest id allows, else uint32)
     unlearned.bin one byte per token, 1 where nothing is learned (conversations only)
     offsets.npy   first token of each document, and the end (int64)
     points.npy    where the hash of each document's name lies in [0, 1): decides which split it falls in
@@ -33,7 +33,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from photon_train.config import DataSettings
 from photon_train.data.chat import prepare_chat, say_left_out
 from photon_train.data.corpora import Document, hash_point, read_documents, split_threshold
-from photon_train.data.packing import IGNORED_LABEL, check_alignment, isolated, tokenize_documents
+from photon_train.data.packing import IGNORED_LABEL, check_alignment, isolated, largest_id, tokenize_documents
 from photon_train.errors import PhotonError
 from photon_train.files import atomic_directory, atomic_write_text, make_directory, remove_leftovers
 
@@ -71,7 +71,7 @@ def write_corpus(
         PhotonError: if `directory` belongs to other settings, the source cannot be read, or a worker dies.
     """
     directory = Path(directory)
-    made_of = _made_of(source, settings, tokenizer, documents_per_shard, max_characters)
+    made_of, dtype = _made_of(source, settings, tokenizer, documents_per_shard, max_characters), _dtype(tokenizer)
     if _is_complete(directory, made_of):
         return
     make_directory(directory)
@@ -91,7 +91,7 @@ def write_corpus(
         while batch := list(islice(documents, documents_per_shard)):
             path = directory / f"shard-{number:05d}"
             names = hashlib.sha256("\0".join(document.name for document in batch).encode()).hexdigest()
-            mark = {"made_of": made_of, "names": names}
+            mark = {"made_of": made_of, "names": names, "dtype": dtype}
             if (known := _read_json(path / _SHARD_FILE)) and {key: known.get(key) for key in mark} == mark:
                 waiting.append((number, _done(known)))
             else:
@@ -146,6 +146,11 @@ def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
         str(tokenizer.chat_template),
     ]
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()
+
+
+def _dtype(tokenizer: PreTrainedTokenizerBase) -> str:
+    """The smallest type that holds every id."""
+    return "uint16" if largest_id(tokenizer) < 2**16 else "uint32"
 
 
 def _is_complete(directory: Path, made_of: dict[str, Any]) -> bool:
@@ -216,8 +221,7 @@ def _write_shard(path: Path, documents: list[Document], mark: dict[str, Any]) ->
         rows.append(ids)
         points.append(hash_point(document.name))
         unlearned.append(mask)
-    dtype = np.uint16 if len(_tokenizer) <= 2**16 else np.uint32
-    tokens = np.concatenate(rows).astype(dtype) if rows else np.zeros(0, dtype)
+    tokens = np.concatenate(rows).astype(mark["dtype"]) if rows else np.zeros(0, mark["dtype"])
     with atomic_directory(path) as directory:
         tokens.tofile(directory / "tokens.bin")
         if documents[0].messages is not None:
@@ -226,7 +230,7 @@ def _write_shard(path: Path, documents: list[Document], mark: dict[str, Any]) ->
         np.save(directory / "points.npy", np.asarray(points, dtype=np.float64))
         sizes = {file.name: file.stat().st_size for file in directory.iterdir()}
         counts = {"read": len(documents), "left_out": len(documents) - len(rows), "documents": len(rows)}
-        shard = {**mark, **counts, "tokens": len(tokens), "dtype": dtype.__name__, "sizes": sizes}
+        shard = {**mark, **counts, "tokens": len(tokens), "sizes": sizes}
         (directory / _SHARD_FILE).write_text(json.dumps(shard, indent=1) + "\n", encoding="utf-8")
     return shard
 
@@ -272,6 +276,11 @@ class Corpus:
                 if found != size:
                     state = "is missing" if found is None else f"has {found} bytes instead of {size}"
                     raise PhotonError(f"{path / name} {state}: remove {path} and {CORPUS_FILE}, and tokenise again")
+            if shard["dtype"] != _dtype(tokenizer):
+                raise PhotonError(
+                    f"{path / 'tokens.bin'} holds ids as {shard['dtype']}, which the tokenizer's do not fit: remove "
+                    f"{self.directory}, and tokenise again"
+                )
             self.tokens.append(_map(path / "tokens.bin", shard["dtype"]))
             mask = path / "unlearned.bin"
             self.unlearned.append(_map(mask, np.uint8) if mask.exists() else None)
