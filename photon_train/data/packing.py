@@ -191,25 +191,6 @@ def check_alignment(seq_len: int, align: int) -> None:
         )
 
 
-def check_tokenizer(tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> None:
-    """Check that every id the tokenizer knows has a row in the model's embedding.
-
-    Raises:
-        PhotonError: if the largest id (added tokens included) is not below `vocab_size`.
-    """
-    largest = largest_id(tokenizer)
-    if largest >= vocab_size:
-        raise PhotonError(
-            f"the tokenizer has ids up to {largest} but the model's vocab_size is {vocab_size}: "
-            "they do not belong together, or tokens were added without resizing the embeddings"
-        )
-
-
-def largest_id(tokenizer: PreTrainedTokenizerBase) -> int:
-    """The largest id that the tokenizer can give; a vocabulary with gaps has fewer tokens than that."""
-    return max(tokenizer.get_vocab().values())
-
-
 def tokenize_documents(
     documents: Iterable[Document], tokenizer: PreTrainedTokenizerBase, eos_id: int, progress: bool = False
 ) -> Iterator[tuple[Document, np.ndarray, np.ndarray | None]]:

@@ -28,12 +28,13 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from photon_train.config import DataSettings
-from photon_train.data.chat import prepare_chat, say_left_out
+from photon_train.data.chat import say_left_out
 from photon_train.data.corpora import Document, hash_point, read_documents, split_threshold
-from photon_train.data.packing import IGNORED_LABEL, check_alignment, isolated, largest_id, tokenize_documents
+from photon_train.data.packing import IGNORED_LABEL, check_alignment, isolated, tokenize_documents
+from photon_train.data.tokenizers import largest_id, tokenizer_hash
 from photon_train.errors import PhotonError
 from photon_train.files import atomic_directory, atomic_write_text, make_directory, remove_leftovers
 
@@ -131,21 +132,6 @@ def _local_bytes(source: str | None) -> int | None:
     if path is None or not path.exists():
         return None
     return sum(file.stat().st_size for file in ([path] if path.is_file() else path.rglob("*")) if file.is_file())
-
-
-def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
-    """SHA-256 of what decides about the tokens: vocabulary, rules, special tokens and chat template."""
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    rules = json.loads(backend.to_str()) if backend is not None else tokenizer.get_vocab()
-    for state in ("padding", "truncation"):  # set by calls
-        rules.pop(state, None)
-    parts = [
-        json.dumps(rules, sort_keys=True),
-        str(tokenizer.bos_token_id),
-        str(tokenizer.eos_token_id),
-        str(tokenizer.chat_template),
-    ]
-    return hashlib.sha256("\0".join(parts).encode()).hexdigest()
 
 
 def _dtype(tokenizer: PreTrainedTokenizerBase) -> str:
@@ -374,23 +360,3 @@ class CorpusDataset(torch.utils.data.Dataset):
                 first = int(self.corpus.first[document]) + skipped
                 yield max(begin, start) - begin, int(self.corpus.shard[document]), first, length
             number += 1
-
-
-def tokenizer_for(directory: str, settings: DataSettings) -> PreTrainedTokenizerBase:
-    """The tokenizer in `directory` (or of a hub id), ready for `settings`.
-
-    Raises:
-        PhotonError: if it cannot be read, has no end-of-text token, or cannot serve conversations.
-    """
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(directory)
-    except (OSError, ValueError, KeyError) as error:
-        raise PhotonError(
-            f"{directory}: no tokenizer could be read ({(str(error).splitlines() or [''])[0]}): put tokenizer.json and "
-            "tokenizer_config.json there"
-        ) from error
-    if tokenizer.eos_token_id is None:
-        raise PhotonError(f"{directory}: the tokenizer has no eos_token: name one in tokenizer_config.json")
-    if settings.messages_field:
-        prepare_chat(tokenizer, settings.chat_template)
-    return tokenizer
