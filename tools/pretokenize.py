@@ -20,7 +20,8 @@ def main() -> None:
     config = load_config(None, prog="python tools/pretokenize.py", description=__doc__.splitlines()[0])
     if config.model is None:
         raise PhotonError("model is not set: name the dense checkpoint whose tokenizer is to be used")
-    from photon_train.data.tokenised import Corpus, tokenizer_for, write_corpus
+    from photon_train.data.tokenised import Corpus, write_corpus
+    from photon_train.data.tokenizers import tokenizer_for
 
     tokenizer = tokenizer_for(config.model, config.dataset)
     write_corpus(

@@ -147,8 +147,8 @@ class DataSettings:
     sources: list[SourceSettings] = Field(default_factory=list)
     """Several sources with weights, in place of `data`; each is read as often as its weight asks."""
     messages_field: str | None = None
-    """Column or key that holds conversations (lists of `role` and `content`): they are written with the chat template,
-    and the loss is on what the assistant says alone."""
+    """Column or key that holds conversations (lists of messages with `role`, `content` and `tool_calls`; `tools` beside
+    it is read too): they are written with the chat template, and the loss is on what the assistant says alone."""
     chat_template: Place | None = None
     """File of a chat template that marks the assistant's words with generation tags; unset takes the
     tokenizer's own."""

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
+from transformers.utils.chat_template_utils import render_jinja_template
 
-from photon_train.data.corpora import Document
+from photon_train.data.records import CALLS, Document
 from photon_train.errors import PhotonError
+
+logger = logging.getLogger(__name__)
 
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
@@ -54,16 +59,134 @@ def tokenize_chats(
     """Each conversation, its ids (int32) and where nothing is learned (bool); silent assistants are left out.
 
     Raises:
-        PhotonError: if the template refuses a conversation; the message names it.
+        PhotonError: if the template refuses a conversation or leaves a part of it out; the message names it.
     """
     for document in documents:
         try:
-            encoded = tokenizer.apply_chat_template(
-                list(document.messages), tokenize=True, return_dict=True, return_assistant_tokens_mask=True
-            )
-        except Exception as error:  # templates raise what they like, through jinja2
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-            raise PhotonError(f"{document.name}: the chat template refuses the conversation: {reason}") from error
-        learned = np.asarray(encoded["assistant_masks"], dtype=bool)
+            ids, learned = encode_chat(tokenizer, document.messages, document.tools)
+        except PhotonError as error:
+            raise PhotonError(f"{document.name}: {error}") from error
         if learned.any():
-            yield document, np.asarray(encoded["input_ids"], dtype=np.int32), ~learned
+            yield document, ids, ~learned
+
+
+def say_left_out(count: int, conversations: int) -> None:
+    """Warn that `count` of so many conversations teach nothing, if any."""
+    if count:
+        logger.warning(
+            "%s of %s conversations are left out: no token of them is the assistant's",
+            f"{count:,}",
+            f"{conversations:,}",
+        )
+
+
+def encode_chat(
+    tokenizer: PreTrainedTokenizerBase,
+    messages: Sequence[dict[str, Any]],
+    tools: Sequence[dict[str, Any]] | None = None,
+) -> tuple[np.ndarray, np.ndarray]:
+    """A conversation as the chat template writes it.
+
+    Args:
+        tokenizer: One that `prepare_chat` has accepted.
+        messages: Its messages, whole: what they hold beside `role` and `content` is the template's to write.
+        tools: Descriptions of the tools that it may call.
+
+    Returns:
+        Its ids (int32) and which of them the assistant wrote (bool), each `[tokens]`.
+
+    Raises:
+        PhotonError: if the template raises an error, or leaves out the tools or the calls of them.
+    """
+    text, spans = _write(tokenizer, messages, tools)
+    _check_written(tokenizer, messages, tools, text, spans)
+    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+    offsets = np.asarray(encoded["offset_mapping"], dtype=np.int64).reshape(-1, 2)
+    return np.asarray(encoded["input_ids"], dtype=np.int32), tokens_inside(text, spans, offsets)
+
+
+def tokens_inside(text: str, spans: Sequence[tuple[int, int]], offsets: np.ndarray) -> np.ndarray:
+    """Which tokens hold characters of `spans` and, white space apart, no other ones.
+
+    A token counts as holding the characters beside it that belong to no token: where a normaliser composes letters,
+    drops or replaces them, that is where the others went. (The mask of `apply_chat_template` asks for the tokens of the
+    first and the last character instead: it errs where those have several tokens or none.)
+
+    Args:
+        text: What was tokenised.
+        spans: First character and the one behind the last.
+        offsets: The same of each token, `[tokens, 2]`. A token of white space may be empty, at its end.
+
+    Returns:
+        `[tokens]` bool.
+    """
+    inside = np.zeros(len(text), dtype=bool)
+    for first, end in spans:
+        inside[first:end] = True
+    foreign = ~inside & ~np.fromiter(map(str.isspace, text), dtype=bool, count=len(text))
+    first, end = offsets.T
+    steps = np.zeros(len(text) + 1, dtype=np.int64)
+    np.add.at(steps, first, 1)
+    np.add.at(steps, end, -1)
+    covered, places = np.cumsum(steps)[:-1] > 0, np.arange(len(text))
+    # For each place: behind the last covered character before it, and the first covered one from it on.
+    behind = np.concatenate([[0], np.maximum.accumulate(np.where(covered, places + 1, 0))])
+    ahead = np.minimum.accumulate(np.append(np.where(covered, places, len(text)), len(text))[::-1])[::-1]
+    count = np.concatenate([[0], np.cumsum(inside)])
+    count_foreign = np.concatenate([[0], np.cumsum(foreign)])
+    holds = count[end] > count[np.where(first == end, np.maximum(first - 1, 0), first)]
+    return holds & (count_foreign[ahead[end]] == count_foreign[behind[first]])
+
+
+def _write(
+    tokenizer: PreTrainedTokenizerBase, messages: Sequence[dict[str, Any]], tools: Sequence[dict[str, Any]] | None
+) -> tuple[str, list[tuple[int, int]]]:
+    """The text of a conversation and its parts that the assistant says: first character and the one behind the last."""
+    try:
+        (text,), (spans,) = render_jinja_template(
+            conversations=[list(messages)],
+            tools=list(tools) if tools else None,
+            chat_template=tokenizer.chat_template,
+            return_assistant_tokens_mask=True,
+            **tokenizer.special_tokens_map,
+        )
+    except Exception as error:  # templates raise what they like, through jinja2
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise PhotonError(f"the chat template refuses the conversation: {reason}") from error
+    return text, spans
+
+
+def _check_written(
+    tokenizer: PreTrainedTokenizerBase,
+    messages: Sequence[dict[str, Any]],
+    tools: Sequence[dict[str, Any]] | None,
+    text: str,
+    spans: Sequence[tuple[int, int]],
+) -> None:
+    """Refuse a template that does without what was to be learned: the model would learn to answer with nothing."""
+    if tools and _written(tokenizer, messages, None)[0] == text:
+        raise PhotonError(
+            "the chat template does not write the record's 'tools': name one that does in dataset.chat_template, or "
+            "remove them from the data"
+        )
+    for key in CALLS:
+        if not any(message.get(key) for message in messages):
+            continue
+        without = [{"content": "", **{name: message[name] for name in message if name != key}} for message in messages]
+        marked = _marked(text, spans)
+        if _marked(*_written(tokenizer, without, tools)) == marked:
+            raise PhotonError(
+                f"the chat template does not write {key!r} as the assistant's words: name one that does, inside "
+                "{% generation %}, in dataset.chat_template, or leave such conversations out"
+            )
+
+
+def _written(tokenizer, messages, tools) -> tuple[str | None, list[tuple[int, int]]]:  # noqa: ANN001
+    try:
+        return _write(tokenizer, messages, tools)
+    except PhotonError:  # it reads what is missing here
+        return None, []
+
+
+def _marked(text: str | None, spans: Sequence[tuple[int, int]]) -> list[str] | None:
+    return None if text is None else [text[first:end] for first, end in spans]

@@ -12,10 +12,11 @@ import re
 import sysconfig
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from photon_train.config import DataSettings
+from photon_train.data.records import Document, document_of, missing_field, wanted_fields, without_nulls
 from photon_train.errors import PhotonError
 
 logger = logging.getLogger(__name__)
@@ -38,21 +39,6 @@ EXCLUDED_DIRECTORIES = frozenset(
     | {"idlelib", "lib2to3", "distutils", "tkinter", "turtledemo", "ensurepip"}
 )
 EXCLUDED_FILE_PREFIX = "_sysconfigdata"
-
-
-@dataclass(frozen=True)
-class Document:
-    """A text and the name that decides which split it falls in.
-
-    Attributes:
-        name: Unique within the source and independent of where the source lies on disk.
-        text: Not empty.
-        messages: Of a conversation, its messages (`role`, `content`); `text` then joins what they say.
-    """
-
-    name: str
-    text: str
-    messages: tuple[dict[str, str], ...] | None = None
 
 
 def read_documents(source: str | None, settings: DataSettings, max_characters: int | None = None) -> Iterator[Document]:
@@ -237,7 +223,7 @@ def _read_jsonl(path: Path, name: str, settings: DataSettings) -> Iterator[Docum
                 ) from error
             if not isinstance(record, dict):
                 raise PhotonError(f"{path}:{number}: expected a JSON object per line, got {type(record).__name__}")
-            yield _document(f"{name}:{number}", record, settings, f"{path}:{number}")
+            yield document_of(f"{name}:{number}", record, settings, f"{path}:{number}")
 
 
 def _read_parquet(path: Path, name: str, settings: DataSettings) -> Iterator[Document]:
@@ -246,13 +232,13 @@ def _read_parquet(path: Path, name: str, settings: DataSettings) -> Iterator[Doc
 
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
-            field, columns = settings.messages_field or settings.text_field, file.schema_arrow.names
-            if field not in columns:
-                raise _missing_field(str(path), settings, columns)
+            present, wanted = file.schema_arrow.names, wanted_fields(settings)
+            if wanted[0] not in present:
+                raise missing_field(str(path), settings, present)
             row = 0
-            for batch in file.iter_batches(batch_size=1024, columns=[field]):
-                for value in batch.column(0).to_pylist():
-                    yield _document(f"{name}:{row}", {field: value}, settings, f"{path}: row {row}")
+            for batch in file.iter_batches(batch_size=1024, columns=[field for field in wanted if field in present]):
+                for record in batch.to_pylist():
+                    yield document_of(f"{name}:{row}", _filled(record), settings, f"{path}: row {row}")
                     row += 1
     except (pyarrow.ArrowException, OSError) as error:
         raise PhotonError(f"{path}: cannot be read as Parquet: {_first_line(error)}") from error
@@ -265,7 +251,8 @@ def _read_hub(source: str, settings: DataSettings) -> Iterator[Document]:
 
         rows = datasets.load_dataset(source, settings.hub_config, split=settings.hub_split, streaming=True)
         for number, record in enumerate(rows):
-            yield _document(f"{source}/{settings.hub_split}:{number}", record, settings, f"{where}, row {number}")
+            name = f"{source}/{settings.hub_split}:{number}"
+            yield document_of(name, _filled(record), settings, f"{where}, row {number}")
     except PhotonError:
         raise
     except Exception as error:  # the hub client raises many unrelated types: not found, gated, offline, bad split
@@ -275,46 +262,9 @@ def _read_hub(source: str, settings: DataSettings) -> Iterator[Document]:
         ) from error
 
 
-def _document(name: str, record: dict, settings: DataSettings, where: str) -> Document:
-    """The text, or with `dataset.messages_field` the conversation, of one record."""
-    field = settings.messages_field or settings.text_field
-    if field not in record:
-        raise _missing_field(where, settings, record)
-    value = record[field]
-    if settings.messages_field:
-        messages = _messages(value or [], field, where)
-        return Document(name, "\n".join(message["content"] for message in messages), messages)
-    if value is None:
-        return Document(name, "")
-    if not isinstance(value, str):
-        hint = "; for conversations set dataset.messages_field" if isinstance(value, list) else ""
-        raise PhotonError(f"{where}: {field!r} holds {type(value).__name__}, not text; set dataset.text_field{hint}")
-    return Document(name, _sound(value))
-
-
-def _sound(text: str) -> str:
-    """`text` as UTF-8 can hold it: JSON may escape half of a surrogate pair, which no tokenizer takes."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-    return text
-
-
-def _messages(value: object, field: str, where: str) -> tuple[dict[str, str], ...]:
-    for message in value if isinstance(value, list) else [value]:
-        if not isinstance(message, dict) or not all(isinstance(message.get(key), str) for key in ("role", "content")):
-            raise PhotonError(
-                f"{where}: {field!r} must be a list of messages with the texts 'role' and 'content'; found "
-                f"{str(message)[:60]!r} (dataset.messages_field)"
-            )
-    return tuple({"role": message["role"], "content": _sound(message["content"])} for message in value)
-
-
-def _missing_field(where: str, settings: DataSettings, fields: Iterable[str]) -> PhotonError:
-    key = "messages_field" if settings.messages_field else "text_field"
-    present = ", ".join(fields) or "none"
-    return PhotonError(f"{where}: no field {getattr(settings, key)!r} (present: {present}); set dataset.{key}")
+def _filled(record: dict[str, Any]) -> dict[str, Any]:
+    """A row of a table, whose fields are all there, without what is empty inside of them."""
+    return {field: without_nulls(value) for field, value in record.items()}
 
 
 def _first_line(error: BaseException) -> str:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from photon_train.data.chat import tokenize_chats
+from photon_train.data.chat import say_left_out, tokenize_chats
 from photon_train.data.corpora import Document
 from photon_train.data.progress import progress_bar
 from photon_train.errors import PhotonError
@@ -133,6 +133,7 @@ def pack(
     """
     check_alignment(seq_len, align)
     pad_id = eos_id if pad_id is None else pad_id
+    documents = list(documents)
     parts: list[np.ndarray] = []
     read_only: list[tuple[int, np.ndarray]] = []
     edges: list[int] = []
@@ -151,6 +152,7 @@ def pack(
             parts.append(np.full(gap, pad_id, dtype=np.int32))
             filler_ranges.append((length, length + gap))
             length += gap
+    say_left_out(len(documents) - num_documents, len(documents))
     if not num_documents:
         raise PhotonError("no text to pack: the data holds no document on this side of the split")
     missing = -length % seq_len
@@ -189,27 +191,13 @@ def check_alignment(seq_len: int, align: int) -> None:
         )
 
 
-def check_tokenizer(tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> None:
-    """Check that every id the tokenizer knows has a row in the model's embedding.
-
-    Raises:
-        PhotonError: if the largest id (added tokens included) is not below `vocab_size`.
-    """
-    largest = max(tokenizer.get_vocab().values())
-    if largest >= vocab_size:
-        raise PhotonError(
-            f"the tokenizer has ids up to {largest} but the model's vocab_size is {vocab_size}: "
-            "they do not belong together, or tokens were added without resizing the embeddings"
-        )
-
-
 def tokenize_documents(
     documents: Iterable[Document], tokenizer: PreTrainedTokenizerBase, eos_id: int, progress: bool = False
 ) -> Iterator[tuple[Document, np.ndarray, np.ndarray | None]]:
     """Each document, its token ids (int32), and for a conversation a bool array, true where nothing is learned.
 
     A text gets BOS where the tokenizer puts one, and `eos_id`. A conversation in which the assistant says nothing
-    teaches nothing and is left out.
+    teaches nothing and is left out: callers say how many (`chat.say_left_out`).
     """
     bos_id = tokenizer.bos_token_id
     starts_with_bos = bos_id is not None and tokenizer("a")["input_ids"][:1] == [bos_id]

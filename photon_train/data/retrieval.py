@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from photon_train.data.chat import encode_chat
 from photon_train.errors import PhotonError
 
 # A statement, the question about it, and what the answer starts with.
@@ -282,11 +283,8 @@ def _chat_frame(tokenizer, facts) -> tuple[Tensor, Tensor, Tensor]:
             "dataset.retrieval_share to 0"
         )
     head, tail = (_encode(tokenizer, part) for part in written.split(_MARK))
-    encoded = tokenizer.apply_chat_template(
-        messages, tokenize=True, return_dict=True, return_assistant_tokens_mask=True
-    )
     # Both end alike, and what the assistant says first comes after the place of the text.
-    says = torch.tensor(encoded["assistant_masks"], dtype=torch.bool)[-len(tail) :]
+    says = torch.from_numpy(encode_chat(tokenizer, messages)[1])[-len(tail) :]
     answers = torch.cat([torch.zeros(len(tail) - len(says), dtype=torch.bool), says])
     return head, tail, answers
 

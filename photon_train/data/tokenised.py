@@ -2,7 +2,7 @@
 
 A corpus is a directory of `shard-00000`, `shard-00001`, ... and `corpus.json`, written last. A shard holds
 
-    tokens.bin    every token of its documents (uint16 where the vocabulary allows, else uint32)
+    tokens.bin    every token of its documents (uint16 where the largest id allows, else uint32)
     unlearned.bin one byte per token, 1 where nothing is learned (conversations only)
     offsets.npy   first token of each document, and the end (int64)
     points.npy    where the hash of each document's name lies in [0, 1): decides which split it falls in
@@ -28,12 +28,13 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from photon_train.config import DataSettings
-from photon_train.data.chat import prepare_chat
+from photon_train.data.chat import say_left_out
 from photon_train.data.corpora import Document, hash_point, read_documents, split_threshold
 from photon_train.data.packing import IGNORED_LABEL, check_alignment, isolated, tokenize_documents
+from photon_train.data.tokenizers import largest_id, tokenizer_hash
 from photon_train.errors import PhotonError
 from photon_train.files import atomic_directory, atomic_write_text, make_directory, remove_leftovers
 
@@ -71,7 +72,7 @@ def write_corpus(
         PhotonError: if `directory` belongs to other settings, the source cannot be read, or a worker dies.
     """
     directory = Path(directory)
-    made_of = _made_of(source, settings, tokenizer, documents_per_shard, max_characters)
+    made_of, dtype = _made_of(source, settings, tokenizer, documents_per_shard, max_characters), _dtype(tokenizer)
     if _is_complete(directory, made_of):
         return
     make_directory(directory)
@@ -91,7 +92,7 @@ def write_corpus(
         while batch := list(islice(documents, documents_per_shard)):
             path = directory / f"shard-{number:05d}"
             names = hashlib.sha256("\0".join(document.name for document in batch).encode()).hexdigest()
-            mark = {"made_of": made_of, "names": names}
+            mark = {"made_of": made_of, "names": names, "dtype": dtype}
             if (known := _read_json(path / _SHARD_FILE)) and {key: known.get(key) for key in mark} == mark:
                 waiting.append((number, _done(known)))
             else:
@@ -99,6 +100,7 @@ def write_corpus(
             number += 1
             collect(2 * max(1, settings.num_workers))  # what is read ahead is bounded
         collect(0)
+    say_left_out(*(sum(shard[key] for shard in shards) for key in ("left_out", "read")))
     if not sum(shard["documents"] for shard in shards):
         raise PhotonError(f"{source or 'the standard library'}: no document has anything to learn")
     corpus = {
@@ -132,19 +134,9 @@ def _local_bytes(source: str | None) -> int | None:
     return sum(file.stat().st_size for file in ([path] if path.is_file() else path.rglob("*")) if file.is_file())
 
 
-def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
-    """SHA-256 of what decides about the tokens: vocabulary, rules, special tokens and chat template."""
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    rules = json.loads(backend.to_str()) if backend is not None else tokenizer.get_vocab()
-    for state in ("padding", "truncation"):  # set by calls
-        rules.pop(state, None)
-    parts = [
-        json.dumps(rules, sort_keys=True),
-        str(tokenizer.bos_token_id),
-        str(tokenizer.eos_token_id),
-        str(tokenizer.chat_template),
-    ]
-    return hashlib.sha256("\0".join(parts).encode()).hexdigest()
+def _dtype(tokenizer: PreTrainedTokenizerBase) -> str:
+    """The smallest type that holds every id."""
+    return "uint16" if largest_id(tokenizer) < 2**16 else "uint32"
 
 
 def _is_complete(directory: Path, made_of: dict[str, Any]) -> bool:
@@ -215,8 +207,7 @@ def _write_shard(path: Path, documents: list[Document], mark: dict[str, Any]) ->
         rows.append(ids)
         points.append(hash_point(document.name))
         unlearned.append(mask)
-    dtype = np.uint16 if len(_tokenizer) <= 2**16 else np.uint32
-    tokens = np.concatenate(rows).astype(dtype) if rows else np.zeros(0, dtype)
+    tokens = np.concatenate(rows).astype(mark["dtype"]) if rows else np.zeros(0, mark["dtype"])
     with atomic_directory(path) as directory:
         tokens.tofile(directory / "tokens.bin")
         if documents[0].messages is not None:
@@ -224,7 +215,8 @@ def _write_shard(path: Path, documents: list[Document], mark: dict[str, Any]) ->
         np.save(directory / "offsets.npy", np.cumsum([0, *map(len, rows)], dtype=np.int64))
         np.save(directory / "points.npy", np.asarray(points, dtype=np.float64))
         sizes = {file.name: file.stat().st_size for file in directory.iterdir()}
-        shard = {**mark, "documents": len(rows), "tokens": len(tokens), "dtype": dtype.__name__, "sizes": sizes}
+        counts = {"read": len(documents), "left_out": len(documents) - len(rows), "documents": len(rows)}
+        shard = {**mark, **counts, "tokens": len(tokens), "sizes": sizes}
         (directory / _SHARD_FILE).write_text(json.dumps(shard, indent=1) + "\n", encoding="utf-8")
     return shard
 
@@ -270,6 +262,11 @@ class Corpus:
                 if found != size:
                     state = "is missing" if found is None else f"has {found} bytes instead of {size}"
                     raise PhotonError(f"{path / name} {state}: remove {path} and {CORPUS_FILE}, and tokenise again")
+            if shard["dtype"] != _dtype(tokenizer):
+                raise PhotonError(
+                    f"{path / 'tokens.bin'} holds ids as {shard['dtype']}, which the tokenizer's do not fit: remove "
+                    f"{self.directory}, and tokenise again"
+                )
             self.tokens.append(_map(path / "tokens.bin", shard["dtype"]))
             mask = path / "unlearned.bin"
             self.unlearned.append(_map(mask, np.uint8) if mask.exists() else None)
@@ -363,23 +360,3 @@ class CorpusDataset(torch.utils.data.Dataset):
                 first = int(self.corpus.first[document]) + skipped
                 yield max(begin, start) - begin, int(self.corpus.shard[document]), first, length
             number += 1
-
-
-def tokenizer_for(directory: str, settings: DataSettings) -> PreTrainedTokenizerBase:
-    """The tokenizer in `directory` (or of a hub id), ready for `settings`.
-
-    Raises:
-        PhotonError: if it cannot be read, has no end-of-text token, or cannot serve conversations.
-    """
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(directory)
-    except (OSError, ValueError, KeyError) as error:
-        raise PhotonError(
-            f"{directory}: no tokenizer could be read ({(str(error).splitlines() or [''])[0]}): put tokenizer.json and "
-            "tokenizer_config.json there"
-        ) from error
-    if tokenizer.eos_token_id is None:
-        raise PhotonError(f"{directory}: the tokenizer has no eos_token: name one in tokenizer_config.json")
-    if settings.messages_field:
-        prepare_chat(tokenizer, settings.chat_template)
-    return tokenizer

@@ -22,10 +22,11 @@ from photon_train.conversion.safetensors_io import TensorInfo
 from photon_train.conversion.source import DenseCheckpoint
 from photon_train.data.corpora import data_files, read_documents, split_documents
 from photon_train.data.mixture import Mixture
-from photon_train.data.packing import PackedDataset, check_alignment, check_tokenizer, pack
+from photon_train.data.packing import PackedDataset, check_alignment, pack
 from photon_train.data.pretrain import PretrainSettings
 from photon_train.data.retrieval_share import RetrievalShare
-from photon_train.data.tokenised import Corpus, CorpusDataset, is_corpus, tokenizer_for, write_corpus
+from photon_train.data.tokenised import Corpus, CorpusDataset, is_corpus, write_corpus
+from photon_train.data.tokenizers import check_tokenizer, tokenizer_for
 from photon_train.errors import PhotonError
 from photon_train.files import parse_size
 from photon_train.pipeline.console import make_console

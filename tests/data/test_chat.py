@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_chat import TEMPLATE, UNMARKED, chat_file, conversation
+from tiny_chat import CALL, TEMPLATE, TOOL, TOOL_TEMPLATE, UNMARKED, chat_file, conversation
 from tiny_checkpoint import byte_tokenizer
 
 from photon_train.config import DataSettings
-from photon_train.data.chat import prepare_chat
+from photon_train.data.chat import prepare_chat, tokenize_chats
 from photon_train.data.corpora import Document, read_documents, split_documents
 from photon_train.data.packing import IGNORED_LABEL, pack
 from photon_train.errors import PhotonError
@@ -68,6 +68,12 @@ def test_files_of_conversations_are_read_and_split(tokenizer, tmp_path: Path) ->
 @pytest.mark.parametrize(
     ("record", "message"),
     [
+        ({"messages": {"role": "user", "content": "hi"}}, "must be a list of messages .*; found \"{'role': 'user'"),
+        ({"messages": False}, "must be a list of messages .*; found 'False'"),
+        ({"messages": [None]}, "must be a list of messages"),
+        ({"messages": [{"role": "assistant", "tool_calls": []}]}, "must be a list of messages"),
+        ({"messages": conversation("a", "b"), "tools": "no JSON"}, "chat.jsonl:1: 'tools' is no valid JSON"),
+        ({"messages": conversation("a", "b"), "tools": {"a": 1}}, "'tools' must be a list of objects"),
         ({"messages": "hi"}, r"chat.jsonl:1: 'messages' must be a list of messages .*dataset.messages_field"),
         ({"messages": [{"role": "user"}]}, "must be a list of messages"),
         ({"messages": [{"role": "user", "content": None}]}, "must be a list of messages"),
@@ -78,6 +84,67 @@ def test_what_is_no_conversation_is_named(record, message, tmp_path: Path) -> No
     (tmp_path / "chat.jsonl").write_text(json.dumps(record))
     with pytest.raises(PhotonError, match=message):
         list(read_documents(str(tmp_path / "chat.jsonl"), CHAT))
+
+
+TOOL_USE = [
+    {"role": "user", "content": "Is it raining?"},
+    {"role": "assistant", "tool_calls": [CALL]},
+    {"role": "tool", "content": "yes", "tool_call_id": "1"},
+    {"role": "assistant", "content": "It is."},
+]
+
+
+@pytest.fixture(params=["jsonl", "parquet"])
+def tool_file(request, tmp_path: Path) -> str:
+    """Two conversations, with a tool and without; `tools` of a table is JSON, and its messages have all fields."""
+    import pyarrow
+    import pyarrow.parquet
+
+    jsonl, parquet = tmp_path / "chat.jsonl", tmp_path / "chat.parquet"
+    rows = [{"messages": TOOL_USE, "tools": [TOOL]}, {"messages": conversation("a", "b"), "tools": None}]
+    jsonl.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    table = [{**row, "tools": json.dumps(row["tools"]) if row["tools"] else ""} for row in rows]
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(table), parquet)
+    return str(jsonl if request.param == "jsonl" else parquet)
+
+
+def test_calls_of_tools_are_learned_and_tools_are_written(tool_file: str) -> None:
+    """They were dropped: the model learned to answer with an immediate end."""
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = TOOL_TEMPLATE
+    documents = list(read_documents(tool_file, CHAT))
+    assert documents[0].messages == tuple(TOOL_USE) and documents[0].tools == (TOOL,)
+    assert documents[1].messages == tuple(conversation("a", "b")) and documents[1].tools is None
+    (_, ids, unlearned), (_, plain, _) = tokenize_chats(documents, tokenizer)
+    call = "<call>" + json.dumps(CALL)
+    assert tokenizer.decode(ids[~unlearned]) == f"{call}<|end|>It is.<|end|>"
+    assert tokenizer.decode(ids).startswith("<tools>" + json.dumps([TOOL]) + "<user>Is it raining?<assistant>")
+    assert tokenizer.decode(plain) == "<user>a<assistant>b<|end|>"
+
+
+@pytest.mark.parametrize(
+    ("template", "tools", "message"),
+    [
+        (TOOL_TEMPLATE.replace("{{ tools | tojson }}", ""), (TOOL,), None),
+        (TEMPLATE, None, "c0: the chat template refuses the conversation: .*content"),
+        (TOOL_TEMPLATE.replace("<call>{{ call | tojson }}", ""), None, "c0: .* does not write 'tool_calls' as the ass"),
+        (
+            "{{ messages[1].tool_calls }}" + TOOL_TEMPLATE.replace("<call>{{ call | tojson }}", ""),
+            None,
+            "does",
+        ),
+        (TOOL_TEMPLATE.replace("if tools", "if false"), (TOOL,), "c0: .* does not write the record's 'tools'"),
+    ],
+)
+def test_a_template_that_leaves_tools_out_is_refused(template, tools, message) -> None:
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = template
+    documents = [Document("c0", "-", tuple(TOOL_USE), tools)]
+    if message is None:
+        assert len(list(tokenize_chats(documents, tokenizer))) == 1
+        return
+    with pytest.raises(PhotonError, match=message):
+        list(tokenize_chats(documents, tokenizer))
 
 
 def test_conversations_read_as_text_point_to_the_setting(tmp_path: Path) -> None:

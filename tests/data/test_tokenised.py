@@ -13,6 +13,8 @@ import pytest
 import torch
 from tiny_chat import TEMPLATE, chat_file
 from tiny_checkpoint import byte_tokenizer
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 
 from photon_train.config import DataSettings
 from photon_train.data import tokenised
@@ -77,6 +79,22 @@ def test_tokens_stay_on_disk_in_the_smallest_type(source, tmp_path: Path) -> Non
     corpus = write(source, tmp_path / "corpus")
     assert all(isinstance(shard, np.memmap) and shard.dtype == np.uint16 for shard in corpus.tokens)
     assert is_corpus(str(tmp_path / "corpus")) and not is_corpus(source) and not is_corpus(None)
+
+
+def test_few_tokens_with_large_ids_are_kept(source, tmp_path: Path) -> None:
+    """The type was chosen by their number: an id of 70,000 became 4,464."""
+    vocabulary = {"<unk>": 0, "document": 70_000, "x": 65_536}
+    backend = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<unk>")
+    directory = tmp_path / "corpus"
+    write_corpus(source, DataSettings(), tokenizer, directory)
+    tokens = Corpus(directory, tokenizer).tokens[0]
+    assert set(tokens.tolist()) == set(vocabulary.values())
+    file = directory / "shard-00000" / "shard.json"
+    file.write_text(file.read_text().replace('"uint32"', '"uint16"'))
+    with pytest.raises(PhotonError, match=r"tokens.bin holds ids as uint16, which .* do not fit: .*tokenise again"):
+        Corpus(directory, tokenizer)
 
 
 def test_workers_and_interruptions_change_no_byte(source, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,6 +11,13 @@ TEMPLATE = (
     "{% else %}{{ message['content'] }}{% endif %}{% endfor %}"
 )
 UNMARKED = TEMPLATE.replace("{% generation %}", "").replace("{% endgeneration %}", "")
+TOOL_TEMPLATE = "{% if tools %}<tools>{{ tools | tojson }}{% endif %}" + TEMPLATE.replace(
+    "{% generation %}{{ message['content'] + ",
+    "{% generation %}{% for call in message.tool_calls %}<call>{{ call | tojson }}{% endfor %}"
+    "{{ message['content'] | default('') + ",
+)
+TOOL = {"type": "function", "function": {"name": "weather", "parameters": {"type": "object"}}}
+CALL = {"type": "function", "function": {"name": "weather", "arguments": {"city": "Ulm"}}}
 
 
 def conversation(*texts: str) -> list[dict[str, str]]:
