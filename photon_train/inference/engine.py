@@ -9,6 +9,8 @@ Every sequence gets the tokens it would get alone, whatever its neighbours are.
 
 from __future__ import annotations
 
+import logging
+import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -28,6 +30,8 @@ from photon_train.inference.sampler import Choice, sample
 from photon_train.inference.scheduler import Scheduler
 from photon_train.inference.streaming import TextStream
 from photon_train.models.attention_photon import load_kernels
+
+logger = logging.getLogger(__name__)
 
 Prompt = str | list[int]
 GPU_SHARE = 0.9  # of the free memory; the rest is for activations
@@ -222,7 +226,7 @@ class Engine:
     def generate(
         self, prompts: Iterable[Prompt], params: SamplingParams | list[SamplingParams] | None = None
     ) -> list[list[Completion]]:
-        """Answer all prompts; per prompt its n continuations.
+        """Answer all prompts; per prompt its n continuations, of which one that has failed says so (`error`).
 
         Raises:
             PhotonError: as `add`.
@@ -309,6 +313,9 @@ class Engine:
         return through
 
     def _advance(self, sequence: Sequence, choice: Choice) -> Event:
+        # A NaN or an infinity among the logits makes every log-probability NaN: the chosen one tells.
+        if not math.isfinite(choice.logprob):
+            return self._fail(sequence, "the model's logits are not finite: it overflows in this dtype")
         sequence.output.append(choice.token)
         sequence.logprobs.append(choice.logprob)
         sequence.top_logprobs.append(choice.top)
@@ -325,6 +332,13 @@ class Engine:
         return Event(
             sequence.request_id, sequence.index, choice.token, choice.logprob, text, sequence.finish_reason, choice.top
         )
+
+    def _fail(self, sequence: Sequence, why: str) -> Event:
+        logger.error("request %d has failed: %s", sequence.request_id, why)
+        sequence.finish_reason, sequence.error = "error", why
+        self.prefixes.forget(sequence.keys)
+        self._finish(sequence)
+        return Event(sequence.request_id, sequence.index, -1, math.nan, "", "error", error=why)
 
     def _is_end(self, sequence: Sequence, token: int) -> bool:
         if token in sequence.params.stop_token_ids:

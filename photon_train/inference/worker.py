@@ -17,6 +17,10 @@ from photon_train.inference.request import Event, SamplingParams
 logger = logging.getLogger(__name__)
 
 
+class RequestFailed(RuntimeError):
+    """A request that was accepted has no answer, through no fault of its client."""
+
+
 @dataclass(eq=False)
 class Ticket:
     """One request on its way through the engine; iterating over it yields its events.
@@ -162,7 +166,13 @@ class Worker:
             del self._running[number]
 
     def _pass_on(self, event: Event) -> None:
-        ticket = self._running[event.request_id]
+        ticket = self._running.get(event.request_id)
+        if ticket is None:  # another of its continuations has failed in this step
+            return
+        if event.error is not None:
+            ticket.give(RequestFailed(event.error))
+            self._forget(ticket)
+            return
         ticket.open -= event.finish_reason is not None
         if not ticket.open:
             self.engine.result(event.request_id)

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import httpx
 import pytest
+import torch
 from tiny import photon_model
 from tiny_tokenizer import word_tokenizer
 
@@ -229,6 +230,22 @@ def test_a_tokenizer_without_a_template_cannot_chat():
     with TestClient(create_app(make_engine(None), "tiny")) as client:
         response = client.post("/v1/chat/completions", json={"messages": [{"role": "user", "content": "t05"}]})
     assert response.status_code == 400 and "no chat template" in response.json()["error"]["message"]
+
+
+def test_a_request_that_overflows_fails_alone():
+    engine = make_engine()
+    with torch.no_grad():
+        engine.model.get_input_embeddings().weight[50] = torch.inf
+    with TestClient(create_app(engine, "tiny"), raise_server_exceptions=False) as client:
+        body = {"prompt": [[50] * 9, [5]], "max_tokens": 3, "n": 2}
+        response = client.post("/v1/completions", json=body)
+        assert response.status_code == 500 and "logits are not finite" in response.json()["error"]["message"]
+        with client.stream("POST", "/v1/completions", json={**body, "stream": True}) as response:
+            last = [json.loads(line.removeprefix("data: ")) for line in response.iter_lines() if line][-1]
+        assert "logits are not finite" in last["error"]["message"]
+        answer = client.post("/v1/completions", json={"prompt": [5, 6], "max_tokens": 3, "temperature": 0}).json()
+        assert answer["choices"][0]["text"] == greedy([5, 6], 3).text
+        assert client.get("/health").json() == {"status": "ok", "open_requests": 0}
 
 
 def test_a_failing_engine_answers_everybody():
