@@ -129,6 +129,7 @@ class Engine:
         graphs = settings.cuda_graphs == "auto" and model.device.type == "cuda"
         self.runner = Runner(model, self.cache, self.static_calls(capture=True) if graphs else None)
         self._numbers = count()
+        self._in_step: list[Sequence] | None = []  # whom the model runs for; None while that is chosen
         self._open: dict[int, list[Sequence]] = {}
         self._done: dict[int, list[Completion]] = {}
         ends = model.generation_config.eos_token_id
@@ -218,6 +219,10 @@ class Engine:
         layout = self.cache.layout
         return min(layout.num_blocks * layout.block_size, self.model.config.max_position_embeddings)
 
+    def is_open(self, number: int) -> bool:
+        """Whether a request is unfinished, and neither aborted nor dropped."""
+        return number in self._open
+
     @property
     def has_work(self) -> bool:
         """Whether a request is unfinished."""
@@ -279,8 +284,22 @@ class Engine:
     # --- a step ---
 
     def step(self) -> list[Event]:
-        """Prefill a bounded number of tokens, decode one token of every running sequence."""
+        """Prefill a bounded number of tokens, decode one token of every running sequence.
+
+        Whatever interrupts it, an error out of memory for example: its requests are dropped, the others can go on.
+        """
+        try:
+            return self._compute()
+        except BaseException:
+            self._recover()
+            raise
+        finally:
+            self._in_step = []
+
+    def _compute(self) -> list[Event]:
+        self._in_step = None
         plan = self.scheduler.plan()
+        self._in_step = [*(one for one, _ in (*plan.ready, *plan.prefill)), *plan.decode]
         sequences, logits = [], []
         for sequence, known in plan.ready:
             sequences.append(sequence)
@@ -296,6 +315,29 @@ class Engine:
             return []
         choices = sample(torch.cat([part.float() for part in logits]), sequences)
         return [self._advance(sequence, choice) for sequence, choice in zip(sequences, choices, strict=True)]
+
+    def _recover(self) -> None:
+        """Drop the requests of an interrupted step: nobody knows how far it has come.
+
+        Kept prefixes go as well, and memory is given back by what is left.
+        """
+        running, waiting = self.scheduler.running, self.scheduler.waiting
+        hit = running if self._in_step is None else self._in_step
+        # A sequence in neither list was on its way between them.
+        lost = [
+            number
+            for number, sequences in self._open.items()
+            if any(
+                one in hit or (one.finish_reason is None and one not in running and one not in waiting)
+                for one in sequences
+            )
+        ]
+        for number in lost:
+            self.abort(number)
+        self.prefixes.clear()
+        self.cache.keep_only([one.allocation for one in self.scheduler.running])
+        if self.model.device.type == "cuda":
+            torch.cuda.empty_cache()
 
     def _prefill(self, work: list[tuple[Sequence, int]]) -> list[tuple[Sequence, torch.Tensor]]:
         """Feed prompts; those that are through, with the logits of their first token."""

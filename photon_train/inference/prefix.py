@@ -78,6 +78,11 @@ class PrefixCache:
             if key in self._kept:
                 self.cache.close(self._kept.pop(key).allocation)
 
+    def clear(self) -> None:
+        """Keep nothing."""
+        while self.evict():
+            pass
+
     def evict(self) -> bool:
         """Forget the least recently used prefix; False if there is none."""
         if not self._kept:
