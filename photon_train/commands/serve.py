@@ -12,6 +12,8 @@ from pathlib import Path
 from photon_train.cli import main_wrapper
 from photon_train.commands import place, requires
 
+GRACE_S = 30
+
 
 def make_parser(prog: str = "photon-train serve") -> argparse.ArgumentParser:
     """The command's options."""
@@ -29,6 +31,7 @@ def make_parser(prog: str = "photon-train serve") -> argparse.ArgumentParser:
         "--memory", default=None, help="bytes of the cache (4GiB); default: 90%% of a GPU's free memory"
     )
     parser.add_argument("--max-sequences", type=int, default=64, help="sequences that run at a time")
+    parser.add_argument("--max-waiting", type=int, default=1024, help="sequences that wait for their turn at most")
     parser.add_argument("--max-length", type=int, default=None, help="longest sequence; default: the model's")
     parser.add_argument("--max-prefixes", type=int, default=8, help="prefixes of prompts that are kept")
     parser.add_argument("--cuda-graphs", default="auto", help="auto or off")
@@ -65,8 +68,10 @@ def main(argv: list[str] | None = None, prog: str = "photon-train serve") -> Non
         max_prefixes=options.max_prefixes,
         cuda_graphs=options.cuda_graphs,
     )
-    app = create_app(Engine(model, tokenizer, settings), options.name or Path(options.model).resolve().name)
-    uvicorn.run(app, host=options.host, port=options.port)
+    engine, name = Engine(model, tokenizer, settings), options.name or Path(options.model).resolve().name
+    app = create_app(engine, name, options.max_waiting)
+    # What runs when the server is told to end may finish within this time; the rest is refused.
+    uvicorn.run(app, host=options.host, port=options.port, timeout_graceful_shutdown=GRACE_S)
 
 
 if __name__ == "__main__":

@@ -65,6 +65,13 @@ class BlockPool:
         for block in blocks:
             self.references[block] += 1
 
+    def recount(self, held: Iterable[Iterable[int]]) -> None:
+        """Count references anew: `held` are the blocks of every sequence there is."""
+        self.references = [0] * self.num_blocks
+        for blocks in held:
+            self.share(blocks)
+        self._free = [block for block in reversed(range(self.num_blocks)) if not self.references[block]]
+
     def release(self, blocks: Iterable[int]) -> None:
         """One reference less to each block; those without are free again."""
         for block in blocks:

@@ -163,6 +163,12 @@ class PagedCache:
         heapq.heappush(self._free_rows, allocation.row)
         allocation.blocks = []
 
+    def keep_only(self, sequences: list[Allocation]) -> None:
+        """Give back every row and block that none of `sequences` has: what an interrupted operation has left taken."""
+        rows = {allocation.row for allocation in sequences}
+        self._free_rows = [row for row in range(self.layout.num_rows) if row not in rows]
+        self.pool.recount(allocation.blocks for allocation in sequences)
+
     def swap_out(self, allocation: Allocation) -> SwappedState:
         """Copy a sequence's state to main memory, bit by bit, and close it."""
         used = self._used_blocks(allocation)

@@ -9,6 +9,8 @@ Every sequence gets the tokens it would get alone, whatever its neighbours are.
 
 from __future__ import annotations
 
+import logging
+import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -28,6 +30,8 @@ from photon_train.inference.sampler import Choice, sample
 from photon_train.inference.scheduler import Scheduler
 from photon_train.inference.streaming import TextStream
 from photon_train.models.attention_photon import load_kernels
+
+logger = logging.getLogger(__name__)
 
 Prompt = str | list[int]
 GPU_SHARE = 0.9  # of the free memory; the rest is for activations
@@ -125,6 +129,7 @@ class Engine:
         graphs = settings.cuda_graphs == "auto" and model.device.type == "cuda"
         self.runner = Runner(model, self.cache, self.static_calls(capture=True) if graphs else None)
         self._numbers = count()
+        self._in_step: list[Sequence] | None = []  # whom the model runs for; None while that is chosen
         self._open: dict[int, list[Sequence]] = {}
         self._done: dict[int, list[Completion]] = {}
         ends = model.generation_config.eos_token_id
@@ -214,6 +219,10 @@ class Engine:
         layout = self.cache.layout
         return min(layout.num_blocks * layout.block_size, self.model.config.max_position_embeddings)
 
+    def is_open(self, number: int) -> bool:
+        """Whether a request is unfinished, and neither aborted nor dropped."""
+        return number in self._open
+
     @property
     def has_work(self) -> bool:
         """Whether a request is unfinished."""
@@ -222,7 +231,7 @@ class Engine:
     def generate(
         self, prompts: Iterable[Prompt], params: SamplingParams | list[SamplingParams] | None = None
     ) -> list[list[Completion]]:
-        """Answer all prompts; per prompt its n continuations.
+        """Answer all prompts; per prompt its n continuations, of which one that has failed says so (`error`).
 
         Raises:
             PhotonError: as `add`.
@@ -275,8 +284,22 @@ class Engine:
     # --- a step ---
 
     def step(self) -> list[Event]:
-        """Prefill a bounded number of tokens, decode one token of every running sequence."""
+        """Prefill a bounded number of tokens, decode one token of every running sequence.
+
+        Whatever interrupts it, an error out of memory for example: its requests are dropped, the others can go on.
+        """
+        try:
+            return self._compute()
+        except BaseException:
+            self._recover()
+            raise
+        finally:
+            self._in_step = []
+
+    def _compute(self) -> list[Event]:
+        self._in_step = None
         plan = self.scheduler.plan()
+        self._in_step = [*(one for one, _ in (*plan.ready, *plan.prefill)), *plan.decode]
         sequences, logits = [], []
         for sequence, known in plan.ready:
             sequences.append(sequence)
@@ -292,6 +315,29 @@ class Engine:
             return []
         choices = sample(torch.cat([part.float() for part in logits]), sequences)
         return [self._advance(sequence, choice) for sequence, choice in zip(sequences, choices, strict=True)]
+
+    def _recover(self) -> None:
+        """Drop the requests of an interrupted step: nobody knows how far it has come.
+
+        Kept prefixes go as well, and memory is given back by what is left.
+        """
+        running, waiting = self.scheduler.running, self.scheduler.waiting
+        hit = running if self._in_step is None else self._in_step
+        # A sequence in neither list was on its way between them.
+        lost = [
+            number
+            for number, sequences in self._open.items()
+            if any(
+                one in hit or (one.finish_reason is None and one not in running and one not in waiting)
+                for one in sequences
+            )
+        ]
+        for number in lost:
+            self.abort(number)
+        self.prefixes.clear()
+        self.cache.keep_only([one.allocation for one in self.scheduler.running])
+        if self.model.device.type == "cuda":
+            torch.cuda.empty_cache()
 
     def _prefill(self, work: list[tuple[Sequence, int]]) -> list[tuple[Sequence, torch.Tensor]]:
         """Feed prompts; those that are through, with the logits of their first token."""
@@ -309,6 +355,9 @@ class Engine:
         return through
 
     def _advance(self, sequence: Sequence, choice: Choice) -> Event:
+        # A NaN or an infinity among the logits makes every log-probability NaN: the chosen one tells.
+        if not math.isfinite(choice.logprob):
+            return self._fail(sequence, "the model's logits are not finite: it overflows in this dtype")
         sequence.output.append(choice.token)
         sequence.logprobs.append(choice.logprob)
         sequence.top_logprobs.append(choice.top)
@@ -325,6 +374,13 @@ class Engine:
         return Event(
             sequence.request_id, sequence.index, choice.token, choice.logprob, text, sequence.finish_reason, choice.top
         )
+
+    def _fail(self, sequence: Sequence, why: str) -> Event:
+        logger.error("request %d has failed: %s", sequence.request_id, why)
+        sequence.finish_reason, sequence.error = "error", why
+        self.prefixes.forget(sequence.keys)
+        self._finish(sequence)
+        return Event(sequence.request_id, sequence.index, -1, math.nan, "", "error", error=why)
 
     def _is_end(self, sequence: Sequence, token: int) -> bool:
         if token in sequence.params.stop_token_ids:

@@ -72,6 +72,17 @@ class PrefixCache:
         if copy is not None:
             self._kept[key] = Prefix(copy, None if logits is None else logits.clone())
 
+    def forget(self, keys: list[tuple[int, bytes]]) -> None:
+        """Keep none of the prefixes `keys`."""
+        for _, key in keys:
+            if key in self._kept:
+                self.cache.close(self._kept.pop(key).allocation)
+
+    def clear(self) -> None:
+        """Keep nothing."""
+        while self.evict():
+            pass
+
     def evict(self) -> bool:
         """Forget the least recently used prefix; False if there is none."""
         if not self._kept:

@@ -87,7 +87,8 @@ class Sequence:
         keys: Hashes of the prompt's prefixes, see `prefix.prefix_keys`.
         allocation: What it has of the cache while it runs; `saved`: its state while it is swapped out.
         text: Its text, if the engine has a tokenizer.
-        finish_reason: `stop` or `length` once it has ended.
+        finish_reason: `stop`, `length` or `error` once it has ended.
+        error: Why, where that is `error`.
     """
 
     request_id: int
@@ -102,6 +103,7 @@ class Sequence:
     allocation: Allocation | None = None
     saved: SwappedState | None = None
     finish_reason: str | None = None
+    error: str | None = None
 
     @property
     def in_prefill(self) -> bool:
@@ -111,14 +113,16 @@ class Sequence:
 
 @dataclass(frozen=True)
 class Event:
-    """One new token of one sequence.
+    """One new token of one sequence, or that it has failed.
 
     Attributes:
         request_id, index: Whose token it is.
-        token: Its id; `logprob`: its log-probability under the model, before any sampling setting.
+        token: Its id; `logprob`: its log-probability under the model, before any sampling setting. -1 and NaN where
+            the sequence has failed.
         text: Text that has become final with it; empty without a tokenizer.
-        finish_reason: `stop` or `length` with a sequence's last token, else None.
+        finish_reason: `stop` or `length` with a sequence's last token, `error` where it has failed, else None.
         top_logprobs: Token -> log-probability of the most probable ones (if asked for).
+        error: Why the sequence has failed, in one line.
     """
 
     request_id: int
@@ -128,6 +132,7 @@ class Event:
     text: str
     finish_reason: str | None
     top_logprobs: dict[int, float] = field(default_factory=dict)
+    error: str | None = None
 
 
 @dataclass(frozen=True)
@@ -140,7 +145,8 @@ class Completion:
         logprobs: Log-probability of each under the model, before any sampling setting.
         top_logprobs: Token -> log-probability of the most probable ones at each step (if asked for).
         text: The text up to a stop text; None without a tokenizer.
-        finish_reason: `stop` or `length`.
+        finish_reason: `stop`, `length`, or `error`: it has failed, and what is here came before that.
+        error: Why, in one line.
     """
 
     index: int
@@ -149,15 +155,16 @@ class Completion:
     top_logprobs: list[dict[int, float]]
     text: str | None
     finish_reason: str
+    error: str | None = None
 
     @property
     def mean_logprob(self) -> float:
-        """Mean log-probability per token."""
-        return sum(self.logprobs) / len(self.logprobs)
+        """Mean log-probability per token; -inf where it has failed."""
+        return -math.inf if self.error else sum(self.logprobs) / len(self.logprobs)
 
     @classmethod
     def of(cls, sequence: Sequence) -> Completion:
         """The result of a finished sequence."""
         text = None if sequence.text is None else sequence.text.text
         parts = (sequence.output, sequence.logprobs, sequence.top_logprobs)
-        return cls(sequence.index, *parts, text, sequence.finish_reason)
+        return cls(sequence.index, *parts, text, sequence.finish_reason, sequence.error)

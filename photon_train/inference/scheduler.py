@@ -104,17 +104,19 @@ class Scheduler:
 
     def _admit(self, plan: Plan) -> None:
         deferred = []
-        while self.waiting and len(self.running) < self.max_running:
-            sequence = self.waiting.popleft()
-            if self._is_being_encoded(sequence):
-                deferred.append(sequence)
-            elif self._start(sequence, plan):
-                self.running.append(sequence)
-            else:
-                # Whoever comes later waits too: nobody is overtaken for want of memory.
-                self.waiting.appendleft(sequence)
-                break
-        self.waiting.extendleft(reversed(deferred))
+        try:
+            while self.waiting and len(self.running) < self.max_running:
+                sequence = self.waiting.popleft()
+                if self._is_being_encoded(sequence):
+                    deferred.append(sequence)
+                elif self._start(sequence, plan):
+                    self.running.append(sequence)
+                else:
+                    # Whoever comes later waits too: nobody is overtaken for want of memory.
+                    self.waiting.appendleft(sequence)
+                    break
+        finally:
+            self.waiting.extendleft(reversed(deferred))
 
     def _is_being_encoded(self, sequence: Sequence) -> bool:
         """Whether a longer prefix of the prompt than is kept will be there once a running prefill has passed it."""

@@ -31,7 +31,7 @@ from photon_train.inference.openai import (
     usage,
 )
 from photon_train.inference.request import Event, SamplingParams
-from photon_train.inference.worker import Ticket, Worker
+from photon_train.inference.worker import RETRY_AFTER_S, Busy, NotServing, RequestFailed, Ticket, Worker
 
 CLIENT_POLL_S = 0.2  # how often a waiting request looks whether its client is still there
 
@@ -164,14 +164,18 @@ async def _unless_gone(request: Request, work: Any) -> Any:
         task.cancel()
 
 
-def create_app(engine: Engine, name: str) -> FastAPI:
+def create_app(engine: Engine, name: str, max_waiting: int = 1024) -> FastAPI:
     """The server's application; it starts and stops the engine's thread.
 
     Args:
         engine: With a tokenizer.
         name: Under which the model is listed.
+        max_waiting: Continuations that wait for their turn at most; whoever comes then is told to try again.
+
+    Raises:
+        PhotonError: for a `max_waiting` below 1.
     """
-    worker, tokenizer, started = Worker(engine), engine.tokenizer, int(time.time())
+    worker, tokenizer, started = Worker(engine, max_waiting), engine.tokenizer, int(time.time())
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
@@ -186,7 +190,16 @@ def create_app(engine: Engine, name: str) -> FastAPI:
 
     @app.exception_handler(PhotonError)
     async def refused(_: Request, error: PhotonError) -> JSONResponse:
-        return JSONResponse(error_body(str(error)), 400 if worker.is_healthy else 503)
+        if isinstance(error, Busy):
+            headers = {"Retry-After": str(RETRY_AFTER_S)}
+            return JSONResponse(error_body(str(error), "rate_limit_error"), 429, headers)
+        if isinstance(error, NotServing):
+            return JSONResponse(error_body(str(error), "server_error"), 503)
+        return JSONResponse(error_body(str(error)), 400)
+
+    @app.exception_handler(RequestFailed)
+    async def unanswered(_: Request, error: RequestFailed) -> JSONResponse:
+        return JSONResponse(error_body(str(error), "server_error"), 500)
 
     @app.exception_handler(RequestValidationError)
     async def malformed(_: Request, error: RequestValidationError) -> JSONResponse:

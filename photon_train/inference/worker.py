@@ -17,6 +17,22 @@ from photon_train.inference.request import Event, SamplingParams
 logger = logging.getLogger(__name__)
 
 
+FAILURES_TO_UNHEALTHY = 3  # steps that fail in a row
+RETRY_AFTER_S = 1
+
+
+class RequestFailed(RuntimeError):
+    """A request that was accepted has no answer, through no fault of its client."""
+
+
+class NotServing(PhotonError):
+    """The engine's thread does not run, or is about to end."""
+
+
+class Busy(PhotonError):
+    """Too many requests wait."""
+
+
 @dataclass(eq=False)
 class Ticket:
     """One request on its way through the engine; iterating over it yields its events.
@@ -54,50 +70,74 @@ class Ticket:
 
 
 class Worker:
-    """A thread that owns an engine: only it touches model and cache."""
+    """A thread that owns an engine: only it touches model and cache.
 
-    def __init__(self, engine: Engine) -> None:
-        self.engine = engine
+    Args:
+        max_waiting: Continuations that wait for their turn at most.
+
+    Attributes:
+        failures: Steps that have failed in a row.
+    """
+
+    def __init__(self, engine: Engine, max_waiting: int = 1024) -> None:
+        if max_waiting < 1:
+            raise PhotonError(f"max_waiting={max_waiting} must be at least 1")
+        self.engine, self.max_waiting = engine, max_waiting
+        self.failures = 0
         self._wake = threading.Condition()
         self._new: deque[Ticket] = deque()
         self._dropped: deque[Ticket] = deque()
         self._running: dict[int, Ticket] = {}
-        self._stopping = False
-        self.failure: Exception | None = None
-        self._thread = threading.Thread(target=self._work, name="photon-engine", daemon=True)
+        self._serving = False
+        self._thread: threading.Thread | None = None
 
     def start(self) -> None:
         """Begin to serve."""
+        self._serving = True
+        self._thread = threading.Thread(target=self._work, name="photon-engine", daemon=True)
         self._thread.start()
 
     def stop(self) -> None:
-        """End after the step that is being computed; unfinished requests fail."""
+        """End after the step that is being computed; unfinished requests fail, later ones are refused."""
         with self._wake:
-            self._stopping = True
+            self._serving = False
             self._wake.notify()
-        self._thread.join()
+        if self._thread is not None:
+            self._thread.join()
 
     @property
     def is_healthy(self) -> bool:
-        """Whether requests are answered."""
-        return self._thread.is_alive() and self.failure is None
+        """Whether requests are answered: false after `FAILURES_TO_UNHEALTHY` failed steps, until one succeeds."""
+        return self._serving and self.failures < FAILURES_TO_UNHEALTHY
 
     @property
     def num_open(self) -> int:
         """Requests that are not finished."""
         return len(self._running) + len(self._new)
 
+    @property
+    def num_waiting(self) -> int:
+        """Continuations that wait for their turn."""
+        return sum(ticket.params.n for ticket in list(self._new)) + len(self.engine.scheduler.waiting)
+
     async def submit(self, prompts: Sequence[Prompt], params: SamplingParams) -> list[Ticket]:
         """Queue a request for each of `prompts`, or none; they reach the engine together.
 
         Raises:
-            PhotonError: as `Engine.add`, or if the engine has failed.
+            PhotonError: as `Engine.add`, or for more continuations than may ever wait.
+            Busy: if too many wait already.
+            NotServing: if the engine's thread does not run.
         """
         loop = asyncio.get_running_loop()
         tickets = [Ticket(prompt, params, loop) for prompt in prompts]
+        asked = len(tickets) * params.n
+        if asked > self.max_waiting:
+            raise PhotonError(f"{asked} continuations are more than the {self.max_waiting} that may wait")
         with self._wake:
-            if not self.is_healthy:
-                raise PhotonError(f"the engine does not run: {self.failure or 'it was stopped'}")
+            if not self._serving:
+                raise NotServing("the server does not take requests: it is shutting down, or its engine has ended")
+            if self.num_waiting + asked > self.max_waiting:
+                raise Busy(f"{self.num_waiting} continuations wait, of at most {self.max_waiting}: try again later")
             self._new.extend(tickets)
             self._wake.notify()
         try:
@@ -118,42 +158,56 @@ class Worker:
     # --- in the engine's thread ---
 
     def _work(self) -> None:
-        while True:
+        try:
+            while self._turn():
+                pass
+        finally:  # whatever it is, no client may wait for ever
             with self._wake:
-                while not (self._new or self._dropped or self._stopping or self.engine.has_work):
-                    self._wake.wait()
-                new, dropped = list(self._new), list(self._dropped)
+                self._serving = False
+                new = list(self._new)
                 self._new.clear()
-                self._dropped.clear()
-                stopping = self._stopping
-            if stopping:
-                self._fail(PhotonError("the server is shutting down"), new)
-                return
-            for ticket in new:
-                self._accept(ticket)
-            for ticket in dropped:
-                self._forget(ticket)
-            try:
-                for event in self.engine.step():
-                    self._pass_on(event)
-            except Exception as error:  # whatever it is, no client may wait for ever
-                logger.exception("the engine failed")
-                with self._wake:
-                    self.failure = error
-                    new = list(self._new)
-                self._fail(error, new)
-                return
+            self._refuse(new)
 
-    def _accept(self, ticket: Ticket) -> None:
+    def _turn(self) -> bool:
+        """Wait for work and do one step of it; False when it is time to end."""
+        with self._wake:
+            while not (self._new or self._dropped or not self._serving or self.engine.has_work):
+                self._wake.wait()
+            if not self._serving:
+                return False
+            new, dropped = len(self._new), list(self._dropped)
+            self._dropped.clear()
+        for _ in range(new):
+            self._accept()
+        for ticket in dropped:
+            self._forget(ticket)
+        if not self.engine.has_work:
+            return True
+        try:
+            events = self.engine.step()
+        except Exception as error:
+            self._step_failed(error)
+            return True
+        self.failures = 0
+        for event in events:
+            self._pass_on(event)
+        return True
+
+    def _accept(self) -> None:
+        """Hand the first new request to the engine; it counts as new until the engine has it."""
+        ticket = self._new[0]
         if not ticket.accepted.set_running_or_notify_cancel():
-            return  # its client went away before it was looked at
+            self._new.popleft()  # its client went away before it was looked at
+            return
         try:
             number = self.engine.add(ticket.prompt, ticket.params)
         except Exception as error:
+            self._new.popleft()
             ticket.accepted.set_exception(error)
             return
         ticket.open = ticket.params.n
         self._running[number] = ticket
+        self._new.popleft()
         ticket.accepted.set_result(number)
 
     def _forget(self, ticket: Ticket) -> None:
@@ -162,17 +216,34 @@ class Worker:
             del self._running[number]
 
     def _pass_on(self, event: Event) -> None:
-        ticket = self._running[event.request_id]
+        ticket = self._running.get(event.request_id)
+        if ticket is None:  # another of its continuations has failed in this step
+            return
+        if event.error is not None:
+            self._forget(ticket)
+            ticket.give(RequestFailed(event.error))
+            return
         ticket.open -= event.finish_reason is not None
         if not ticket.open:
             self.engine.result(event.request_id)
             del self._running[event.request_id]
         ticket.give(event)
 
-    def _fail(self, error: Exception, new: list[Ticket]) -> None:
+    def _step_failed(self, error: Exception) -> None:
+        """Tell the clients of the requests that the engine has dropped."""
+        self.failures += 1
+        logger.error("a step has failed (%d in a row)", self.failures, exc_info=error)
+        first = str(error).strip().partition("\n")[0]
+        why = f"the engine failed while it computed this answer: {type(error).__name__}: {first}"
+        for number, ticket in list(self._running.items()):
+            if not self.engine.is_open(number):
+                self._forget(ticket)
+                ticket.give(RequestFailed(why))
+
+    def _refuse(self, new: list[Ticket]) -> None:
         for ticket in new:
             if ticket.accepted.set_running_or_notify_cancel():
-                ticket.accepted.set_exception(error)
-        for ticket in self._running.values():
-            ticket.give(error)
-        self._running.clear()
+                ticket.accepted.set_exception(NotServing("the server is shutting down"))
+        for ticket in list(self._running.values()):
+            self._forget(ticket)
+            ticket.give(NotServing("the server is shutting down"))

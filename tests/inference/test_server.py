@@ -12,6 +12,7 @@ from pathlib import Path
 
 import httpx
 import pytest
+import torch
 from tiny import photon_model
 from tiny_tokenizer import word_tokenizer
 
@@ -231,20 +232,46 @@ def test_a_tokenizer_without_a_template_cannot_chat():
     assert response.status_code == 400 and "no chat template" in response.json()["error"]["message"]
 
 
-def test_a_failing_engine_answers_everybody():
+def test_a_request_that_overflows_fails_alone():
     engine = make_engine()
+    with torch.no_grad():
+        engine.model.get_input_embeddings().weight[50] = torch.inf
+    with TestClient(create_app(engine, "tiny"), raise_server_exceptions=False) as client:
+        body = {"prompt": [[50] * 9, [5]], "max_tokens": 3, "n": 2}
+        response = client.post("/v1/completions", json=body)
+        assert response.status_code == 500 and "logits are not finite" in response.json()["error"]["message"]
+        with client.stream("POST", "/v1/completions", json={**body, "stream": True}) as response:
+            last = [json.loads(line.removeprefix("data: ")) for line in response.iter_lines() if line][-1]
+        assert "logits are not finite" in last["error"]["message"]
+        answer = client.post("/v1/completions", json={"prompt": [5, 6], "max_tokens": 3, "temperature": 0}).json()
+        assert answer["choices"][0]["text"] == greedy([5, 6], 3).text
+        assert client.get("/health").json() == {"status": "ok", "open_requests": 0}
 
-    def broken() -> None:
-        raise RuntimeError("out of memory")
 
-    app = create_app(engine, "tiny")
-    with TestClient(app, raise_server_exceptions=False) as client:
-        engine.step = broken
+def test_failures_have_openais_shape():
+    engine = make_engine()
+    decode = engine.runner.decode
+    with TestClient(create_app(engine, "tiny", max_waiting=4)) as client:
+        engine.runner.decode = lambda work: 1 / 0
         response = client.post("/v1/completions", json={"prompt": [5]})
-        assert response.status_code == 500 and response.json()["error"]["message"] == "out of memory"
+        error = response.json()["error"]
+        assert response.status_code == 500 and error["type"] == "server_error"
+        assert "ZeroDivisionError: division by zero" in error["message"]
+        engine.runner.decode = decode
+        assert client.get("/health").json()["status"] == "ok"
+        # More wait than may.
+        worker = client.app.state.worker
+        worker.max_waiting = 0
+        response = client.post("/v1/completions", json={"prompt": [5]})
+        assert response.status_code == 400
+        worker.max_waiting, worker.failures = 1, 99
+        engine.scheduler.waiting = [None]
+        response = client.post("/v1/completions", json={"prompt": [5]})
+        assert response.status_code == 429 and response.headers["retry-after"] == "1"
+        assert response.json()["error"]["type"] == "rate_limit_error"
         assert client.get("/health").status_code == 503
-        response = client.post("/v1/completions", json={"prompt": [5]})
-        assert response.status_code == 503 and "the engine does not run" in response.json()["error"]["message"]
+    response = client.post("/v1/completions", json={"prompt": [5]})
+    assert response.status_code == 503 and "does not take requests" in response.json()["error"]["message"]
 
 
 @pytest.fixture

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from tiny import GRAFTS, photon_model, tokens
+from tiny_hierarchical import hierarchical_model
 
 from photon_train.inference.blocks import Allocation, BlockTable
 from photon_train.inference.engine import Engine, EngineSettings
@@ -25,9 +26,14 @@ def poison(engine: Engine) -> None:
 
 def answers(model, dirty: bool, static: bool = False, small: bool = False) -> list[Completion]:
     """Requests of several lengths, one of them twice, two of them with a common beginning, more than run at a time."""
-    span = model.config.chunk_size if model.config.memory_layers else 1
+    span = model.config.chunk_size if getattr(model.config, "memory_layers", None) else 1
     settings = EngineSettings(
-        max_sequences=3, max_prefixes=2, max_length=64, block_size=2 * span, segment_tokens=8, cuda_graphs="off"
+        max_sequences=3,
+        max_prefixes=2,
+        max_length=64,
+        block_size=2 * span if hasattr(model.config, "memory_layers") else None,
+        segment_tokens=8,
+        cuda_graphs="off",
     )
     engine = Engine(model, settings=settings)
     if static:
@@ -62,6 +68,11 @@ def test_nan_in_free_memory_changes_nothing(name, static):
     assert_clean(photon_model(name), static)
 
 
+@pytest.mark.parametrize("name", ["block-2", "stream-2-slots", "stream-3"])
+def test_nan_in_free_memory_changes_nothing_in_hierarchies(name):
+    assert_clean(hierarchical_model(name), static=False)
+
+
 @pytest.mark.parametrize("static", [False, True], ids=["as it is", "fixed shapes"])
 def test_nan_in_free_memory_changes_nothing_on_triton(static, triton_device):
     model = photon_model("memory-full").to(triton_device)
@@ -78,7 +89,8 @@ def test_a_request_that_overflows_leaves_nothing():
     settings = EngineSettings(max_sequences=2, max_prefixes=1, max_length=64, block_size=8, cuda_graphs="off")
     params = SamplingParams(max_new_tokens=8, ignore_eos=True)
     together = Engine(model, settings=settings).generate(prompts, params)
-    assert not torch.isfinite(torch.tensor(together[0][0].logprobs)).any()
+    assert together[0][0].finish_reason == "error" and together[0][0].tokens == []
+    assert "logits are not finite" in together[0][0].error
     for prompt, (answer,) in zip(prompts[1:], together[1:], strict=True):
         ((alone,),) = Engine(model, settings=settings).generate([prompt], params)
         assert answer.tokens == alone.tokens
@@ -98,3 +110,19 @@ def test_a_row_of_the_table_names_its_own_blocks_alone():
     second.blocks = [6]  # another sequence in the row of the second
     table.set(second)
     assert table.blocks[2].tolist() == [6] * 8
+
+
+def test_what_has_overflowed_is_not_kept_as_a_prefix():
+    model = photon_model("memory-full")
+    embedding = model.get_input_embeddings().weight
+    settings = EngineSettings(max_sequences=1, max_prefixes=4, max_length=64, segment_tokens=8, cuda_graphs="off")
+    engine, prompt = Engine(model, settings=settings), [3] * 21
+    params = SamplingParams(max_new_tokens=2, n=2, ignore_eos=True)
+    ((expected, _),) = Engine(model, settings=settings).generate([prompt], params)
+    with torch.no_grad():
+        saved, embedding[3] = embedding[3].clone(), torch.inf
+        assert [one.error is None for one in engine.generate([prompt], params)[0]] == [False, False]
+        assert len(engine.prefixes) == 0 and not any(engine.cache.pool.references)
+        embedding[3] = saved  # the same prompt, computed again
+    ((answer, _),) = engine.generate([prompt], params)
+    assert answer.tokens == expected.tokens

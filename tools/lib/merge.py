@@ -13,7 +13,7 @@ def best_mean_logprob(completions: list[Completion]) -> Completion:
     """The continuation with the highest mean log-probability per token; the first of equals.
 
     Raises:
-        PhotonError: if there is none.
+        PhotonError: if there is none that has not failed.
     """
     return max(_some(completions), key=lambda completion: completion.mean_logprob)
 
@@ -30,9 +30,10 @@ def majority_vote(
     Ties go to the answer with the higher best mean log-probability. If all abstain, all are counted as equals.
 
     Raises:
-        PhotonError: if there is no continuation.
+        PhotonError: if there is no continuation that has not failed.
     """
-    votes = [(answer or _whole)(completion) for completion in _some(completions)]
+    completions = _some(completions)
+    votes = [(answer or _whole)(completion) for completion in completions]
     counts = Counter(vote for vote in votes if vote is not None)
     most = max(counts.values(), default=0)
     winners = {vote for vote, count in counts.items() if count == most} or {None}
@@ -44,6 +45,7 @@ def _whole(completion: Completion) -> Hashable:
 
 
 def _some(completions: list[Completion]) -> list[Completion]:
-    if not completions:
+    answered = [completion for completion in completions if completion.error is None]
+    if not answered:
         raise PhotonError("there is no continuation to choose from")
-    return completions
+    return answered
