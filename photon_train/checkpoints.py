@@ -32,7 +32,10 @@ def read_config(directory: str | Path) -> PretrainedConfig:
             return AutoConfig.from_pretrained(directory)
     except (ValueError, OSError) as error:
         raise PhotonError(f"{directory / 'config.json'}: {first_line(error)}") from error
-    raise PhotonError(f"{directory} is no PHOTON model: convert it with `photon-train convert`")
+    raise PhotonError(
+        f"{directory} is a {model_type} model and no PHOTON model: convert it with `photon-train convert --model "
+        f"{directory} --output RUN`, then give RUN/export"
+    )
 
 
 def refuse_adapter(directory: Path) -> None:
