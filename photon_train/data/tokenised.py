@@ -28,8 +28,9 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
+from photon_train.checkpoints import read_tokenizer
 from photon_train.config import DataSettings
 from photon_train.data.chat import prepare_chat
 from photon_train.data.corpora import Document, hash_point, read_documents, split_threshold
@@ -371,13 +372,7 @@ def tokenizer_for(directory: str, settings: DataSettings) -> PreTrainedTokenizer
     Raises:
         PhotonError: if it cannot be read, has no end-of-text token, or cannot serve conversations.
     """
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(directory)
-    except (OSError, ValueError, KeyError) as error:
-        raise PhotonError(
-            f"{directory}: no tokenizer could be read ({(str(error).splitlines() or [''])[0]}): put tokenizer.json and "
-            "tokenizer_config.json there"
-        ) from error
+    tokenizer = read_tokenizer(directory)
     if tokenizer.eos_token_id is None:
         raise PhotonError(f"{directory}: the tokenizer has no eos_token: name one in tokenizer_config.json")
     if settings.messages_field:
