@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from pathlib import Path
 
-from transformers import AutoConfig, PretrainedConfig
+from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
 
 from photon_train.errors import PhotonError
 
@@ -32,7 +33,29 @@ def read_config(directory: str | Path) -> PretrainedConfig:
             return AutoConfig.from_pretrained(directory)
     except (ValueError, OSError) as error:
         raise PhotonError(f"{directory / 'config.json'}: {first_line(error)}") from error
-    raise PhotonError(f"{directory} is no PHOTON model: convert it with `photon-train convert`")
+    raise PhotonError(
+        f"{directory} is a {model_type} model and no PHOTON model: convert it with `photon-train convert --model "
+        f"{directory} --output RUN`, then give RUN/export"
+    )
+
+
+def read_tokenizer(source: str | Path) -> PreTrainedTokenizerBase:
+    """The tokenizer in a checkpoint's directory (or of a hub id).
+
+    Raises:
+        PhotonError: in one line with the fix, if there is none or it cannot be read.
+    """
+    try:
+        return AutoTokenizer.from_pretrained(source)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        fix = "put tokenizer.json and tokenizer_config.json there"
+        has_rules = Path(source, "tokenizer.json").is_file()
+        if Path(source, "tokenizer.model").is_file() and not has_rules and find_spec("sentencepiece") is None:
+            # What transformers says is of another package, which it tries next.
+            raise PhotonError(
+                f"{source}: tokenizer.model is read with the package sentencepiece: pip install sentencepiece, or {fix}"
+            ) from error
+        raise PhotonError(f"{source}: no tokenizer could be read ({first_line(error)}): {fix}") from error
 
 
 def refuse_adapter(directory: Path) -> None:

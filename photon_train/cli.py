@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import errno
+import io
 import os
+import select
 import sys
 import time
 from collections.abc import Callable
@@ -12,17 +14,32 @@ from typing import NoReturn
 from photon_train.errors import PhotonError
 
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
+_SIGPIPE_STATUS = 128 + 13
 _WAIT = 10.0  # seconds; launchers look after their processes more often
 
 
 def main_wrapper(function: Callable[[], object]) -> NoReturn:
     """Run a recipe's main function and exit: 0 on success, 2 with one line on stderr for a `PhotonError`, a full disk.
 
+    What stdout cannot write is written by its number (``\\u2014``); where nobody reads it any more (``| head``)
+    the program ends without a word, with the status that the signal would give it.
+
     Most errors are met by all processes, and the first on each machine speaks: the others wait for so long that the
     launcher has ended them. What one of them meets alone (a hub that did not answer it) it then says itself.
     """
+    if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
-        function()
+        try:
+            function()
+        except SystemExit:  # after --help
+            sys.stdout.flush()
+            raise
+        sys.stdout.flush()
+    except BrokenPipeError:
+        if not _nobody_reads():
+            raise
+        raise SystemExit(_SIGPIPE_STATUS) from None
     except (PhotonError, OSError) as error:
         if isinstance(error, OSError) and error.errno not in _DISK_FULL:
             raise
@@ -33,6 +50,23 @@ def main_wrapper(function: Callable[[], object]) -> NoReturn:
         print(f"error{place}: {_one_line(error)}", file=sys.stderr)
         raise SystemExit(2) from None
     raise SystemExit(0)
+
+
+def _nobody_reads() -> bool:
+    """Whether the pipe that broke is stdout's; what is left for it is then thrown away, or Python's own end would fail.
+
+    The other pipes of a program break for reasons that are worth a traceback.
+    """
+    try:
+        descriptor = sys.stdout.fileno()
+    except (OSError, ValueError):  # no file of the system
+        return False
+    poll = select.poll()
+    poll.register(descriptor, 0)
+    if not any(event & (select.POLLERR | select.POLLHUP) for _, event in poll.poll(0)):
+        return False
+    os.dup2(os.open(os.devnull, os.O_WRONLY), descriptor)
+    return True
 
 
 def _one_line(error: Exception) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import errno
+import os
 import re
 import subprocess
 import sys
@@ -371,3 +372,45 @@ def test_main_wrapper(capsys, monkeypatch) -> None:
     assert stop.value.code == 0
     with pytest.raises(ZeroDivisionError):
         main_wrapper(lambda: 1 // 0)
+
+
+def ended(code: str, **environment: str) -> tuple[int, str]:
+    """Status and stderr of a program whose stdout is a pipe that nobody reads."""
+    wrapped = f"from photon_train.cli import main_wrapper\n{code}\nmain_wrapper(main)"
+    reading, writing = os.pipe()
+    process = subprocess.Popen(
+        [sys.executable, "-c", wrapped],
+        stdout=writing,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, **environment},
+    )
+    os.close(writing)
+    os.close(reading)
+    return process.wait(timeout=60), process.stderr.read()
+
+
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+@pytest.mark.parametrize("then", ["", "raise SystemExit(0)"])
+def test_a_reader_that_has_seen_enough_is_no_error(unbuffered: str, then: str) -> None:
+    """As `photon-train --help | head -1`: with the status of other programs that a pipe ends."""
+    code = f"import time\ndef main():\n time.sleep(0.2)\n print('x' * 100_000)\n {then}"
+    assert ended(code, PYTHONUNBUFFERED=unbuffered) == (141, "")
+
+
+def test_a_pipe_that_is_not_stdout_breaks_with_a_traceback(capsys) -> None:
+    def broken() -> None:
+        raise BrokenPipeError
+
+    with pytest.raises(BrokenPipeError):
+        main_wrapper(broken)
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1", "utf-8"])
+def test_what_stdout_cannot_write_is_written_by_its_number(encoding: str) -> None:
+    """A run must not end with an error because its report, or a model's text, has a letter that a terminal has not."""
+    code = "from photon_train.cli import main_wrapper; main_wrapper(lambda: print('a \\u2014 \\ud800'))"
+    environment = {**os.environ, "PYTHONIOENCODING": encoding, "PYTHONUTF8": "0"}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, env=environment, timeout=60)
+    dash = "\u2014" if encoding == "utf-8" else r"\u2014"
+    assert (done.returncode, done.stdout.decode(encoding), done.stderr) == (0, f"a {dash} \\ud800\n", b"")

@@ -59,6 +59,18 @@ def test_the_home_directory_stands_for_a_tilde(name, required, options, monkeypa
     assert "this machine has no user 'no-such-user': write ./~no-such-user/x" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(("name", "options"), [("generate", ["--prompt=a", "--backend=triton"]), ("serve", [])])
+def test_a_dense_model_is_to_be_converted_first(name, options, tmp_path) -> None:
+    """Before anything else is found wrong with it."""
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    command = importlib.import_module(f"photon_train.commands.{name}")
+    message = (
+        rf"{tmp_path} is a llama model and no PHOTON model: .*photon-train convert --model {tmp_path} .*RUN/export"
+    )
+    with pytest.raises(PhotonError, match=message):
+        command.main([f"--model={tmp_path}", *options])
+
+
 def test_arguments_reach_the_command() -> None:
     with pytest.raises(PhotonError, match="modle"):
         dispatcher.run(["convert", "--modle", "x"])

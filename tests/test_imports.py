@@ -22,7 +22,7 @@ ALLOWED = {
     "checkpoints": {"models", "errors"},
     "accounting": {"errors", "linears"},
     "conversion": {"checkpoints", "models", "accounting", "manifest", *HELPERS},
-    "data": {"models", "manifest", *HELPERS},
+    "data": {"checkpoints", "models", "manifest", *HELPERS},
     "training": {"models", "data", "accounting", "manifest", *HELPERS},
     "export": {"checkpoints", "models", "accounting", "manifest", *HELPERS},
     "inference": {"checkpoints", "models", "accounting", "manifest", "photon_kernels", *HELPERS},

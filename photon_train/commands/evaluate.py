@@ -79,10 +79,10 @@ def main(argv: list[str] | None = None, prog: str = "photon-train evaluate") -> 
 def _models(options: argparse.Namespace) -> Iterator[tuple[str, Any, Any]]:
     """Name, model (on its device, in evaluation mode) and tokenizer of each, one at a time."""
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM
 
     import photon_train.models  # noqa: F401  registers PHOTON with the Auto classes
-    from photon_train.checkpoints import first_line
+    from photon_train.checkpoints import first_line, read_tokenizer
     from photon_train.conversion.gguf import cached_checkpoint, find_gguf
     from photon_train.errors import PhotonError
 
@@ -92,7 +92,7 @@ def _models(options: argparse.Namespace) -> Iterator[tuple[str, Any, Any]]:
         source = name if gguf is None else cached_checkpoint(gguf)
         try:
             model = AutoModelForCausalLM.from_pretrained(source, dtype=options.dtype).to(device).eval()
-            tokenizer = AutoTokenizer.from_pretrained(source)
+            tokenizer = read_tokenizer(source)
         except (ValueError, OSError) as error:
             raise PhotonError(f"--model {name}: {first_line(error)}") from error
         yield name, model, tokenizer

@@ -11,7 +11,9 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any
 
-from transformers import AutoConfig, PretrainedConfig
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from photon_train.accounting.shape import Shape
 from photon_train.errors import PhotonError
@@ -73,6 +75,51 @@ def family_of(config: Any) -> Family:
             f"model_type {model_type!r} cannot be converted; supported families: {', '.join(sorted(FAMILIES))}"
         )
     return FAMILIES[model_type]
+
+
+def check_rope_type(content: dict[str, Any]) -> None:
+    """Check the kind of rotation that a ``config.json`` names.
+
+    Args:
+        content: The file's content.
+
+    Raises:
+        PhotonError: for one that transformers does not know, or knows by another name.
+    """
+    rope = content.get("rope_scaling") or content.get("rope_parameters")
+    if not isinstance(rope, dict):
+        return
+    name = rope.get("rope_type") or rope.get("type") or "default"
+    if name == "su":
+        raise PhotonError(
+            "rope type 'su' is the former name of longrope, which transformers does not read: write longrope"
+        )
+    known = sorted({"default", *ROPE_INIT_FUNCTIONS})
+    if name not in known:
+        hint = ": for text alone it is the same as default" if name == "mrope" else ""
+        raise PhotonError(f"rope type {name!r} is not one of {', '.join(known)}{hint}")
+
+
+def check_config(config: PretrainedConfig) -> None:
+    """Check that transformers can build the dense model; no weight is allocated.
+
+    Raises:
+        PhotonError: naming the key where it is known.
+    """
+    padding = config.pad_token_id
+    if padding is not None and not -config.vocab_size <= padding < config.vocab_size:
+        raise PhotonError(
+            f"pad_token_id={padding} has no row in the embedding (vocab_size={config.vocab_size}): set it to null, or "
+            "to the id of a token"
+        )
+    try:
+        with torch.device("meta"):
+            AutoModelForCausalLM.from_config(config)
+    except Exception as error:  # whatever a wrong value leads to, such as a KeyError for an activation
+        reason = " ".join(str(error).split())
+        raise PhotonError(
+            f"transformers cannot build a model of it ({type(error).__name__}: {reason}): correct that value"
+        ) from error
 
 
 def layer_config(config: PretrainedConfig, seq_len: int) -> dict[str, Any]:

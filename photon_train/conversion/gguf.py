@@ -30,7 +30,7 @@ from transformers import (
 )
 
 from photon_train.checkpoints import refuse_adapter
-from photon_train.conversion.families import family_of
+from photon_train.conversion.families import check_config, family_of
 from photon_train.errors import PhotonError
 from photon_train.files import atomic_directory, check_can_write, default_cache_dir, make_directory
 
@@ -212,6 +212,7 @@ def _read_config(file: Path, header: _Header) -> PretrainedConfig:
     try:
         config = AutoConfig.from_pretrained(file.parent, gguf_file=file.name)
         family_of(config)
+        check_config(config)
     except PhotonError as error:
         raise PhotonError(f"{file}: {error}") from None
     except Exception as error:

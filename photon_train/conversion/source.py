@@ -12,7 +12,7 @@ import torch
 from transformers import AutoConfig, PretrainedConfig
 
 from photon_train.checkpoints import refuse_adapter
-from photon_train.conversion.families import dense_tensors, family_of
+from photon_train.conversion.families import check_config, check_rope_type, dense_tensors, family_of
 from photon_train.conversion.gguf import cached_checkpoint, find_gguf
 from photon_train.conversion.safetensors_io import TensorInfo, read_header, read_pieces
 from photon_train.errors import PhotonError
@@ -214,15 +214,20 @@ def _read_config(directory: Path) -> PretrainedConfig:
     content = _read_json(path)
     try:
         family_of(content)
+        check_rope_type(content)
     except PhotonError as error:
         raise PhotonError(f"{path}: {error}") from None
     if content.get("quantization_config"):
         raise PhotonError(f"{path}: quantised checkpoints cannot be converted; use the unquantised weights")
     try:
-        return AutoConfig.from_pretrained(directory, trust_remote_code=False)
+        config = AutoConfig.from_pretrained(directory, trust_remote_code=False)
+        check_config(config)
+    except PhotonError as error:
+        raise PhotonError(f"{path}: {error}") from error
     except Exception as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        reason = " ".join(str(error).split()) or type(error).__name__
         raise PhotonError(f"{path} cannot be read: {reason}") from error
+    return config
 
 
 def _has_weights(directory: Path) -> bool:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
+from photon_train.checkpoints import read_tokenizer
 from photon_train.config import DataSettings
 from photon_train.data.chat import prepare_chat
 from photon_train.errors import PhotonError
@@ -18,13 +19,7 @@ def tokenizer_for(directory: str, settings: DataSettings) -> PreTrainedTokenizer
     Raises:
         PhotonError: if it cannot be read, has no end-of-text token, or cannot serve conversations.
     """
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(directory)
-    except (OSError, ValueError, KeyError) as error:
-        raise PhotonError(
-            f"{directory}: no tokenizer could be read ({(str(error).splitlines() or [''])[0]}): put tokenizer.json and "
-            "tokenizer_config.json there"
-        ) from error
+    tokenizer = read_tokenizer(directory)
     if tokenizer.eos_token_id is None:
         raise PhotonError(f"{directory}: the tokenizer has no eos_token: name one in tokenizer_config.json")
     if settings.messages_field:

@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
-from photon_train.checkpoints import read_config
+from photon_train.checkpoints import read_config, read_tokenizer
 from photon_train.errors import PhotonError
 from photon_train.manifest import FILE_NAME, verify_manifest
 from photon_train.models.attention_photon import BACKENDS
@@ -39,10 +39,11 @@ def load_for_inference(
     check_backend(backend, device)
     if dtype != "auto" and not isinstance(getattr(torch, dtype, None), torch.dtype):
         raise PhotonError(f"--dtype {dtype!r} is not auto, float32, bfloat16 or float16")
+    tokenizer = read_tokenizer(directory)
     model = AutoModelForCausalLM.from_pretrained(directory, config=config, dtype=dtype).to(device).eval()
     model.set_backend(backend)
     fuse_layers(model)
-    return model, AutoTokenizer.from_pretrained(directory)
+    return model, tokenizer
 
 
 def check_device(device: str) -> None:

@@ -82,6 +82,20 @@ def test_an_adapter_beside_the_file_is_not_ignored(tmp_path):
     refuses(file, "adapter_config.json", "beside the model", "merge_and_unload")
 
 
+def test_a_padding_token_without_a_row_is_refused_before_any_weight_is_read(tmp_path, monkeypatch):
+    file = write_gguf(tmp_path / "tiny.gguf", gguf_model())
+    read = subject.AutoConfig.from_pretrained
+
+    def changed(*args, **settings):
+        config = read(*args, **settings)
+        config.pad_token_id = 9999
+        return config
+
+    monkeypatch.setattr(subject.AutoConfig, "from_pretrained", changed)
+    monkeypatch.setattr(subject, "_load", lambda *_: pytest.fail("the weights were read"))
+    refuses(file, "tiny.gguf: pad_token_id=9999 has no row in the embedding")
+
+
 def test_it_is_dequantised_once_and_again_when_it_changes(tmp_path, monkeypatch):
     file = write_gguf(tmp_path / "tiny.gguf", gguf_model())
     calls = []

@@ -101,6 +101,35 @@ def test_a_family_that_is_not_supported(single):
     open_fails(single, "config.json", "gpt2", "llama, mistral, phi3, qwen2, qwen3")
 
 
+@pytest.mark.parametrize("weights", [True, False])
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"rope_parameters": {"rope_type": "mrope"}}, ["'mrope' is not one of default, ", "same as default"]),
+        ({"rope_scaling": {"type": "mrope", "mrope_section": [1, 1, 2]}}, ["'mrope' is not one of default, "]),
+        ({"rope_scaling": {"type": "warp"}}, ["rope type 'warp' is not one of default, dynamic, "]),
+        ({"rope_scaling": {"type": "su", "short_factor": [1.0]}}, ["'su' is the former name of longrope", "write"]),
+        ({"rope_parameters": {"rope_type": "yarn"}}, ["Missing required keys", "'factor'"]),
+        ({"pad_token_id": 64}, ["pad_token_id=64", "vocab_size=64", "set it to null"]),
+        ({"pad_token_id": -65}, ["pad_token_id=-65"]),
+        ({"hidden_act": "softsign2"}, ["cannot build a model of it (KeyError: 'softsign2')"]),
+        ({"num_attention_heads": 3}, ["hidden size (32) is not a multiple"]),
+    ],
+)
+def test_a_config_of_which_no_model_can_be_built(single, changes, words, weights):
+    edit_json(single / "config.json", **changes)
+    with pytest.raises(PhotonError) as error:
+        DenseCheckpoint.open(str(single), weights=weights)
+    for word in ["config.json", *words]:
+        assert word in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_a_padding_token_may_be_counted_from_the_end(single):
+    edit_json(single / "config.json", pad_token_id=-1)
+    DenseCheckpoint.open(str(single))
+
+
 def test_a_quantised_checkpoint(single):
     edit_json(single / "config.json", quantization_config={"quant_method": "gptq"})
     open_fails(single, "quantised")

@@ -115,7 +115,7 @@ def test_a_converted_model_is_fine_tuned_further(stage, converted, tmp_path, tex
 
 
 def test_fine_tuning_needs_a_photon_model_and_leaves_its_architecture(converted, tmp_path, text):
-    with pytest.raises(PhotonError, match="is no PHOTON model: convert it"):
+    with pytest.raises(PhotonError, match="is a llama model and no PHOTON model: convert it"):
         run_finetuning(finetuning(model=tiny_checkpoint(tmp_path / "dense"), data=text))
     with pytest.raises(PhotonError, match="holds no config.json"):
         run_finetuning(finetuning(model=tmp_path / "nothing", data=text))
