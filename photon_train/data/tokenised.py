@@ -91,7 +91,9 @@ def write_corpus(
         number = 0
         while batch := list(islice(documents, documents_per_shard)):
             path = directory / f"shard-{number:05d}"
-            names = hashlib.sha256("\0".join(document.name for document in batch).encode()).hexdigest()
+            names = hashlib.sha256(
+                "\0".join(document.name for document in batch).encode("utf-8", "surrogateescape")
+            ).hexdigest()
             mark = {"made_of": made_of, "names": names, "dtype": dtype}
             if (known := _read_json(path / _SHARD_FILE)) and {key: known.get(key) for key in mark} == mark:
                 waiting.append((number, _done(known)))

@@ -14,8 +14,8 @@ from photon_train.data import demo, pretrain
 from photon_train.data.corpora import read_documents, split_documents
 from photon_train.data.demo import default_cache_dir, demo_dense_model
 from photon_train.data.packing import pack
-from photon_train.data.tokenizers import check_tokenizer
 from photon_train.data.pretrain import PretrainSettings
+from photon_train.data.tokenizers import check_tokenizer
 from photon_train.errors import PhotonError
 from photon_train.evaluation.perplexity import evaluate_loss
 

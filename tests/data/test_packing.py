@@ -13,8 +13,8 @@ from tokenizers import processors
 from photon_train.data import packing
 from photon_train.data.corpora import Document
 from photon_train.data.packing import pack
-from photon_train.data.tokenizers import check_tokenizer
 from photon_train.data.pretrain import train_tokenizer
+from photon_train.data.tokenizers import check_tokenizer
 from photon_train.errors import PhotonError
 
 TEXTS = ["def f(x):\n    return x\n", "grüße 🎈\n\n", "x", "a much longer text with many words " * 5]
