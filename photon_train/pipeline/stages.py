@@ -33,6 +33,7 @@ class Stages:
         self.path = Path(config.output) / FILE_NAME
         self._writes, self._begun = writes, False
         self.done: dict[str, dict[str, Any]] = {}
+        self._text: dict[str, str] | None = None
         directory, settings = self.path.parent, binding_settings(config, num_processes)
         if directory.exists() and not directory.is_dir():
             raise PhotonError(f"output {directory} is a file: give a directory")
@@ -50,7 +51,7 @@ class Stages:
             )
         try:
             record = json.loads(self.path.read_text(encoding="utf-8"))
-            self._settings, self.done = record["settings"], record["done"]
+            self._settings, self.done, self._text = record["settings"], record["done"], record.get("text")
         except (ValueError, KeyError, TypeError) as error:
             raise PhotonError(f"{self.path} is damaged: give another output directory") from error
         changed = sorted(
@@ -74,6 +75,23 @@ class Stages:
             self._save()
             atomic_write_text(self.path.parent / "config.yaml", to_yaml(config))
 
+    def bind_text(self, hashes: dict[str, str]) -> None:
+        """Hold the run to its text: finished stages and those to come shall have read the same.
+
+        Args:
+            hashes: From `checkpoint.text_hashes`.
+
+        Raises:
+            PhotonError: if the run was begun with another text.
+        """
+        changed = sorted(key for key in hashes if self._text is not None and self._text.get(key) != hashes[key])
+        if changed:
+            raise PhotonError(
+                f"output {self.path.parent} belongs to a run with another {', '.join(changed)} (files were changed, "
+                "added or removed, or a hub data set was): restore the text to resume it, or give another directory"
+            )
+        self._text = hashes
+
     def run(self, name: str, stage: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         """The result of `stage`: recorded earlier, or computed now and recorded with its `seconds`.
 
@@ -92,5 +110,5 @@ class Stages:
 
     def _save(self) -> None:
         if self._writes and self._begun:
-            text = json.dumps({"settings": self._settings, "done": self.done}, indent=1)
+            text = json.dumps({"settings": self._settings, "text": self._text, "done": self.done}, indent=1)
             atomic_write_text(self.path, text + "\n")
