@@ -8,3 +8,8 @@ class PhotonError(ValueError):
 
     Recipes print it without a traceback and exit with status 2.
     """
+
+
+def printable(text: object) -> str:
+    """`text`, such as a file's name, as one line that any stream takes: other characters are written as escapes."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(text))

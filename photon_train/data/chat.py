@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -12,10 +11,9 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import render_jinja_template
 
+from photon_train.data.progress import warn
 from photon_train.data.records import CALLS, Document
 from photon_train.errors import PhotonError
-
-logger = logging.getLogger(__name__)
 
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
@@ -73,11 +71,7 @@ def tokenize_chats(
 def say_left_out(count: int, conversations: int) -> None:
     """Warn that `count` of so many conversations teach nothing, if any."""
     if count:
-        logger.warning(
-            "%s of %s conversations are left out: no token of them is the assistant's",
-            f"{count:,}",
-            f"{conversations:,}",
-        )
+        warn(f"{count:,} of {conversations:,} conversations are left out: no token of them is the assistant's")
 
 
 def encode_chat(

@@ -2,34 +2,27 @@
 
 from __future__ import annotations
 
+import codecs
 import gzip
 import hashlib
-import io
 import json
-import logging
 import os
 import re
 import sysconfig
+import zlib
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from photon_train.config import DataSettings
+from photon_train.data.directory import COMPRESSED_SUFFIXES, JSONL_SUFFIXES, PARQUET_SUFFIX, is_data_file, survey
+from photon_train.data.progress import warn
 from photon_train.data.records import Document, document_of, missing_field, wanted_fields, without_nulls
 from photon_train.errors import PhotonError
 
-logger = logging.getLogger(__name__)
-
-JSONL_SUFFIXES = (".jsonl", ".jsonl.gz")
-PARQUET_SUFFIX = ".parquet"
+_JSON_SUFFIXES = (*JSONL_SUFFIXES, ".json", ".json.gz")  # many data sets call JSON lines `.json`
 _UTF8 = "utf-8-sig"  # Windows begins files with a byte order mark
-TEXT_SUFFIXES = (
-    *(".txt", ".text", ".md", ".rst", ".tex", ".html", ".xml", ".csv", ".org"),
-    *(".py", ".pyi", ".c", ".h", ".cc", ".cpp", ".hpp", ".cu", ".rs", ".go", ".java", ".kt", ".js", ".ts", ".rb"),
-    *(".sh", ".sql", ".toml", ".yaml", ".yml"),
-)
-
 # Left out of the embedded corpus. Packages of others and byte code are not the standard library; tests, code
 # tables (`encodings`, `_sysconfigdata*`) and the manual as one string (`pydoc_data`) are repetitive and would
 # dominate; the rest exists on some installations only (Linux distributions ship it apart, Python 3.12 and 3.13
@@ -50,7 +43,8 @@ def read_documents(source: str | None, settings: DataSettings, max_characters: i
     Args:
         source: None for the embedded corpus (the standard library of the running interpreter); a text file; a
             `.jsonl`, `.jsonl.gz` or `.parquet` file; a `.json` file with an object per line; a directory of text,
-            JSONL and Parquet (hidden names are left out); else the id of a hub data set, which is streamed.
+            JSONL and Parquet (`directory.survey`; a warning says what is left out); else the id of a hub data set,
+            which is streamed.
         settings: Name of the field of text or messages, hub configuration and split, and the most documents to read.
         max_characters: Stop after the document that reaches this many characters. It bounds what is read from a
             hub data set larger than the run needs.
@@ -59,7 +53,7 @@ def read_documents(source: str | None, settings: DataSettings, max_characters: i
         PhotonError: here when nothing is found at `source`; while iterating when something in it cannot be read
             or when it holds no text.
     """
-    return _bounded(_open_source(source, settings), source or "the standard library", settings, max_characters)
+    return _bounded(_open_source(source, settings), source, settings, max_characters)
 
 
 def split_documents(documents: Iterable[Document], held_out_fraction: float) -> tuple[list[Document], list[Document]]:
@@ -97,7 +91,10 @@ def split_threshold(least: float, most: float, held_out_fraction: float) -> floa
 def hash_point(name: str) -> float:
     """A point in [0, 1) drawn by the name."""
     # 52 bits: each value is exact in a double, and so is the next.
-    return (int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest(), "big") >> 12) / 2.0**52
+    digest = hashlib.blake2b(
+        name.encode("utf-8", "surrogateescape"), digest_size=8
+    ).digest()  # names of files need not be UTF-8
+    return (int.from_bytes(digest, "big") >> 12) / 2.0**52
 
 
 def _split_text(document: Document, held_out_fraction: float) -> tuple[list[Document], list[Document]]:
@@ -116,7 +113,7 @@ def _split_text(document: Document, held_out_fraction: float) -> tuple[list[Docu
 
 
 def _bounded(
-    documents: Iterator[Document], source: str, settings: DataSettings, max_characters: int | None
+    documents: Iterator[Document], source: str | None, settings: DataSettings, max_characters: int | None
 ) -> Iterator[Document]:
     read = kept = characters = 0
     for document in documents:
@@ -126,10 +123,12 @@ def _bounded(
             characters += len(document.text)
             yield document
         if kept == settings.max_documents or (max_characters is not None and characters >= max_characters):
-            return
+            break
+    if 0 < kept < read and source is not None:
+        warn(f"{source}: {read - kept:,} of {read:,} documents are empty and left out")
     if not kept:
         found = f"all {read} documents are empty" if read else "no documents found"
-        raise PhotonError(f"{source}: {found}; give a file or directory with text")
+        raise PhotonError(f"{source or 'the standard library'}: {found}; give a file or directory with text")
 
 
 def _open_source(source: str | None, settings: DataSettings) -> Iterator[Document]:
@@ -137,17 +136,18 @@ def _open_source(source: str | None, settings: DataSettings) -> Iterator[Documen
         return _read_standard_library()
     path = Path(source).expanduser()
     if path.is_dir():
-        return _read_directory(path, settings)
+        found = survey(path)
+        if found.is_notable:
+            warn(str(found))
+        return _read_directory(path, found.read, settings)
     if path.exists():
+        if path.name.lower().endswith(COMPRESSED_SUFFIXES) and not path.name.lower().endswith(_JSON_SUFFIXES):
+            raise PhotonError(f"{path}: decompress it (of compressed files, those of JSON lines under gzip are read)")
         return _read_file(path, path.name, settings)
     # A hub id has at most one slash and no path prefix: only then is it worth asking the hub.
-    if source.startswith(("/", ".", "~")) or source.count("/") > 1 or _is_data_file(path):
+    if source.startswith(("/", ".", "~")) or source.count("/") > 1 or is_data_file(path.name):
         raise PhotonError(f"{source}: no such file or directory")
     return _read_hub(source, settings)
-
-
-def _is_data_file(path: Path) -> bool:
-    return path.name.lower().endswith((*JSONL_SUFFIXES, PARQUET_SUFFIX, *TEXT_SUFFIXES))
 
 
 def _read_standard_library() -> Iterator[Document]:
@@ -167,27 +167,23 @@ def _read_standard_library() -> Iterator[Document]:
 
 def data_files(source: Path) -> list[Path]:
     """What is read of a file or directory, in order."""
-    if not source.is_dir():
-        return [source]
-    files = (path for path in sorted(source.rglob("*")) if path.is_file() and _is_data_file(path))
-    return [path for path in files if not any(part.startswith(".") for part in path.relative_to(source).parts)]
+    return survey(source).read if source.is_dir() else [source]
 
 
-def _read_directory(root: Path, settings: DataSettings) -> Iterator[Document]:
-    for path in data_files(root):
+def _read_directory(root: Path, files: list[Path], settings: DataSettings) -> Iterator[Document]:
+    for path in files:
         try:
             yield from _read_file(path, path.relative_to(root).as_posix(), settings)
         except _NotText as error:
-            logger.warning("left out: %s", error)
+            warn(f"left out: {error}")
 
 
 class _NotText(PhotonError):
-    """A file that is not UTF-8: fatal when asked for by name, left out of a directory with a warning."""
+    """A text file that is not UTF-8: fatal when asked for by name, left out of a directory with a warning."""
 
 
 def _read_file(path: Path, name: str, settings: DataSettings) -> Iterator[Document]:
-    # Many data sets call JSON lines `.json`. Asked for by name, that is meant; in a directory it is anything.
-    if path.name.lower().endswith((*JSONL_SUFFIXES, ".json", ".json.gz")):
+    if path.name.lower().endswith(_JSON_SUFFIXES):
         yield from _read_jsonl(path, name, settings)
     elif path.name.lower().endswith(PARQUET_SUFFIX):
         yield from _read_parquet(path, name, settings)
@@ -204,26 +200,37 @@ def _readable(path: Path) -> Iterator[None]:
         yield
     except UnicodeDecodeError as error:
         raise _NotText(f"{path}: not UTF-8 text (byte {error.start}); convert it to UTF-8") from error
-    except (OSError, EOFError) as error:
+    except (OSError, EOFError, zlib.error) as error:
         reason = error.strerror if isinstance(error, OSError) and error.strerror else error
         raise PhotonError(f"{path}: cannot be read: {reason}") from error
 
 
 def _read_jsonl(path: Path, name: str, settings: DataSettings) -> Iterator[Document]:
-    raw = gzip.open(path, "rb") if path.suffix.lower() == ".gz" else open(path, "rb")
-    with raw, io.TextIOWrapper(raw, encoding=_UTF8) as lines, _readable(path):
+    with _readable(path), gzip.open(path, "rb") if path.suffix.lower() == ".gz" else open(path, "rb") as file:
+        # Old systems end lines with a carriage return alone.
+        lines = (line for piece in file for line in piece.splitlines())
         for number, line in enumerate(lines, start=1):
-            if not line.strip():
-                continue
-            try:
-                record = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise PhotonError(
-                    f"{path}:{number}: not valid JSON: {error.msg} (column {error.colno}); each line must be an object"
-                ) from error
-            if not isinstance(record, dict):
-                raise PhotonError(f"{path}:{number}: expected a JSON object per line, got {type(record).__name__}")
-            yield document_of(f"{name}:{number}", record, settings, f"{path}:{number}")
+            line = line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
+            if line.strip():
+                record = _record(line, f"{path}:{number}")
+                yield document_of(f"{name}:{number}", record, settings, f"{path}:{number}")
+
+
+def _record(line: bytes, where: str) -> dict[str, Any]:
+    """The object that a line holds. A line that holds none is fatal: some of a file would be used, and some not."""
+    try:
+        record = json.loads(line.decode())
+    except UnicodeDecodeError as error:
+        raise PhotonError(f"{where}: not UTF-8 text (byte {error.start} of the line); convert the file") from error
+    except json.JSONDecodeError as error:
+        raise PhotonError(
+            f"{where}: not valid JSON: {error.msg} (column {error.colno}); each line must be an object"
+        ) from error
+    except (ValueError, RecursionError) as error:
+        raise PhotonError(f"{where}: JSON that cannot be read: {_first_line(error)}") from error
+    if not isinstance(record, dict):
+        raise PhotonError(f"{where}: expected a JSON object per line, got {type(record).__name__}")
+    return record
 
 
 def _read_parquet(path: Path, name: str, settings: DataSettings) -> Iterator[Document]:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from photon_train.data.identity import arrays_hash
 from photon_train.data.packing import Sequences
 from photon_train.errors import PhotonError
 
@@ -52,6 +54,11 @@ class Mixture:
 
     def __len__(self) -> int:
         return len(self.source)
+
+    def content_hash(self) -> str:
+        """As `PackedDataset.content_hash`."""
+        parts = [*(dataset.content_hash() for dataset in self.datasets), arrays_hash(self.source, self.index)]
+        return hashlib.sha256(" ".join(parts).encode()).hexdigest()
 
     def batch(self, indices: Tensor) -> dict[str, Tensor]:
         """As `PackedDataset.batch`."""

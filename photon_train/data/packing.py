@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from photon_train.data.chat import say_left_out, tokenize_chats
 from photon_train.data.corpora import Document
+from photon_train.data.identity import arrays_hash
 from photon_train.data.progress import progress_bar
 from photon_train.errors import PhotonError
 
@@ -27,6 +28,8 @@ class Sequences(Protocol):
     def __len__(self) -> int: ...
 
     def batch(self, indices: Tensor) -> dict[str, Tensor]: ...
+
+    def content_hash(self) -> str: ...
 
 
 class PackedDataset(torch.utils.data.Dataset):
@@ -66,6 +69,11 @@ class PackedDataset(torch.utils.data.Dataset):
         if not -len(self) <= index < len(self):
             raise IndexError(index)  # ends a plain `for` loop over the data set
         return {name: rows[0] for name, rows in self.batch(torch.tensor([index])).items()}
+
+    def content_hash(self) -> str:
+        """Hexadecimal digits that differ for other sequences, or others of their tokens learned."""
+        arrays = (self.tokens, self.masked, self.starts)
+        return arrays_hash(*(None if array is None else array.numpy() for array in arrays))
 
     def batch(self, indices: Tensor) -> dict[str, Tensor]:
         """The sequences at `indices` (`[batch]`).

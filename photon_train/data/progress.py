@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import logging
+import os
 import time
 from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, ProgressColumn, TaskID, TextColumn, TimeRemainingColumn
+
+logger = logging.getLogger(__name__)
 
 _SECONDS_BETWEEN_LINES = 15.0
 
@@ -46,3 +50,9 @@ def progress_bar(show: bool, detail: str) -> Progress:
         console=console,
         shown=show,
     )
+
+
+def warn(line: str) -> None:
+    """Log a warning about the text once a run: every process reads it, and all would say the same."""
+    if os.environ.get("RANK", "0") == "0":
+        logger.warning("%s", line)

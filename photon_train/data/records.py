@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from photon_train.config import DataSettings
-from photon_train.errors import PhotonError
+from photon_train.errors import PhotonError, printable
 
 CALLS = ("tool_calls", "function_call")
 """What an assistant's message may hold in place of `content`; the second is the older name."""
@@ -69,7 +69,7 @@ def document_of(name: str, record: dict[str, Any], settings: DataSettings, where
 def missing_field(where: str, settings: DataSettings, fields: Iterable[str]) -> PhotonError:
     """The error for a record or a table that has `fields`, but not the one that `settings` names."""
     key = "messages_field" if settings.messages_field else "text_field"
-    present = ", ".join(fields) or "none"
+    present = printable(", ".join(fields)) or "none"
     return PhotonError(f"{where}: no field {getattr(settings, key)!r} (present: {present}); set dataset.{key}")
 
 

@@ -33,6 +33,7 @@ from transformers import PreTrainedTokenizerBase
 from photon_train.config import DataSettings
 from photon_train.data.chat import say_left_out
 from photon_train.data.corpora import Document, hash_point, read_documents, split_threshold
+from photon_train.data.identity import arrays_hash, documents_hash, local_source, source_hash, source_stamps
 from photon_train.data.packing import IGNORED_LABEL, check_alignment, isolated, tokenize_documents
 from photon_train.data.tokenizers import largest_id, tokenizer_hash
 from photon_train.errors import PhotonError
@@ -72,7 +73,11 @@ def write_corpus(
         PhotonError: if `directory` belongs to other settings, the source cannot be read, or a worker dies.
     """
     directory = Path(directory)
-    made_of, dtype = _made_of(source, settings, tokenizer, documents_per_shard, max_characters), _dtype(tokenizer)
+    stamps, dtype = source_stamps(source), _dtype(tokenizer)
+    known = _read_json(directory / CORPUS_FILE) or {}
+    content = known.get("made_of", {}).get("source_content") if known.get("stamps") == stamps else None
+    made_of = _made_of(source, settings, tokenizer, documents_per_shard, max_characters)
+    made_of["source_content"] = content or source_hash(source)
     if _is_complete(directory, made_of):
         return
     make_directory(directory)
@@ -91,8 +96,7 @@ def write_corpus(
         number = 0
         while batch := list(islice(documents, documents_per_shard)):
             path = directory / f"shard-{number:05d}"
-            names = hashlib.sha256("\0".join(document.name for document in batch).encode()).hexdigest()
-            mark = {"made_of": made_of, "names": names, "dtype": dtype}
+            mark = {"made_of": made_of, "content": documents_hash(batch), "dtype": dtype}
             if (known := _read_json(path / _SHARD_FILE)) and {key: known.get(key) for key in mark} == mark:
                 waiting.append((number, _done(known)))
             else:
@@ -105,6 +109,7 @@ def write_corpus(
         raise PhotonError(f"{source or 'the standard library'}: no document has anything to learn")
     corpus = {
         "made_of": made_of,
+        "stamps": stamps,
         "shards": number,
         "documents": sum(shard["documents"] for shard in shards),
         "tokens": sum(shard["tokens"] for shard in shards),
@@ -114,24 +119,15 @@ def write_corpus(
 
 
 def _made_of(source, settings, tokenizer, documents_per_shard, max_characters) -> dict[str, Any]:
-    """What the content of a corpus depends on, beside the bytes of the source."""
+    """What the content of a corpus depends on, beside that of the source."""
     kept = ("messages_field", "text_field", "hub_config", "hub_split", "max_documents")
     return {
         "source": source,
-        "source_bytes": _local_bytes(source),
         **{key: value for key, value in asdict(settings).items() if key in kept},
         "tokenizer": tokenizer_hash(tokenizer),
         "documents_per_shard": documents_per_shard,
         "max_characters": max_characters,
     }
-
-
-def _local_bytes(source: str | None) -> int | None:
-    """Bytes of a local source: what was added to it later does not go unnoticed."""
-    path = Path(source) if source else None
-    if path is None or not path.exists():
-        return None
-    return sum(file.stat().st_size for file in ([path] if path.is_file() else path.rglob("*")) if file.is_file())
 
 
 def _dtype(tokenizer: PreTrainedTokenizerBase) -> str:
@@ -226,7 +222,7 @@ def _write_shard(path: Path, documents: list[Document], mark: dict[str, Any]) ->
 
 def is_corpus(source: str | None) -> bool:
     """Whether `source` is the directory of a tokenised corpus, complete or not."""
-    path = Path(source) if source else None
+    path = local_source(source)
     return path is not None and path.is_dir() and ((path / CORPUS_FILE).exists() or (path / "shard-00000").exists())
 
 
@@ -253,7 +249,7 @@ class Corpus:
             )
         self.tokens: list[np.ndarray] = []
         self.unlearned: list[np.ndarray | None] = []
-        offsets, points = [], []
+        offsets, points, hashes = [], [], []
         for number in range(corpus["shards"]):
             path = self.directory / f"shard-{number:05d}"
             shard = _read_json(path / _SHARD_FILE) or {"sizes": {_SHARD_FILE: 0}}
@@ -268,12 +264,16 @@ class Corpus:
                     f"{self.directory}, and tokenise again"
                 )
             self.tokens.append(_map(path / "tokens.bin", shard["dtype"]))
+            hashes.append(shard.get("content"))
             mask = path / "unlearned.bin"
             self.unlearned.append(_map(mask, np.uint8) if mask.exists() else None)
             offsets.append(np.load(path / "offsets.npy"))
             points.append(np.load(path / "points.npy"))
         self.points = np.concatenate(points)
         self.lengths = np.concatenate([np.diff(shard) for shard in offsets])
+        # Tokens follow from documents and tokenizer; corpora of older versions know the names of documents alone.
+        tokens = (*self.tokens, *self.unlearned, self.lengths)
+        self.content = f"{tokenizer_hash(tokenizer)} {hashes}" if all(hashes) else arrays_hash(*tokens)
         self.first = np.concatenate([shard[:-1] for shard in offsets])
         self.shard = np.repeat(np.arange(len(offsets)), [len(shard) - 1 for shard in offsets])
 
@@ -331,6 +331,10 @@ class CorpusDataset(torch.utils.data.Dataset):
 
     def __len__(self) -> int:
         return self._length
+
+    def content_hash(self) -> str:
+        """As `PackedDataset.content_hash`, of what the corpus was made of."""
+        return hashlib.sha256(f"{self.corpus.content} {arrays_hash(self.documents)}".encode()).hexdigest()
 
     def batch(self, indices: Tensor) -> dict[str, Tensor]:
         """As `PackedDataset.batch`."""

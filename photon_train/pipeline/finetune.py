@@ -20,6 +20,7 @@ from photon_train.pipeline.devices import weight_bytes
 from photon_train.pipeline.prepare import document_alignment, estimate_training, load_text, load_tokenizer
 from photon_train.pipeline.stages import Stages
 from photon_train.training.accelerator import make_accelerator
+from photon_train.training.checkpoint import text_hashes
 
 
 def run_finetuning(config: RunConfig) -> None:
@@ -62,6 +63,7 @@ class _FinetuningRun(TrainingRun):
         align, processes = document_alignment(photon, self.config), self.accelerator.num_processes
         text = load_text(self.config, tokenizer, align, processes, self.is_main, self.main_first)
         self.say(f"Data: {text}.")
+        self.stages.bind_text(text_hashes(text.train, text.held_out))
         self.check_disk({self.exported: weight_bytes(self.start)})
         self.begin()
         self.finish(text)

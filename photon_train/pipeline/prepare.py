@@ -21,6 +21,7 @@ from photon_train.conversion.presets import make_plan, photon_config
 from photon_train.conversion.safetensors_io import TensorInfo
 from photon_train.conversion.source import DenseCheckpoint
 from photon_train.data.corpora import data_files, read_documents, split_documents
+from photon_train.data.identity import local_source
 from photon_train.data.mixture import Mixture
 from photon_train.data.packing import PackedDataset, check_alignment, pack
 from photon_train.data.pretrain import PretrainSettings
@@ -234,7 +235,7 @@ def load_text(
     end, isolate = tokenizer.eos_token_id, settings.isolate_documents
 
     def one(number: int, source: str | None) -> tuple[Any, Any]:
-        is_local = source is None or Path(source).exists()
+        is_local = source is None or local_source(source) is not None
         most = None if is_local else needed * _CHARACTERS_PER_TOKEN
         if settings.stream and not is_corpus(source):
             directory = Path(config.output) / "tokens" / str(number)
@@ -242,7 +243,7 @@ def load_text(
             main_first(partial(write_corpus, source, settings, tokenizer, directory, max_characters=most, progress=say))
             source = str(directory)
         if is_corpus(source):
-            corpus = Corpus(Path(source), tokenizer)
+            corpus = Corpus(local_source(source), tokenizer)
             chosen, held_out = corpus.split(settings.held_out_fraction)
             return (
                 CorpusDataset(corpus, chosen, train.seq_len, align, end, isolate=isolate),
@@ -272,8 +273,8 @@ def load_text(
 
 def _check_memory(source: str | None, settings: DataSettings) -> None:
     """Refuse text that the processes of this machine cannot hold: the system would end one of them without a word."""
-    path = None if source is None else Path(source)
-    if path is None or not path.exists() or settings.max_documents is not None or not hasattr(os, "sysconf"):
+    path = local_source(source)
+    if path is None or settings.max_documents is not None or not hasattr(os, "sysconf"):
         return
     size = sum(file.stat().st_size for file in data_files(path))
     processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))

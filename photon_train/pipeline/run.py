@@ -35,6 +35,7 @@ from photon_train.pipeline.prepare import (
 )
 from photon_train.pipeline.stages import Stages
 from photon_train.training.accelerator import make_accelerator
+from photon_train.training.checkpoint import text_hashes
 from photon_train.training.collect import gather_full_model
 from photon_train.training.loop import evaluate, prepare_for_evaluation
 from photon_train.training.lora import add_lora
@@ -99,6 +100,7 @@ class _ConversionRun(TrainingRun):
             self.begin()  # the tokens are written into the output
         text = load_text(self.config, tokenizer, align, processes, self.is_main, self.main_first)
         self.say(f"Data: {text}.")
+        self.stages.bind_text(text_hashes(text.train, text.held_out))
         sizes = {self.start: conversion.plan.num_bytes, self.exported: conversion.plan.num_bytes}
         if self.config.train.dense_baseline:
             sizes[self.output / DENSE_FINETUNED] = weight_bytes(directory)

@@ -44,6 +44,7 @@ class Stages:
             self._settings = found["settings"]
         self._found = found
         self.done: dict[str, dict[str, Any]] = dict(found["done"]) if found else {}
+        self._text: dict[str, str] | None = found["text"] if found else None
 
     def __enter__(self) -> Stages:
         return self
@@ -99,7 +100,7 @@ class Stages:
             )
         try:
             record = json.loads(self.path.read_text(encoding="utf-8"))
-            return {"settings": dict(record["settings"]), "done": dict(record["done"])}
+            return {"settings": dict(record["settings"]), "done": dict(record["done"]), "text": record.get("text")}
         except (ValueError, KeyError, TypeError) as error:
             raise PhotonError(f"{self.path} is damaged: give another output directory") from error
 
@@ -111,6 +112,23 @@ class Stages:
                 f"output {self.path.parent} belongs to a run with another {', '.join(changed)}: "
                 "use the same settings to resume it, or give another directory"
             )
+
+    def bind_text(self, hashes: dict[str, str]) -> None:
+        """Hold the run to its text: finished stages and those to come shall have read the same.
+
+        Args:
+            hashes: From `checkpoint.text_hashes`.
+
+        Raises:
+            PhotonError: if the run was begun with another text.
+        """
+        changed = sorted(key for key in hashes if self._text is not None and self._text.get(key) != hashes[key])
+        if changed:
+            raise PhotonError(
+                f"output {self.path.parent} belongs to a run with another {', '.join(changed)} (files were changed, "
+                "added or removed, or a hub data set was): restore the text to resume it, or give another directory"
+            )
+        self._text = hashes
 
     def run(self, name: str, stage: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         """The result of `stage`: recorded earlier, or computed now and recorded with its `seconds`.
@@ -130,5 +148,5 @@ class Stages:
 
     def _save(self) -> None:
         if self._writes and self._begun:
-            text = json.dumps({"settings": self._settings, "done": self.done}, indent=1)
+            text = json.dumps({"settings": self._settings, "text": self._text, "done": self.done}, indent=1)
             atomic_write_text(self.path, text + "\n")

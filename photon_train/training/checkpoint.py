@@ -29,6 +29,7 @@ from accelerate.utils import RNG_STATE_NAME, DistributedType, broadcast_object_l
 from safetensors import SafetensorError, safe_open
 
 from photon_train.config import RunConfig
+from photon_train.data.packing import Sequences
 from photon_train.errors import PhotonError
 from photon_train.files import atomic_directory, atomic_write_text, hidden_sibling, remove_leftovers
 from photon_train.manifest import FILE_NAME as MANIFEST
@@ -40,6 +41,8 @@ logger = logging.getLogger(__name__)
 
 STATE_FILE = "training_state.json"
 _WEIGHTS_FILE = "model.safetensors"
+TRAINING_TEXT, HELD_OUT_TEXT = "hash of the training text", "hash of the held-out text"
+_HASH_DIGITS = 16
 _STEP = re.compile(r"step_(\d+)")
 
 
@@ -75,11 +78,16 @@ class TrainingState:
 
 
 def run_settings(
-    config: RunConfig, name: str, num_processes: int, num_sequences: int, sharding: str = "none"
+    config: RunConfig, name: str, num_processes: int, text: dict[str, str], sharding: str = "none"
 ) -> dict[str, Any]:
-    """Everything that must be equal for a continued run to be the same run (see `sharding_of`)."""
-    own = {"name": name, "num_sequences": num_sequences, "sharding": sharding}
-    return {**binding_settings(config, num_processes), **own}
+    """Everything that must be equal for a continued run to be the same run (see `text_hashes`, `sharding_of`)."""
+    return {**binding_settings(config, num_processes), **text, "name": name, "sharding": sharding}
+
+
+def text_hashes(train_set: Sequences, eval_set: Sequences) -> dict[str, str]:
+    """What tells the text of a run from any other."""
+    found = zip((TRAINING_TEXT, HELD_OUT_TEXT), (train_set, eval_set), strict=True)
+    return {key: dataset.content_hash()[:_HASH_DIGITS] for key, dataset in found}
 
 
 def sharding_of(accelerator: Accelerator) -> str:
@@ -230,6 +238,10 @@ def read_state(path: Path, settings: dict[str, Any]) -> TrainingState:
             for key in sorted({*state.settings, *known})
             if state.settings.get(key, missing) != known.get(key, missing)
         ]
+        if any(state.settings.get(key) != known.get(key) for key in (TRAINING_TEXT, HELD_OUT_TEXT)):
+            differing.append(
+                "give the text that it was begun with (files were changed, added or removed, or a hub data set was)"
+            )
         if state.settings.get("sharding") != known["sharding"]:
             differing.append("start it with the accelerate config that it was begun with")
         raise PhotonError(

@@ -30,6 +30,7 @@ from photon_train.training.checkpoint import (
     run_settings,
     save_checkpoint,
     sharding_of,
+    text_hashes,
     usable_checkpoint,
 )
 from photon_train.training.guard import GuardState, SpikeGuard
@@ -265,7 +266,7 @@ def train(
     set_seed(config.seed, device_specific=True)
     run = _prepare(model, config, accelerator, teacher)
     processes = accelerator.num_processes
-    bound = run_settings(config, name, processes, len(train_set), sharding_of(accelerator))
+    bound = run_settings(config, name, processes, text_hashes(train_set, eval_set), sharding_of(accelerator))
     state = TrainingState(num_processes=processes, settings=bound, settings_hash=settings_hash(bound))
     directory = checkpoint_dir(output_dir, name)
     saved = usable_checkpoint(accelerator, directory, settings.keep_checkpoints) if config.resume else None

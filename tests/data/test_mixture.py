@@ -52,3 +52,17 @@ def test_a_mixture_goes_through_the_loader() -> None:
 def test_proportions_that_need_too_much_are_refused() -> None:
     with pytest.raises(PhotonError, match="dataset.sources: .*give a large source more weight"):
         Mixture([numbered(0, 2), numbered(1, 100)], [1.0, 1e-7])
+
+
+def test_the_hash_is_of_the_sequences_and_their_order() -> None:
+    hashes = {
+        mixture.content_hash()
+        for mixture in (
+            Mixture([numbered(0, 3), numbered(1, 4)], [1, 1]),
+            Mixture([numbered(0, 3), numbered(1, 4)], [1, 5]),
+            Mixture([numbered(0, 3), numbered(2, 4)], [1, 1]),
+            Mixture([numbered(0, 3), numbered(1, 4, filled=0.5)], [1, 1]),
+        )
+    }
+    assert len(hashes) == 4
+    assert Mixture([numbered(0, 3), numbered(1, 4)], [1, 1]).content_hash() in hashes

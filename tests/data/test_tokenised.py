@@ -75,10 +75,12 @@ def test_sequences_are_those_of_packing_in_memory(source, seq_len, align, chat, 
             assert torch.equal(mapped.batch(order)[key], value), key
 
 
-def test_tokens_stay_on_disk_in_the_smallest_type(source, tmp_path: Path) -> None:
+def test_tokens_stay_on_disk_in_the_smallest_type(source, tmp_path: Path, monkeypatch) -> None:
     corpus = write(source, tmp_path / "corpus")
     assert all(isinstance(shard, np.memmap) and shard.dtype == np.uint16 for shard in corpus.tokens)
     assert is_corpus(str(tmp_path / "corpus")) and not is_corpus(source) and not is_corpus(None)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert is_corpus("~/corpus")
 
 
 def test_few_tokens_with_large_ids_are_kept(source, tmp_path: Path) -> None:
@@ -199,12 +201,45 @@ def test_other_settings_or_another_tokenizer_are_refused(source, tmp_path: Path)
         write(source, tmp_path / "corpus", max_documents=3)
     with open(Path(source) / "0.jsonl", "a") as file:
         file.write('\n{"text": "more"}')
-    with pytest.raises(PhotonError, match="another source_bytes"):
+    with pytest.raises(PhotonError, match="another source_content"):
         write(source, tmp_path / "corpus")
     other = make_tokenizer()
     other.chat_template = TEMPLATE + " "
     with pytest.raises(PhotonError, match="another tokenizer or chat template"):
         Corpus(tmp_path / "corpus", other)
+
+
+def test_other_text_of_equal_size_is_refused_and_makes_another_corpus(source, tmp_path: Path, monkeypatch) -> None:
+    """Bytes were counted, and the documents of finished shards compared by name."""
+    first = write(source, tmp_path / "corpus")
+    chosen, _ = first.split(0.2)
+    dataset = partial(CorpusDataset, documents=chosen, seq_len=16, align=1, pad_id=END)
+    file = Path(source) / "0.jsonl"
+    text = file.read_text()
+    file.write_text(text)  # the same at another time
+    os.utime(file, (1, 1))
+    write(source, tmp_path / "corpus")
+    (tmp_path / "corpus" / "corpus.json").rename(tmp_path / "kept.json")
+    file.write_text(text.replace("document 0.1 ", "document 0.9 "))
+    with pytest.raises(PhotonError, match="another source_content"):
+        write(source, tmp_path / "corpus")
+    monkeypatch.setattr(tokenised, "source_hash", lambda _: json.loads(kept.read_text())["made_of"]["source_content"])
+    kept = tmp_path / "kept.json"  # as of a hub data set, whose files nobody hashes
+    again = write(source, tmp_path / "corpus")
+    tokens = [np.concatenate(corpus.tokens) for corpus in (first, again)]
+    assert len(tokens[0]) == len(tokens[1]) and dataset(first).content_hash() != dataset(again).content_hash()
+    assert not np.array_equal(*tokens)
+
+
+def test_the_hash_of_a_corpus_is_that_of_its_documents(source, tmp_path: Path) -> None:
+    corpora = [write(source, tmp_path / "one"), write(source, tmp_path / "two", num_workers=0)]
+    sides = [corpus.split(0.2) for corpus in corpora]
+    hashes = {
+        CorpusDataset(corpus, side, 16, 1, END).content_hash()
+        for corpus, both in zip(corpora, sides, strict=True)
+        for side in both
+    }
+    assert len(hashes) == 2
 
 
 def test_nothing_to_learn(tmp_path: Path) -> None:

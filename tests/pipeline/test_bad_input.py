@@ -228,6 +228,17 @@ def test_a_run_goes_on_with_other_processes_at_the_same_sequences_per_step(tmp_p
         Stages(begun, True, num_processes=1)
 
 
+def test_a_run_goes_on_with_the_text_that_it_was_begun_with(tmp_path):
+    """A stage was finished with one text, and the next one begun with another."""
+    config = RunConfig(output=str(tmp_path / "out"), resume=True)
+    stages = Stages(config, writes=True)
+    stages.bind_text({"hash of the training text": "a", "hash of the held-out text": "b"})
+    stages.begin(config)
+    Stages(config, writes=True).bind_text({"hash of the training text": "a", "hash of the held-out text": "b"})
+    with pytest.raises(PhotonError, match=r"with another hash of the training text \(files .*restore the text"):
+        Stages(config, writes=True).bind_text({"hash of the training text": "c", "hash of the held-out text": "b"})
+
+
 def test_a_run_goes_on_with_the_revision_that_it_was_begun_with(tmp_path):
     """Its checkpoints belong to those weights; the token may be another."""
     config = RunConfig(output=str(tmp_path / "out"), resume=True)

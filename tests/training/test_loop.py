@@ -12,7 +12,7 @@ from tiny_training import losses, tiny_data, tiny_model, tiny_run
 from photon_train.config import DistillSettings, RunConfig
 from photon_train.errors import PhotonError
 from photon_train.training.accelerator import make_accelerator
-from photon_train.training.checkpoint import checkpoint_dir, latest_checkpoint, read_state, run_settings
+from photon_train.training.checkpoint import checkpoint_dir, latest_checkpoint, read_state, run_settings, text_hashes
 from photon_train.training.collect import gather_full_model
 from photon_train.training.loop import TrainResult, train
 from photon_train.training.lora import add_lora
@@ -227,7 +227,7 @@ def test_what_may_change_with_the_number_of_processes(tmp_path):
     run(tiny_run(max_steps=3), tmp_path)
     config = tiny_run(max_steps=3)
     path = checkpoint_dir(tmp_path, "photon") / "step_000003"
-    same = {"num_processes": 1, "num_sequences": len(TRAIN)}
+    same = {"num_processes": 1, "text": text_hashes(TRAIN, EVAL)}
     assert read_state(path, run_settings(config, "photon", **same)).step == 3
     message = r"sequences per step \(processes x .* \(checkpoint: 4, now: 8\)"
     with pytest.raises(PhotonError, match=message):
@@ -237,6 +237,18 @@ def test_what_may_change_with_the_number_of_processes(tmp_path):
         read_state(path, run_settings(config, "photon", **same, sharding="zero2"))
     config.train.batch_size = 2
     assert read_state(path, run_settings(config, "photon", **{**same, "num_processes": 2})).num_processes == 1
+
+
+@pytest.mark.parametrize(("train_seed", "eval_seed", "which"), [(3, 2, "training"), (1, 4, "held-out")])
+def test_a_resume_with_as_much_other_text_is_refused(train_seed, eval_seed, which, tmp_path):
+    """The number of sequences alone was compared."""
+    config = tiny_run(max_steps=1, save_every=1)
+    run(config, tmp_path)
+    config.resume = True
+    student = add_lora(tiny_model("llama"), config.lora, config.seed)
+    other = tiny_data(14, seed=train_seed), tiny_data(7, seed=eval_seed)
+    with pytest.raises(PhotonError, match=rf"hash of the {which} text \(checkpoint: .*give the text that it was begun"):
+        train(student, *other, config, tmp_path)
 
 
 def test_a_crash_while_saving_leaves_the_checkpoint_before(tmp_path, monkeypatch):

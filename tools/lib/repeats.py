@@ -6,6 +6,7 @@ periodic sequences and of repeated spans teaches the retrieval that long documen
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass
 
 import numpy as np
@@ -41,6 +42,11 @@ class Repeats:
 
     def __len__(self) -> int:
         return len(self.dataset)
+
+    def content_hash(self) -> str:
+        """As `PackedDataset.content_hash`."""
+        drawn = [self.periodic, self.spans, self.min_period, self.seed]
+        return hashlib.sha256(f"{self.dataset.content_hash()} {drawn}".encode()).hexdigest()
 
     def batch(self, indices: Tensor) -> dict[str, Tensor]:
         """As `PackedDataset.batch`; in a changed sequence every token has a label."""
