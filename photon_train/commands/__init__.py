@@ -7,6 +7,10 @@ from contextlib import contextmanager
 
 from photon_train.errors import PhotonError
 
+GENERATION_CONFIG_HELP = (
+    "auto: sampling settings of the model's generation_config.json where none is given; ignore: without them"
+)
+
 
 @contextmanager
 def requires(extra: str) -> Iterator[None]:

@@ -6,6 +6,7 @@ What a request asks and the engine cannot do is refused, never ignored: unknown 
 from __future__ import annotations
 
 import secrets
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
@@ -61,32 +62,29 @@ class _Request(_Part):
     frequency_penalty: Literal[0] | None = None
     presence_penalty: Literal[0] | None = None
 
-    top_k: int = 0
-    min_p: float = 0.0
-    repetition_penalty: float = 1.0
+    top_k: int | None = None
+    min_p: float | None = None
+    repetition_penalty: float | None = None
     stop_token_ids: list[int] = []
     ignore_eos: bool = False
 
-    def sampling(self, max_new_tokens: int, n: int, top_logprobs: int) -> SamplingParams:
-        """The engine's settings.
+    def sampling(self, max_new_tokens: int, n: int, top_logprobs: int, defaults: Mapping[str, Any]) -> SamplingParams:
+        """The engine's settings; `defaults` are the model's, for those that are not given.
 
         Raises:
             PhotonError: for a value out of range.
         """
-        stop = [self.stop] if isinstance(self.stop, str) else self.stop or []
+        given = {name: getattr(self, name) for name in ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")}
+        given["stop"] = None if self.stop is None else (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
+        chosen = {"temperature": 1.0, **defaults, **{key: value for key, value in given.items() if value is not None}}
         return SamplingParams(
             max_new_tokens=max_new_tokens,
-            temperature=1.0 if self.temperature is None else self.temperature,
-            top_k=self.top_k,
-            top_p=1.0 if self.top_p is None else self.top_p,
-            min_p=self.min_p,
-            repetition_penalty=self.repetition_penalty,
-            stop=tuple(stop),
             stop_token_ids=tuple(self.stop_token_ids),
             ignore_eos=self.ignore_eos,
             seed=secrets.randbits(31) if self.seed is None else self.seed,
             n=n,
             top_logprobs=top_logprobs,
+            **chosen,
         )
 
 

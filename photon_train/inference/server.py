@@ -251,7 +251,7 @@ def create_app(engine: Engine, name: str, max_waiting: int = 1024) -> FastAPI:
             raise PhotonError("best_of must not be smaller than n, and more than n cannot be streamed")
 
         def answer() -> Answer:
-            params = body.sampling(body.max_tokens, drawn, body.logprobs or 0)
+            params = body.sampling(body.max_tokens, drawn, body.logprobs or 0, engine.defaults)
             prompts = [tokens_of(prompt) for prompt in body.prompts]
             return Answer(worker, prompts, params, Style(tokenizer, body.logprobs is not None), name, body.n)
 
@@ -265,7 +265,7 @@ def create_app(engine: Engine, name: str, max_waiting: int = 1024) -> FastAPI:
                 raise PhotonError("top_logprobs needs logprobs=true")
             limits = (body.max_completion_tokens, body.max_tokens, max(1, engine.longest - len(prompt)))
             limit = next(given for given in limits if given is not None)
-            params = body.sampling(limit, body.n, body.top_logprobs or 0)
+            params = body.sampling(limit, body.n, body.top_logprobs or 0, engine.defaults)
             return Answer(worker, [prompt], params, ChatStyle(tokenizer, body.logprobs), name)
 
         return await respond(request, body, answer)
