@@ -28,6 +28,7 @@ from photon_train.inference.sampler import Choice, sample
 from photon_train.inference.scheduler import Scheduler
 from photon_train.inference.settings import EngineSettings, plan_cache
 from photon_train.inference.streaming import TextStream
+from photon_train.inference.tokens import prompt_tokens
 
 logger = logging.getLogger(__name__)
 
@@ -92,7 +93,8 @@ class Engine:
         """Queue a request, by default with the settings `defaults`; returns its number.
 
         Raises:
-            PhotonError: for an empty prompt, a text without a tokenizer, or a request longer than the memory.
+            PhotonError: for an empty prompt, a text without a tokenizer, a request longer than the memory, or a stop
+                text that can never appear.
         """
         params = params or SamplingParams(**self.defaults)
         tokens = self._tokens(prompt)
@@ -103,10 +105,10 @@ class Engine:
             )
         if params.stop and self.tokenizer is None:
             raise PhotonError("stop needs a tokenizer: give the engine one, or use stop_token_ids")
+        texts = [self.tokenizer and TextStream(self.tokenizer, tokens, params.stop) for _ in range(params.n)]
         number, keys = next(self._numbers), prefix_keys(tokens, self.segment_tokens)
         self._open[number] = []
-        for index in range(params.n):
-            text = None if self.tokenizer is None else TextStream(self.tokenizer, tokens, params.stop)
+        for index, text in enumerate(texts):
             sequence = Sequence(number, index, tokens, params, keys, text)
             self._open[number].append(sequence)
             self.scheduler.add(sequence)
@@ -116,7 +118,7 @@ class Engine:
         if isinstance(prompt, str):
             if self.tokenizer is None:
                 raise PhotonError("a prompt as text needs a tokenizer: give the engine one, or pass token ids")
-            prompt = self.tokenizer(prompt)["input_ids"]
+            prompt = prompt_tokens(self.tokenizer, prompt)
         tokens = [int(token) for token in prompt]
         if not tokens:
             raise PhotonError("a prompt is empty: give at least one token of text")

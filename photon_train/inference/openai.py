@@ -15,6 +15,7 @@ from transformers import PreTrainedTokenizerBase
 
 from photon_train.errors import PhotonError
 from photon_train.inference.request import Event, SamplingParams
+from photon_train.inference.tokens import TokenWriter
 
 
 def _unicode(text: str) -> str:
@@ -178,7 +179,7 @@ class Style:
     """How answers of one kind look.
 
     Args:
-        tokenizer: Writes tokens of log-probabilities.
+        writer: Writes tokens of log-probabilities.
         with_logprobs: Whether they are asked for.
     """
 
@@ -186,8 +187,8 @@ class Style:
     chunk_name = "text_completion"
     prefix = "cmpl"
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, with_logprobs: bool) -> None:
-        self.tokenizer, self.with_logprobs = tokenizer, with_logprobs
+    def __init__(self, writer: TokenWriter, with_logprobs: bool) -> None:
+        self.writer, self.with_logprobs = writer, with_logprobs
 
     def opening(self, index: int) -> dict[str, Any] | None:
         """A chunk before the first token, or None."""
@@ -211,14 +212,15 @@ class Style:
             offsets.append(offset)
             offset += len(event.text)
         return {
-            "tokens": [self._write(event.token) for event in events],
-            "token_logprobs": [event.logprob for event in events],
-            "top_logprobs": [{self._write(t): value for t, value in event.top_logprobs.items()} for event in events],
+            "tokens": [self.writer.text(event.token) for event in events],
+            "token_logprobs": [_finite(event.logprob) for event in events],
+            "top_logprobs": [self._top_by_text(event) for event in events],
             "text_offset": offsets,
         }
 
-    def _write(self, token: int) -> str:
-        return self.tokenizer.decode([token], clean_up_tokenization_spaces=False)
+    def _top_by_text(self, event: Event) -> dict[str, float]:
+        texts = self.writer.texts(list(event.top_logprobs))
+        return dict(zip(texts, map(_finite, event.top_logprobs.values()), strict=True))
 
 
 class ChatStyle(Style):
@@ -248,8 +250,13 @@ class ChatStyle(Style):
         return [self._entry(token, value) for token, value in event.top_logprobs.items()]
 
     def _entry(self, token: int, logprob: float) -> dict[str, Any]:
-        text = self._write(token)
-        return {"token": text, "logprob": logprob, "bytes": list(text.encode())}
+        raw = self.writer.bytes(token)
+        return {"token": self.writer.text(token), "logprob": _finite(logprob), "bytes": list(raw)}
+
+
+def _finite(logprob: float) -> float:
+    """JSON has no infinity: what is impossible gets what OpenAI gives it."""
+    return max(logprob, -9999.0)
 
 
 def usage(prompt_tokens: int, completion_tokens: int) -> dict[str, int]:

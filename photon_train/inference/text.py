@@ -13,6 +13,7 @@ from photon_train.checkpoints import read_config
 from photon_train.errors import PhotonError
 from photon_train.inference.request import SamplingParams
 from photon_train.inference.streaming import TextStream
+from photon_train.inference.tokens import prompt_tokens
 from photon_train.manifest import FILE_NAME, verify_manifest
 from photon_train.models.attention_photon import BACKENDS
 from photon_train.models.liger_photon import fuse_layers
@@ -123,10 +124,10 @@ def generate_text(
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     tokenizer.padding_side = "left"
-    batch = tokenizer(prompts, return_tensors="pt", padding=True, return_token_type_ids=False)
-    if not batch["attention_mask"].shape[1] or not bool(batch["attention_mask"].any(dim=1).all()):
+    tokens = [prompt_tokens(tokenizer, prompt) for prompt in prompts]
+    if not all(tokens):
         raise PhotonError("a prompt is empty: give at least one token of text")
-    batch = batch.to(model.device)
+    batch = tokenizer.pad({"input_ids": tokens}, return_tensors="pt", return_attention_mask=True).to(model.device)
     if stop:
         settings["stopping_criteria"] = [_StopTexts(tokenizer, batch["input_ids"].tolist(), stop)]
     out = model.generate(**batch, max_new_tokens=max_new_tokens, pad_token_id=tokenizer.pad_token_id, **settings)
