@@ -22,6 +22,11 @@ def place(text: str) -> str:
         raise argparse.ArgumentTypeError(str(error)) from None
 
 
+GENERATION_CONFIG_HELP = (
+    "auto: sampling settings of the model's generation_config.json where none is given; ignore: without them"
+)
+
+
 @contextmanager
 def requires(extra: str) -> Iterator[None]:
     """Imports in this block need the packages of an extra of ours (`train`, `serve`, ...).

@@ -10,7 +10,7 @@ import argparse
 from pathlib import Path
 
 from photon_train.cli import main_wrapper
-from photon_train.commands import place, requires
+from photon_train.commands import GENERATION_CONFIG_HELP, place, requires
 
 GRACE_S = 30
 
@@ -34,6 +34,7 @@ def make_parser(prog: str = "photon-train serve") -> argparse.ArgumentParser:
     parser.add_argument("--max-waiting", type=int, default=1024, help="sequences that wait for their turn at most")
     parser.add_argument("--max-length", type=int, default=None, help="longest sequence; default: the model's")
     parser.add_argument("--max-prefixes", type=int, default=8, help="prefixes of prompts that are kept")
+    parser.add_argument("--generation-config", default="auto", help=GENERATION_CONFIG_HELP)
     parser.add_argument("--cuda-graphs", default="auto", help="auto or off")
     return parser
 
@@ -67,6 +68,7 @@ def main(argv: list[str] | None = None, prog: str = "photon-train serve") -> Non
         max_length=options.max_length,
         max_prefixes=options.max_prefixes,
         cuda_graphs=options.cuda_graphs,
+        generation_config=options.generation_config,
     )
     engine, name = Engine(model, tokenizer, settings), options.name or Path(options.model).resolve().name
     app = create_app(engine, name, options.max_waiting)

@@ -12,86 +12,27 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
-from functools import partial
 from itertools import count
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from photon_train.errors import PhotonError
-from photon_train.files import parse_size
-from photon_train.inference.cache import CacheLayout, PagedCache
+from photon_train.inference.cache import PagedCache
+from photon_train.inference.defaults import sampling_defaults
 from photon_train.inference.graphs import StaticCalls
 from photon_train.inference.prefix import PrefixCache, prefix_keys
 from photon_train.inference.request import Completion, Event, SamplingParams, Sequence
 from photon_train.inference.runner import Runner
 from photon_train.inference.sampler import Choice, sample
 from photon_train.inference.scheduler import Scheduler
+from photon_train.inference.settings import EngineSettings, plan_cache
 from photon_train.inference.streaming import TextStream
-from photon_train.models.attention_photon import load_kernels
+from photon_train.inference.tokens import prompt_tokens
 
 logger = logging.getLogger(__name__)
 
 Prompt = str | list[int]
-GPU_SHARE = 0.9  # of the free memory; the rest is for activations
-
-
-def free_memory(device: torch.device) -> int | None:
-    """Free bytes of a GPU; None for any other device."""
-    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else None
-
-
-def decode_bytes(model: PreTrainedModel, rows: int, tokens: int) -> int:
-    """Bytes that grow with the text and that decoding takes beside the cache: the kernels' weights of latents.
-
-    Args:
-        rows: Sequences that decode at a time; tokens: those of the longest, in whole blocks.
-    """
-    config = model.config
-    if model.backend != "triton" or not getattr(config, "memory_cells", None):
-        return 0
-    groups = config.num_attention_heads // config.num_key_value_heads
-    heads = groups * max(map(len, config.memory_cells.values()))  # one layer decodes at a time
-    element_size = model.get_input_embeddings().weight.element_size()
-    units = tokens // config.chunk_size
-    return load_kernels().latent_decode_bytes(rows, heads, config.chunk_size, units, config.head_dim, element_size)
-
-
-@dataclass(frozen=True)
-class EngineSettings:
-    """Sizes of the engine.
-
-    Attributes:
-        memory: Bytes of the cache, as a number or a size (``4GiB``). None: 90% of a GPU's free memory, less what
-            decoding takes beside the cache (`decode_bytes`); on a CPU what `max_sequences` sequences of `max_length`
-            need.
-        max_sequences: Sequences that run at a time.
-        max_prefixes: Prefixes of prompts that are kept; 0 keeps none.
-        max_length: Longest sequence that memory is planned for; None: the model's longest position.
-        block_size: Tokens of a block; None: 256, rounded up to whole units.
-        segment_tokens: Prompt tokens that a sequence is fed at once.
-        step_tokens: Prompt tokens fed between two decoding steps, of all sequences together.
-        cuda_graphs: Replay decoding steps as CUDA graphs: `auto` on a GPU, or `off`.
-    """
-
-    memory: int | str | None = None
-    max_sequences: int = 64
-    max_prefixes: int = 8
-    max_length: int | None = None
-    block_size: int | None = None
-    segment_tokens: int = 1024
-    step_tokens: int = 2048
-    cuda_graphs: str = "auto"
-
-    def __post_init__(self) -> None:
-        for name in ("max_sequences", "segment_tokens", "step_tokens"):
-            if getattr(self, name) < 1:
-                raise PhotonError(f"{name}={getattr(self, name)} must be at least 1")
-        if self.max_prefixes < 0:
-            raise PhotonError(f"max_prefixes={self.max_prefixes} must not be negative")
-        if self.cuda_graphs not in ("auto", "off"):
-            raise PhotonError(f"cuda_graphs={self.cuda_graphs!r} is not auto or off")
 
 
 class Engine:
@@ -101,8 +42,12 @@ class Engine:
         model: In evaluation mode, on its device, with its backend chosen.
         tokenizer: For prompts and answers as text, and for stop texts; without it, prompts are token ids.
 
+    Attributes:
+        defaults: Settings of `SamplingParams` for who gives none, from the model's generation config.
+
     Raises:
-        PhotonError: if the memory is too small for the settings, or the model's protocol is not `hiergen`.
+        PhotonError: if the memory is too small for the settings, the model's protocol is not `hiergen`, or its
+            generation config has a value out of range.
     """
 
     def __init__(
@@ -116,7 +61,8 @@ class Engine:
         if protocol != "hiergen":
             raise PhotonError(f"the engine serves hiergen, not {protocol}: use generate(), or set_protocol")
         self.model, self.tokenizer, self.settings = model, tokenizer, settings
-        self.cache = PagedCache(model, self._layout(settings))
+        self.defaults = sampling_defaults(model.generation_config, settings.generation_config, tokenizer is not None)
+        self.cache = PagedCache(model, plan_cache(model, settings))
         self.prefixes = PrefixCache(self.cache, settings.max_prefixes)
         self.segment_tokens = settings.segment_tokens
         self.scheduler = Scheduler(
@@ -141,38 +87,16 @@ class Engine:
         longest = layout.blocks_for(self.settings.max_length or self.model.config.max_position_embeddings)
         return StaticCalls(self.cache, self.settings.max_sequences, min(longest, layout.num_blocks), capture)
 
-    def _layout(self, settings: EngineSettings) -> CacheLayout:
-        model, weights = self.model, self.model.get_input_embeddings().weight
-        fit = partial(
-            CacheLayout.fit,
-            model,
-            num_rows=settings.max_sequences + settings.max_prefixes,
-            block_size=settings.block_size,
-            max_length=settings.max_length,
-        )
-        if settings.memory is not None:
-            return fit(parse_size(settings.memory, "memory"))
-        most, free = fit(2**62), free_memory(weights.device)
-        if free is None:
-            return most
-        longest = most.blocks_for(settings.max_length or model.config.max_position_embeddings) * most.block_size
-        left = int(free * GPU_SHARE) - decode_bytes(model, settings.max_sequences, longest)
-        if left < 0:
-            raise PhotonError(
-                f"the GPU's {free} free bytes hold no cache beside what decoding {settings.max_sequences} sequences of "
-                f"{longest} tokens takes: lower max_sequences or max_length"
-            )
-        return fit(left)
-
     # --- requests ---
 
     def add(self, prompt: Prompt, params: SamplingParams | None = None) -> int:
-        """Queue a request; returns its number.
+        """Queue a request, by default with the settings `defaults`; returns its number.
 
         Raises:
-            PhotonError: for an empty prompt, a text without a tokenizer, or a request longer than the memory.
+            PhotonError: for an empty prompt, a text without a tokenizer, a request longer than the memory, or a stop
+                text that can never appear.
         """
-        params = params or SamplingParams()
+        params = params or SamplingParams(**self.defaults)
         tokens = self._tokens(prompt)
         if len(tokens) + params.max_new_tokens > self.longest:
             raise PhotonError(
@@ -181,10 +105,10 @@ class Engine:
             )
         if params.stop and self.tokenizer is None:
             raise PhotonError("stop needs a tokenizer: give the engine one, or use stop_token_ids")
+        texts = [self.tokenizer and TextStream(self.tokenizer, tokens, params.stop) for _ in range(params.n)]
         number, keys = next(self._numbers), prefix_keys(tokens, self.segment_tokens)
         self._open[number] = []
-        for index in range(params.n):
-            text = None if self.tokenizer is None else TextStream(self.tokenizer, tokens, params.stop)
+        for index, text in enumerate(texts):
             sequence = Sequence(number, index, tokens, params, keys, text)
             self._open[number].append(sequence)
             self.scheduler.add(sequence)
@@ -194,7 +118,7 @@ class Engine:
         if isinstance(prompt, str):
             if self.tokenizer is None:
                 raise PhotonError("a prompt as text needs a tokenizer: give the engine one, or pass token ids")
-            prompt = self.tokenizer(prompt)["input_ids"]
+            prompt = prompt_tokens(self.tokenizer, prompt)
         tokens = [int(token) for token in prompt]
         if not tokens:
             raise PhotonError("a prompt is empty: give at least one token of text")

@@ -6,6 +6,7 @@ What a request asks and the engine cannot do is refused, never ignored: unknown 
 from __future__ import annotations
 
 import secrets
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
@@ -14,6 +15,7 @@ from transformers import PreTrainedTokenizerBase
 
 from photon_train.errors import PhotonError
 from photon_train.inference.request import Event, SamplingParams
+from photon_train.inference.tokens import TokenWriter
 
 
 def _unicode(text: str) -> str:
@@ -61,32 +63,29 @@ class _Request(_Part):
     frequency_penalty: Literal[0] | None = None
     presence_penalty: Literal[0] | None = None
 
-    top_k: int = 0
-    min_p: float = 0.0
-    repetition_penalty: float = 1.0
+    top_k: int | None = None
+    min_p: float | None = None
+    repetition_penalty: float | None = None
     stop_token_ids: list[int] = []
     ignore_eos: bool = False
 
-    def sampling(self, max_new_tokens: int, n: int, top_logprobs: int) -> SamplingParams:
-        """The engine's settings.
+    def sampling(self, max_new_tokens: int, n: int, top_logprobs: int, defaults: Mapping[str, Any]) -> SamplingParams:
+        """The engine's settings; `defaults` are the model's, for those that are not given.
 
         Raises:
             PhotonError: for a value out of range.
         """
-        stop = [self.stop] if isinstance(self.stop, str) else self.stop or []
+        given = {name: getattr(self, name) for name in ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")}
+        given["stop"] = None if self.stop is None else (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
+        chosen = {"temperature": 1.0, **defaults, **{key: value for key, value in given.items() if value is not None}}
         return SamplingParams(
             max_new_tokens=max_new_tokens,
-            temperature=1.0 if self.temperature is None else self.temperature,
-            top_k=self.top_k,
-            top_p=1.0 if self.top_p is None else self.top_p,
-            min_p=self.min_p,
-            repetition_penalty=self.repetition_penalty,
-            stop=tuple(stop),
             stop_token_ids=tuple(self.stop_token_ids),
             ignore_eos=self.ignore_eos,
             seed=secrets.randbits(31) if self.seed is None else self.seed,
             n=n,
             top_logprobs=top_logprobs,
+            **chosen,
         )
 
 
@@ -180,7 +179,7 @@ class Style:
     """How answers of one kind look.
 
     Args:
-        tokenizer: Writes tokens of log-probabilities.
+        writer: Writes tokens of log-probabilities.
         with_logprobs: Whether they are asked for.
     """
 
@@ -188,8 +187,8 @@ class Style:
     chunk_name = "text_completion"
     prefix = "cmpl"
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, with_logprobs: bool) -> None:
-        self.tokenizer, self.with_logprobs = tokenizer, with_logprobs
+    def __init__(self, writer: TokenWriter, with_logprobs: bool) -> None:
+        self.writer, self.with_logprobs = writer, with_logprobs
 
     def opening(self, index: int) -> dict[str, Any] | None:
         """A chunk before the first token, or None."""
@@ -213,14 +212,15 @@ class Style:
             offsets.append(offset)
             offset += len(event.text)
         return {
-            "tokens": [self._write(event.token) for event in events],
-            "token_logprobs": [event.logprob for event in events],
-            "top_logprobs": [{self._write(t): value for t, value in event.top_logprobs.items()} for event in events],
+            "tokens": [self.writer.text(event.token) for event in events],
+            "token_logprobs": [_finite(event.logprob) for event in events],
+            "top_logprobs": [self._top_by_text(event) for event in events],
             "text_offset": offsets,
         }
 
-    def _write(self, token: int) -> str:
-        return self.tokenizer.decode([token], clean_up_tokenization_spaces=False)
+    def _top_by_text(self, event: Event) -> dict[str, float]:
+        texts = self.writer.texts(list(event.top_logprobs))
+        return dict(zip(texts, map(_finite, event.top_logprobs.values()), strict=True))
 
 
 class ChatStyle(Style):
@@ -250,8 +250,13 @@ class ChatStyle(Style):
         return [self._entry(token, value) for token, value in event.top_logprobs.items()]
 
     def _entry(self, token: int, logprob: float) -> dict[str, Any]:
-        text = self._write(token)
-        return {"token": text, "logprob": logprob, "bytes": list(text.encode())}
+        raw = self.writer.bytes(token)
+        return {"token": self.writer.text(token), "logprob": _finite(logprob), "bytes": list(raw)}
+
+
+def _finite(logprob: float) -> float:
+    """JSON has no infinity: what is impossible gets what OpenAI gives it."""
+    return max(logprob, -9999.0)
 
 
 def usage(prompt_tokens: int, completion_tokens: int) -> dict[str, int]:

@@ -24,7 +24,7 @@ class SamplingParams:
         top_p: Keep the smallest set of tokens whose probability reaches this.
         min_p: Keep tokens at least this share as probable as the best.
         repetition_penalty: Divides positive logits (multiplies negative ones) of tokens that have occurred; 1 is off.
-        stop: Texts that end the answer (and are not part of it); they need the engine's tokenizer.
+        stop: Texts or special tokens that end the answer (and are not part of it); they need the engine's tokenizer.
         stop_token_ids: Tokens that end the answer, besides the model's end token.
         ignore_eos: Go on after the model's end token.
         seed: Start of the random numbers; each of the n continuations has its own.

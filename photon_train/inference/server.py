@@ -31,6 +31,7 @@ from photon_train.inference.openai import (
     usage,
 )
 from photon_train.inference.request import Event, SamplingParams
+from photon_train.inference.tokens import TokenWriter, prompt_tokens
 from photon_train.inference.worker import RETRY_AFTER_S, Busy, NotServing, RequestFailed, Ticket, Worker
 
 CLIENT_POLL_S = 0.2  # how often a waiting request looks whether its client is still there
@@ -176,6 +177,7 @@ def create_app(engine: Engine, name: str, max_waiting: int = 1024) -> FastAPI:
         PhotonError: for a `max_waiting` below 1.
     """
     worker, tokenizer, started = Worker(engine, max_waiting), engine.tokenizer, int(time.time())
+    writer = TokenWriter(tokenizer)
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
@@ -223,7 +225,7 @@ def create_app(engine: Engine, name: str, max_waiting: int = 1024) -> FastAPI:
             raise PhotonError(f"model {asked!r} is not served here: the model is {name!r}")
 
     def tokens_of(prompt: Prompt) -> list[int]:
-        return tokenizer(prompt)["input_ids"] if isinstance(prompt, str) else prompt
+        return prompt_tokens(tokenizer, prompt) if isinstance(prompt, str) else prompt
 
     async def respond(request: Request, body: Any, answer: Callable[[], Answer]) -> Any:
         check_model(body.model)
@@ -251,9 +253,9 @@ def create_app(engine: Engine, name: str, max_waiting: int = 1024) -> FastAPI:
             raise PhotonError("best_of must not be smaller than n, and more than n cannot be streamed")
 
         def answer() -> Answer:
-            params = body.sampling(body.max_tokens, drawn, body.logprobs or 0)
+            params = body.sampling(body.max_tokens, drawn, body.logprobs or 0, engine.defaults)
             prompts = [tokens_of(prompt) for prompt in body.prompts]
-            return Answer(worker, prompts, params, Style(tokenizer, body.logprobs is not None), name, body.n)
+            return Answer(worker, prompts, params, Style(writer, body.logprobs is not None), name, body.n)
 
         return await respond(request, body, answer)
 
@@ -265,8 +267,8 @@ def create_app(engine: Engine, name: str, max_waiting: int = 1024) -> FastAPI:
                 raise PhotonError("top_logprobs needs logprobs=true")
             limits = (body.max_completion_tokens, body.max_tokens, max(1, engine.longest - len(prompt)))
             limit = next(given for given in limits if given is not None)
-            params = body.sampling(limit, body.n, body.top_logprobs or 0)
-            return Answer(worker, [prompt], params, ChatStyle(tokenizer, body.logprobs), name)
+            params = body.sampling(limit, body.n, body.top_logprobs or 0, engine.defaults)
+            return Answer(worker, [prompt], params, ChatStyle(writer, body.logprobs), name)
 
         return await respond(request, body, answer)
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from transformers import PreTrainedTokenizerBase
 
+from photon_train.inference.tokens import stop_tokens
+
 # What a decoder writes for bytes that are not yet a character.
 _INCOMPLETE = "\ufffd"
 
@@ -14,11 +16,16 @@ class TextStream:
     Args:
         tokenizer: Turns ids into text; special tokens are left out.
         prompt: The prompt's ids: some tokenizers write a word differently at the start of a text.
-        stop: Texts that end the answer. Text that may be the beginning of one is held back.
+        stop: Texts or special tokens that end the answer. Text that may be the beginning of one is held back.
+
+    Raises:
+        PhotonError: for a stop text that holds a special token beside text.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, prompt: list[int], stop: tuple[str, ...]) -> None:
-        self.tokenizer, self.stop = tokenizer, stop
+        ends = stop_tokens(tokenizer, stop)
+        self.tokenizer, self.stop = tokenizer, tuple(text for text in stop if text not in ends)
+        self.stop_ids = set(ends.values())
         # Decoding restarts a few tokens back, so that a step costs the same at any length.
         self.tokens = list(prompt[-6:])
         self.begin, self.end = 0, len(self.tokens)
@@ -26,6 +33,9 @@ class TextStream:
 
     def push(self, token: int) -> bool:
         """Add a token; returns whether a stop text has appeared (`text` then ends before it)."""
+        if token in self.stop_ids:
+            self.stopped = True
+            return True
         self.tokens.append(token)
         known = self._decode(self.tokens[self.begin : self.end])
         new = self._decode(self.tokens[self.begin :])

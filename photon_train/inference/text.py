@@ -7,10 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase, StoppingCriteria
 
 from photon_train.checkpoints import read_config, read_tokenizer
 from photon_train.errors import PhotonError
+from photon_train.inference.request import SamplingParams
+from photon_train.inference.streaming import TextStream
+from photon_train.inference.tokens import prompt_tokens
 from photon_train.manifest import FILE_NAME, verify_manifest
 from photon_train.models.attention_photon import BACKENDS
 from photon_train.models.liger_photon import fuse_layers
@@ -75,12 +78,37 @@ def check_backend(backend: str, device: str) -> None:
         )
 
 
+def generate_settings(params: SamplingParams) -> dict[str, Any]:
+    """Settings of one continuation as `generate_text` takes them."""
+    settings: dict[str, Any] = {"max_new_tokens": params.max_new_tokens, "do_sample": not params.greedy}
+    settings["repetition_penalty"] = params.repetition_penalty
+    settings["stop"] = params.stop
+    if not params.greedy:
+        # All of them: transformers has defaults of its own, 50 for top_k.
+        settings |= {name: getattr(params, name) for name in ("temperature", "top_k", "top_p", "min_p")}
+    return settings
+
+
+class _StopTexts(StoppingCriteria):
+    """Ends rows as the engine does (transformers' own `stop_strings` does not take every tokenizer); without beams."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, prompts: list[list[int]], stop: tuple[str, ...]) -> None:
+        self.streams = [TextStream(tokenizer, prompt, stop) for prompt in prompts]
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **_: Any) -> torch.Tensor:
+        for stream, token in zip(self.streams, input_ids[:, -1].tolist(), strict=True):
+            if not stream.stopped:
+                stream.push(token)
+        return torch.tensor([stream.stopped for stream in self.streams], device=input_ids.device)
+
+
 @torch.no_grad()
 def generate_text(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     prompts: list[str],
     max_new_tokens: int = 128,
+    stop: tuple[str, ...] = (),
     **settings: Any,
 ) -> list[str]:
     """Continue each prompt; returns the new text alone.
@@ -88,6 +116,7 @@ def generate_text(
     Args:
         prompts: Texts of any lengths; a batch is padded on the left.
         max_new_tokens: Bound on the new tokens.
+        stop: Texts that end a continuation; they are not part of it.
         **settings: Passed to transformers' `generate` (`do_sample`, `temperature`, `num_beams`, ...).
 
     Raises:
@@ -96,9 +125,12 @@ def generate_text(
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     tokenizer.padding_side = "left"
-    batch = tokenizer(prompts, return_tensors="pt", padding=True, return_token_type_ids=False)
-    if not batch["attention_mask"].shape[1] or not bool(batch["attention_mask"].any(dim=1).all()):
+    tokens = [prompt_tokens(tokenizer, prompt) for prompt in prompts]
+    if not all(tokens):
         raise PhotonError("a prompt is empty: give at least one token of text")
-    batch = batch.to(model.device)
+    batch = tokenizer.pad({"input_ids": tokens}, return_tensors="pt", return_attention_mask=True).to(model.device)
+    if stop:
+        settings["stopping_criteria"] = [_StopTexts(tokenizer, batch["input_ids"].tolist(), stop)]
     out = model.generate(**batch, max_new_tokens=max_new_tokens, pad_token_id=tokenizer.pad_token_id, **settings)
-    return tokenizer.batch_decode(out[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
+    texts = tokenizer.batch_decode(out[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
+    return [text[: min(place for place in (*map(text.find, stop), len(text)) if place >= 0)] for text in texts]

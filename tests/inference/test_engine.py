@@ -9,8 +9,9 @@ from tiny_models import ALL, SOME, tiny_model, unit_tokens
 
 from photon_train.errors import PhotonError
 from photon_train.inference.cache import CacheLayout
-from photon_train.inference.engine import Engine, EngineSettings, decode_bytes
+from photon_train.inference.engine import Engine, EngineSettings
 from photon_train.inference.request import SamplingParams
+from photon_train.inference.settings import decode_bytes
 
 NEW = 11
 BLOCK = 12  # tokens, about
@@ -253,7 +254,7 @@ def test_bad_requests_are_refused(prompt, params, message):
 
 def test_a_gpus_free_memory_also_holds_the_weights_of_latents(monkeypatch):
     free = 2**25
-    monkeypatch.setattr("photon_train.inference.engine.free_memory", lambda device: free)
+    monkeypatch.setattr("photon_train.inference.settings.free_memory", lambda device: free)
     model, blocks = tiny_model("memory"), {}
     for backend in ("torch", "triton"):
         model.model.backend = backend
