@@ -291,7 +291,7 @@ class TrackingSettings:
     group: str | None = None
     """Group of runs (W&B)."""
     mode: WandbMode = "auto"
-    """W&B mode; `auto` is online with a key, else offline."""
+    """W&B mode; `auto` is what WANDB_MODE or WANDB_DISABLED say, else online with a key, else offline."""
     artifact: Literal["reference", "upload", "none"] = "reference"
     """The export as a W&B artifact: `reference` (the files stay where they are), `upload` or `none`."""
 

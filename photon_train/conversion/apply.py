@@ -19,7 +19,7 @@ from photon_train.conversion.operators import OPERATORS
 from photon_train.conversion.plan import ConversionPlan, TensorPlan
 from photon_train.conversion.presets import target_of
 from photon_train.conversion.safetensors_io import ShardWriter, check_finite
-from photon_train.conversion.source import INDEX, TOKENIZER_FILES, DenseCheckpoint
+from photon_train.conversion.source import INDEX, TEMPLATES, TOKENIZER_FILES, DenseCheckpoint
 from photon_train.errors import PhotonError
 from photon_train.files import atomic_directory, atomic_file, check_can_write, parse_size
 from photon_train.manifest import write_manifest
@@ -143,6 +143,8 @@ def _write_small_files(
     for name in (*TOKENIZER_FILES, "generation_config.json"):
         if (checkpoint.directory / name).is_file():
             shutil.copyfile(checkpoint.directory / name, directory / name)
+    if (checkpoint.directory / TEMPLATES).is_dir():
+        shutil.copytree(checkpoint.directory / TEMPLATES, directory / TEMPLATES)
     if not (directory / "generation_config.json").is_file():
         GenerationConfig.from_model_config(config).save_pretrained(directory)
 

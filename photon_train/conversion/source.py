@@ -32,6 +32,10 @@ TOKENIZER_FILES = (
     "vocab.json",
     "merges.txt",
 )
+# Named templates beside the default one, each in a file of its own.
+TEMPLATES = "additional_chat_templates"
+# Everything in folders of the hub (original/, onnx/, ...: other copies of the weights) but the templates.
+_FOLDERS = ("[!a]*/*", "a[!d]*/*")
 _CONVERT_PICKLE = (
     "pickle files are never read: load the model with transformers on a machine you trust and save it again "
     "with `model.save_pretrained(directory)`"
@@ -173,7 +177,7 @@ def _resolve(model: str, revision: str | None, token: str | None, weights: bool)
     import huggingface_hub
     from huggingface_hub.errors import GatedRepoError
 
-    patterns = ["*.json", *TOKENIZER_FILES]
+    patterns = ["*.json", *TOKENIZER_FILES, f"{TEMPLATES}/*.jinja"]
     if weights:
         patterns.append("model*.safetensors")
     try:
@@ -182,7 +186,7 @@ def _resolve(model: str, revision: str | None, token: str | None, weights: bool)
             revision=revision,
             token=token,
             allow_patterns=patterns,
-            ignore_patterns=["*/*"],  # other copies of the weights (original/, onnx/, ...)
+            ignore_patterns=list(_FOLDERS),
         )
     except GatedRepoError:
         raise PhotonError(

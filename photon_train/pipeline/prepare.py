@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -144,6 +145,11 @@ def show_conversion(conversion: Conversion) -> None:
     console.print(conversion.plan.table())
     console.print(conversion.estimate.table())
     numbers = conversion.estimate
+    if cast := _cast_tensors(conversion):
+        console.print(
+            f"The dense checkpoint is stored in several types, with {cast}: all is written in {conversion.plan.dtype}, "
+            "or in what export.dtype says."
+        )
     if getattr(conversion.config, "memory_cells", None) == {}:
         console.print(
             "No memory: photon.memory_cells is empty, so windowed layers see the window and the sinks alone "
@@ -162,6 +168,19 @@ def show_conversion(conversion: Conversion) -> None:
             "(max_position_embeddings): it predicts badly there, and teaches so. Lower train.seq_len, or extend the "
             "model first (rope_scaling in its config.json)."
         )
+
+
+def _cast_tensors(conversion: Conversion) -> str:
+    """How many tensors of each type the conversion casts, where the checkpoint has several; else nothing."""
+    used = {source for entry in conversion.plan.tensors for source in entry.sources}
+    counts = Counter(conversion.checkpoint.tensors[name].dtype for name in used)
+    others = {dtype: count for dtype, count in counts.items() if dtype != conversion.plan.torch_dtype}
+    if len(counts) < 2:
+        return ""
+    return ", ".join(
+        f"{count} tensor{'s' if count > 1 else ''} in {str(dtype).removeprefix('torch.')}"
+        for dtype, count in sorted(others.items(), key=lambda item: -item[1])
+    )
 
 
 def _deepspeed_stage() -> tuple[int, bool]:

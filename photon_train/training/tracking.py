@@ -24,6 +24,7 @@ from photon_train.training.settings import flat_config
 logger = logging.getLogger(__name__)
 
 TRACKERS = {"wandb": ("wandb",), "tensorboard": ("tensorboard", "tensorboardX"), "none": ()}
+_TRUE = ("1", "on", "yes", "true")
 RUN_IDS_FILE = "tracking.json"
 
 
@@ -66,12 +67,15 @@ def has_wandb_key() -> bool:
 def wandb_mode(settings: TrackingSettings) -> str:
     """The W&B mode of a run: the setting, else WANDB_MODE, else online with a key and offline without.
 
+    WANDB_DISABLED, which transformers' Trainer heeds, is WANDB_MODE=disabled where that is not set.
+
     Raises:
         PhotonError: for an unknown mode in WANDB_MODE, or `online` without a key (W&B would ask for one).
     """
     source, mode = "tracking.mode", settings.mode
     if mode == "auto":
-        source, mode = "WANDB_MODE", os.environ.get("WANDB_MODE") or "auto"
+        is_disabled = os.environ.get("WANDB_DISABLED", "").lower() in _TRUE
+        source, mode = "WANDB_MODE", os.environ.get("WANDB_MODE") or ("disabled" if is_disabled else "auto")
     if mode == "auto":
         return "online" if has_wandb_key() else "offline"
     if mode not in WANDB_MODES:

@@ -181,8 +181,11 @@ def test_tokenizer_and_generation_config_come_along(dense, tmp_path):
     (source / "tokenizer_config.json").write_text("{}")
     (source / "generation_config.json").write_text('{"max_new_tokens": 7}')
     (source / "README.md").write_text("not this")
+    (source / "additional_chat_templates").mkdir()
+    (source / "additional_chat_templates" / "tool_use.jinja").write_text("{{ tools }}")
     run_conversion(source, tmp_path / "photon")
-    for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):
+    names = ("tokenizer.json", "tokenizer_config.json", "generation_config.json")
+    for name in (*names, "additional_chat_templates/tool_use.jinja"):
         assert (tmp_path / "photon" / name).read_text() == (source / name).read_text()
     assert not (tmp_path / "photon" / "README.md").exists()
 

@@ -325,6 +325,16 @@ def test_only_small_files_are_asked_of_the_hub_for_an_estimate(single, monkeypat
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
     checkpoint = DenseCheckpoint.open("someone/model", revision="abc", token="secret", weights=False)
+    names = ["config.json", "vocab.json", "additional_chat_templates/tool_use.jinja"]
+    others = [
+        "original/params.json",
+        "onnx/config.json",
+        "act/config.json",
+        "README.md",
+        "model-00001-of-00002.safetensors",
+    ]
+    patterns = {key: asked[key] for key in ("allow_patterns", "ignore_patterns")}
+    assert list(huggingface_hub.utils.filter_repo_objects([*names, *others], **patterns)) == names
     assert (asked["model"], asked["revision"], asked["token"]) == ("someone/model", "abc", "secret")
     assert not any("safetensors" in pattern for pattern in asked["allow_patterns"])
     assert checkpoint.tensors["lm_head.weight"].shape == (64, 32)

@@ -77,7 +77,7 @@ def _finished_records(file: Path) -> list:
 
 @pytest.fixture
 def no_key(monkeypatch, tmp_path):
-    for variable in ("WANDB_API_KEY", "WANDB_MODE", "WANDB_DIR"):
+    for variable in ("WANDB_API_KEY", "WANDB_MODE", "WANDB_DISABLED", "WANDB_DIR"):
         monkeypatch.delenv(variable, raising=False)
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
@@ -212,6 +212,17 @@ def test_mode_follows_setting_then_environment_then_key(no_key, monkeypatch):
     assert wandb_mode(TrackingSettings(mode="offline")) == "offline"
     monkeypatch.delenv("WANDB_MODE")
     monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
+    assert wandb_mode(TrackingSettings()) == "online"
+
+
+def test_the_variable_that_disables_it_for_transformers_does_so_here(no_key, monkeypatch):
+    monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
+    for value, mode in (("true", "disabled"), ("1", "disabled"), ("false", "online"), ("", "online")):
+        monkeypatch.setenv("WANDB_DISABLED", value)
+        assert wandb_mode(TrackingSettings()) == mode, value
+    monkeypatch.setenv("WANDB_DISABLED", "true")
+    assert wandb_mode(TrackingSettings(mode="offline")) == "offline"
+    monkeypatch.setenv("WANDB_MODE", "online")
     assert wandb_mode(TrackingSettings()) == "online"
 
 
