@@ -19,7 +19,7 @@ from photon_train.config import DataSettings
 from photon_train.data.directory import COMPRESSED_SUFFIXES, JSONL_SUFFIXES, PARQUET_SUFFIX, is_data_file, survey
 from photon_train.data.progress import warn
 from photon_train.data.records import Document, document_of, missing_field, wanted_fields, without_nulls
-from photon_train.errors import PhotonError
+from photon_train.errors import PhotonError, printable
 
 _JSON_SUFFIXES = (*JSONL_SUFFIXES, ".json", ".json.gz")  # many data sets call JSON lines `.json`
 _UTF8 = "utf-8-sig"  # Windows begins files with a byte order mark
@@ -237,18 +237,22 @@ def _read_parquet(path: Path, name: str, settings: DataSettings) -> Iterator[Doc
     import pyarrow
     import pyarrow.parquet
 
+    row = 0
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
             present, wanted = file.schema_arrow.names, wanted_fields(settings)
             if wanted[0] not in present:
                 raise missing_field(str(path), settings, present)
-            row = 0
             for batch in file.iter_batches(batch_size=1024, columns=[field for field in wanted if field in present]):
                 for record in batch.to_pylist():
                     yield document_of(f"{name}:{row}", _filled(record), settings, f"{path}: row {row}")
                     row += 1
-    except (pyarrow.ArrowException, OSError) as error:
-        raise PhotonError(f"{path}: cannot be read as Parquet: {_first_line(error)}") from error
+    except PhotonError:
+        raise
+    except (pyarrow.ArrowException, OSError, ValueError, OverflowError) as error:
+        # Python's values hold less than Arrow's: text must be UTF-8, and years have four digits.
+        reason = printable(_first_line(error))
+        raise PhotonError(f"{path}: cannot be read as Parquet from row {row:,} on: {reason}") from error
 
 
 def _read_hub(source: str, settings: DataSettings) -> Iterator[Document]:

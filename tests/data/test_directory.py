@@ -7,6 +7,8 @@ import json
 import os
 from pathlib import Path
 
+import pyarrow
+import pyarrow.parquet
 import pytest
 
 from photon_train.config import DataSettings
@@ -151,3 +153,14 @@ def test_empty_documents_are_counted(tmp_path: Path, caplog: pytest.LogCaptureFi
     (tmp_path / "a.jsonl").write_text('{"text": "x"}\n{"text": null}\n{"text": " "}\n')
     assert len(list(read_documents(str(tmp_path / "a.jsonl"), DataSettings()))) == 1
     assert f"{tmp_path / 'a.jsonl'}: 2 of 3 documents are empty and left out" in caplog.text
+
+
+@pytest.mark.parametrize("chat", [False, True])
+def test_parquet_whose_text_is_not_utf8_is_one_error(chat: bool, tmp_path: Path) -> None:
+    said = [{"role": "user", "content": "caf\u00e9"}] if chat else "caf\u00e9"
+    table = pyarrow.table({"messages" if chat else "text": [said] * 3})
+    pyarrow.parquet.write_table(table, tmp_path / "a.parquet", compression="none", use_dictionary=False)
+    raw = (tmp_path / "a.parquet").read_bytes()
+    (tmp_path / "a.parquet").write_bytes(raw.replace("caf\u00e9".encode(), b"caf\xe9!"))
+    message = refusal(tmp_path / "a.parquet", messages_field="messages" if chat else None)
+    assert "a.parquet: cannot be read as Parquet from row 0 on: 'utf-8' codec can't decode byte 0xe9" in message
