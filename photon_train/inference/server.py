@@ -30,6 +30,7 @@ from photon_train.inference.openai import (
     error_body,
     usage,
 )
+from photon_train.inference.refusals import describe
 from photon_train.inference.request import Event, SamplingParams
 from photon_train.inference.tokens import TokenWriter, prompt_tokens
 from photon_train.inference.worker import RETRY_AFTER_S, Busy, NotServing, RequestFailed, Ticket, Worker
@@ -178,6 +179,8 @@ def create_app(engine: Engine, name: str, max_waiting: int = 1024) -> FastAPI:
     """
     worker, tokenizer, started = Worker(engine, max_waiting), engine.tokenizer, int(time.time())
     writer = TokenWriter(tokenizer)
+    entry = {"id": name, "object": "model", "created": started, "owned_by": "photon-train"}
+    entry["max_model_len"] = engine.longest
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
@@ -205,12 +208,8 @@ def create_app(engine: Engine, name: str, max_waiting: int = 1024) -> FastAPI:
 
     @app.exception_handler(RequestValidationError)
     async def malformed(_: Request, error: RequestValidationError) -> JSONResponse:
-        first = error.errors()[0]
-        if first["type"] == "json_invalid":
-            place = f"{first['ctx']['error']} at character {first['loc'][-1]}"
-            return JSONResponse(error_body(f"the body is no JSON: {place}"), 400)
-        param = ".".join(str(part) for part in first["loc"] if part != "body")
-        return JSONResponse(error_body(f"{param}: {first['msg']}" if param else first["msg"], param=param or None), 400)
+        message, param = describe(error.errors())
+        return JSONResponse(error_body(message, param=param), 400)
 
     @app.exception_handler(HTTPException)
     async def elsewhere(_: Request, error: HTTPException) -> JSONResponse:
@@ -243,8 +242,14 @@ def create_app(engine: Engine, name: str, max_waiting: int = 1024) -> FastAPI:
 
     @app.get("/v1/models")
     async def models() -> dict[str, Any]:
-        entry = {"id": name, "object": "model", "created": started, "owned_by": "photon-train"}
-        return {"object": "list", "data": [entry | {"max_model_len": engine.longest}]}
+        return {"object": "list", "data": [entry]}
+
+    @app.get("/v1/models/{asked:path}")
+    async def model(asked: str) -> Any:
+        if asked == name:
+            return entry
+        message = f"model {asked!r} is not served here: the model is {name!r}"
+        return JSONResponse(error_body(message, code="model_not_found"), 404)
 
     @app.post("/v1/completions")
     async def completions(body: CompletionRequest, request: Request) -> Any:
