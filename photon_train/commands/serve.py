@@ -22,7 +22,8 @@ def make_parser(prog: str = "photon-train serve") -> argparse.ArgumentParser:
     )
     parser.add_argument("--model", required=True, type=place, help="directory of an exported checkpoint")
     parser.add_argument("--name", default=None, help="name that clients give; default: the directory's")
-    parser.add_argument("--host", default="127.0.0.1", help="address to listen on (nobody is asked for a key)")
+    parser.add_argument("--host", default="127.0.0.1", help="address to listen on")
+    parser.add_argument("--api-key", default=None, help="key that clients must send; default: nobody is asked for one")
     parser.add_argument("--port", type=int, default=8000, help="port to listen on")
     parser.add_argument("--backend", default=None, help="torch or triton; default: triton on a GPU")
     parser.add_argument("--device", default=None, help="cpu, cuda, ...; default: a GPU if there is one")
@@ -71,7 +72,7 @@ def main(argv: list[str] | None = None, prog: str = "photon-train serve") -> Non
         generation_config=options.generation_config,
     )
     engine, name = Engine(model, tokenizer, settings), options.name or Path(options.model).resolve().name
-    app = create_app(engine, name, options.max_waiting)
+    app = create_app(engine, name, options.max_waiting, options.api_key)
     # What runs when the server is told to end may finish within this time; the rest is refused.
     uvicorn.run(app, host=options.host, port=options.port, timeout_graceful_shutdown=GRACE_S)
 

@@ -100,7 +100,7 @@ class Engine:
         tokens = self._tokens(prompt)
         if len(tokens) + params.max_new_tokens > self.longest:
             raise PhotonError(
-                f"the prompt of {len(tokens)} tokens and max_new_tokens={params.max_new_tokens} exceed "
+                f"the prompt of {len(tokens)} tokens and up to {params.max_new_tokens} new ones exceed "
                 f"the {self.longest} tokens that memory and the model's positions hold: raise memory, or ask for less"
             )
         if params.stop and self.tokenizer is None:

@@ -14,6 +14,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validat
 from transformers import PreTrainedTokenizerBase
 
 from photon_train.errors import PhotonError
+from photon_train.inference.refusals import without_neutral
 from photon_train.inference.request import Event, SamplingParams
 from photon_train.inference.tokens import TokenWriter
 
@@ -30,6 +31,11 @@ def _unicode(text: str) -> str:
 Text = Annotated[str, AfterValidator(_unicode)]
 
 
+def without_nulls(given: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields that have a value."""
+    return {key: value for key, value in given.items() if value is not None}
+
+
 class _Part(BaseModel):
     """A request or an object in it: null is the same as absent, and what is unknown is refused."""
 
@@ -38,13 +44,14 @@ class _Part(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _without_nulls(cls, given: Any) -> Any:
-        return {key: value for key, value in given.items() if value is not None} if isinstance(given, dict) else given
+        return without_nulls(given) if isinstance(given, dict) else given
 
 
 class StreamOptions(_Part):
     """Whether a last chunk states the tokens used."""
 
     include_usage: bool = False
+    include_obfuscation: Literal[False] = False
 
 
 class _Request(_Part):
@@ -58,16 +65,17 @@ class _Request(_Part):
     stop: str | list[str] | None = None
     stream: bool = False
     stream_options: StreamOptions | None = None
-    user: str | None = None
-    # The engine has no such settings; clients send the neutral value.
-    frequency_penalty: Literal[0] | None = None
-    presence_penalty: Literal[0] | None = None
 
     top_k: int | None = None
     min_p: float | None = None
     repetition_penalty: float | None = None
     stop_token_ids: list[int] = []
     ignore_eos: bool = False
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_neutral(cls, given: Any) -> Any:
+        return without_neutral(without_nulls(given)) if isinstance(given, dict) else given
 
     def sampling(self, max_new_tokens: int, n: int, top_logprobs: int, defaults: Mapping[str, Any]) -> SamplingParams:
         """The engine's settings; `defaults` are the model's, for those that are not given.
@@ -76,6 +84,7 @@ class _Request(_Part):
             PhotonError: for a value out of range.
         """
         given = {name: getattr(self, name) for name in ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")}
+        given["top_k"] = 0 if self.top_k == -1 else self.top_k  # vLLM's clients write all tokens so
         given["stop"] = None if self.stop is None else (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
         chosen = {"temperature": 1.0, **defaults, **{key: value for key, value in given.items() if value is not None}}
         return SamplingParams(
@@ -93,10 +102,9 @@ class CompletionRequest(_Request):
     """POST /v1/completions."""
 
     prompt: Text | list[Text] | list[int] | list[list[int]]
-    max_tokens: int = 16
+    max_tokens: int = Field(16, ge=1)
     logprobs: int | None = Field(None, ge=0, le=20)
     best_of: int | None = Field(None, ge=1, le=1024)
-    echo: Literal[False] = False
 
     @property
     def prompts(self) -> list[str | list[int]]:
@@ -130,8 +138,8 @@ class ChatRequest(_Request):
     """POST /v1/chat/completions."""
 
     messages: list[Message] = Field(min_length=1)
-    max_tokens: int | None = None
-    max_completion_tokens: int | None = None
+    max_tokens: int | None = Field(None, ge=1)
+    max_completion_tokens: int | None = Field(None, ge=1)
     logprobs: bool = False
     top_logprobs: int | None = Field(None, ge=0, le=20)
 
@@ -265,6 +273,8 @@ def usage(prompt_tokens: int, completion_tokens: int) -> dict[str, int]:
     return {"prompt_tokens": prompt_tokens, "completion_tokens": completion_tokens, "total_tokens": total}
 
 
-def error_body(message: str, kind: str = "invalid_request_error", param: str | None = None) -> dict[str, Any]:
+def error_body(
+    message: str, kind: str = "invalid_request_error", param: str | None = None, code: str | None = None
+) -> dict[str, Any]:
     """An error as OpenAI's clients read it."""
-    return {"error": {"message": message, "type": kind, "param": param, "code": None}}
+    return {"error": {"message": message, "type": kind, "param": param, "code": code}}

@@ -1,12 +1,13 @@
 """An HTTP server with OpenAI's interface over one engine.
 
-Routes: /v1/completions, /v1/chat/completions, /v1/models, /health.
+Routes: /v1/completions, /v1/chat/completions, /v1/models, /health, /metrics.
 """
 
 from __future__ import annotations
 
 import asyncio
 import json
+import secrets
 import time
 import uuid
 from collections.abc import AsyncIterator, Callable
@@ -14,13 +15,14 @@ from contextlib import asynccontextmanager
 from dataclasses import replace
 from typing import Any
 
-from fastapi import FastAPI, Request
+from fastapi import Depends, FastAPI, Request
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse, StreamingResponse
+from fastapi.responses import JSONResponse, Response, StreamingResponse
 from starlette.exceptions import HTTPException
 
 from photon_train.errors import PhotonError
 from photon_train.inference.engine import Engine, Prompt
+from photon_train.inference.metrics import CONTENT_TYPE
 from photon_train.inference.openai import (
     ChatRequest,
     ChatStyle,
@@ -30,6 +32,7 @@ from photon_train.inference.openai import (
     error_body,
     usage,
 )
+from photon_train.inference.refusals import describe
 from photon_train.inference.request import Event, SamplingParams
 from photon_train.inference.tokens import TokenWriter, prompt_tokens
 from photon_train.inference.worker import RETRY_AFTER_S, Busy, NotServing, RequestFailed, Ticket, Worker
@@ -71,6 +74,7 @@ class Answer:
             PhotonError: if one is refused.
         """
         self.tickets = await self.worker.submit(self.prompts, self.params)
+        self.worker.metrics.prompt_tokens += sum(map(len, self.prompts))
 
     def end(self) -> None:
         """Whatever still runs is dropped."""
@@ -165,19 +169,24 @@ async def _unless_gone(request: Request, work: Any) -> Any:
         task.cancel()
 
 
-def create_app(engine: Engine, name: str, max_waiting: int = 1024) -> FastAPI:
+def create_app(engine: Engine, name: str, max_waiting: int = 1024, api_key: str | None = None) -> FastAPI:
     """The server's application; it starts and stops the engine's thread.
 
     Args:
         engine: With a tokenizer.
         name: Under which the model is listed.
         max_waiting: Continuations that wait for their turn at most; whoever comes then is told to try again.
+        api_key: What clients of /v1 must send as their bearer token; None asks nobody.
 
     Raises:
-        PhotonError: for a `max_waiting` below 1.
+        PhotonError: for a `max_waiting` below 1, or an empty key.
     """
+    if api_key is not None and not api_key.strip():
+        raise PhotonError("--api-key is empty: give a key, or leave it out to ask for none")
     worker, tokenizer, started = Worker(engine, max_waiting), engine.tokenizer, int(time.time())
     writer = TokenWriter(tokenizer)
+    entry = {"id": name, "object": "model", "created": started, "owned_by": "photon-train"}
+    entry["max_model_len"] = engine.longest
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
@@ -187,6 +196,16 @@ def create_app(engine: Engine, name: str, max_waiting: int = 1024) -> FastAPI:
         finally:
             worker.stop()
 
+    async def check_key(request: Request) -> None:
+        if api_key is None:
+            return
+        scheme, _, given = request.headers.get("authorization", "").partition(" ")
+        # In constant time: how long it takes tells nothing of the key.
+        if not secrets.compare_digest(given.strip().encode(), api_key.encode()) or scheme.lower() != "bearer":
+            message = "the API key is missing or wrong: send it as 'Authorization: Bearer KEY'"
+            raise HTTPException(401, message, {"WWW-Authenticate": "Bearer"})
+
+    keyed = [Depends(check_key)]
     app = FastAPI(title="photon-train", lifespan=lifespan)
     app.state.worker = worker
 
@@ -205,12 +224,8 @@ def create_app(engine: Engine, name: str, max_waiting: int = 1024) -> FastAPI:
 
     @app.exception_handler(RequestValidationError)
     async def malformed(_: Request, error: RequestValidationError) -> JSONResponse:
-        first = error.errors()[0]
-        if first["type"] == "json_invalid":
-            place = f"{first['ctx']['error']} at character {first['loc'][-1]}"
-            return JSONResponse(error_body(f"the body is no JSON: {place}"), 400)
-        param = ".".join(str(part) for part in first["loc"] if part != "body")
-        return JSONResponse(error_body(f"{param}: {first['msg']}" if param else first["msg"], param=param or None), 400)
+        message, param = describe(error.errors())
+        return JSONResponse(error_body(message, param=param), 400)
 
     @app.exception_handler(HTTPException)
     async def elsewhere(_: Request, error: HTTPException) -> JSONResponse:
@@ -241,12 +256,22 @@ def create_app(engine: Engine, name: str, max_waiting: int = 1024) -> FastAPI:
         state = {"status": "ok" if worker.is_healthy else "failed", "open_requests": worker.num_open}
         return JSONResponse(state, 200 if worker.is_healthy else 503)
 
-    @app.get("/v1/models")
-    async def models() -> dict[str, Any]:
-        entry = {"id": name, "object": "model", "created": started, "owned_by": "photon-train"}
-        return {"object": "list", "data": [entry | {"max_model_len": engine.longest}]}
+    @app.get("/metrics")
+    async def metrics() -> Response:
+        return Response(worker.metrics.render(engine, worker.num_open), media_type=CONTENT_TYPE)
 
-    @app.post("/v1/completions")
+    @app.get("/v1/models", dependencies=keyed)
+    async def models() -> dict[str, Any]:
+        return {"object": "list", "data": [entry]}
+
+    @app.get("/v1/models/{asked:path}", dependencies=keyed)
+    async def model(asked: str) -> Any:
+        if asked == name:
+            return entry
+        message = f"model {asked!r} is not served here: the model is {name!r}"
+        return JSONResponse(error_body(message, code="model_not_found"), 404)
+
+    @app.post("/v1/completions", dependencies=keyed)
     async def completions(body: CompletionRequest, request: Request) -> Any:
         drawn = body.best_of or body.n
         if drawn < body.n or (drawn > body.n and body.stream):
@@ -259,7 +284,7 @@ def create_app(engine: Engine, name: str, max_waiting: int = 1024) -> FastAPI:
 
         return await respond(request, body, answer)
 
-    @app.post("/v1/chat/completions")
+    @app.post("/v1/chat/completions", dependencies=keyed)
     async def chat(body: ChatRequest, request: Request) -> Any:
         def answer() -> Answer:
             prompt = body.tokens(tokenizer)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,8 @@ from photon_train.inference.tokens import prompt_tokens
 from photon_train.manifest import FILE_NAME, verify_manifest
 from photon_train.models.attention_photon import BACKENDS
 from photon_train.models.liger_photon import fuse_layers
+
+logger = logging.getLogger(__name__)
 
 
 def load_for_inference(
@@ -119,6 +122,8 @@ def generate_text(
         stop: Texts that end a continuation; they are not part of it.
         **settings: Passed to transformers' `generate` (`do_sample`, `temperature`, `num_beams`, ...).
 
+    A text that may grow beyond the model's positions is warned of.
+
     Raises:
         PhotonError: if a prompt has no token.
     """
@@ -128,6 +133,14 @@ def generate_text(
     tokens = [prompt_tokens(tokenizer, prompt) for prompt in prompts]
     if not all(tokens):
         raise PhotonError("a prompt is empty: give at least one token of text")
+    most, reach = model.config.max_position_embeddings, max(map(len, tokens)) + max_new_tokens
+    if reach > most:
+        logger.warning(
+            "the longest prompt and %d new tokens reach position %d: the model's positions end at %d",
+            max_new_tokens,
+            reach,
+            most,
+        )
     batch = tokenizer.pad({"input_ids": tokens}, return_tensors="pt", return_attention_mask=True).to(model.device)
     if stop:
         settings["stopping_criteria"] = [_StopTexts(tokenizer, batch["input_ids"].tolist(), stop)]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import threading
+import time
 from collections import deque
 from collections.abc import AsyncIterator, Sequence
 from concurrent.futures import Future
@@ -12,6 +13,7 @@ from dataclasses import dataclass, field
 
 from photon_train.errors import PhotonError
 from photon_train.inference.engine import Engine, Prompt
+from photon_train.inference.metrics import Metrics
 from photon_train.inference.request import Event, SamplingParams
 
 logger = logging.getLogger(__name__)
@@ -43,6 +45,7 @@ class Ticket:
         accepted: The number of the request, or why it was refused.
         events: What has come; an exception if the engine failed.
         open: Continuations that have not ended.
+        arrived, begun: When it came (`time.monotonic`), and whether a token has.
     """
 
     prompt: Prompt
@@ -51,6 +54,8 @@ class Ticket:
     accepted: Future = field(default_factory=Future)
     events: asyncio.Queue = field(default_factory=asyncio.Queue)
     open: int = 0
+    arrived: float = field(default_factory=time.monotonic)
+    begun: bool = False
 
     def give(self, item: Event | Exception) -> None:
         """From the engine's thread: pass on an event."""
@@ -77,13 +82,14 @@ class Worker:
 
     Attributes:
         failures: Steps that have failed in a row.
+        metrics: What has been done.
     """
 
     def __init__(self, engine: Engine, max_waiting: int = 1024) -> None:
         if max_waiting < 1:
             raise PhotonError(f"max_waiting={max_waiting} must be at least 1")
         self.engine, self.max_waiting = engine, max_waiting
-        self.failures = 0
+        self.failures, self.metrics = 0, Metrics()
         self._wake = threading.Condition()
         self._new: deque[Ticket] = deque()
         self._dropped: deque[Ticket] = deque()
@@ -137,6 +143,7 @@ class Worker:
             if not self._serving:
                 raise NotServing("the server does not take requests: it is shutting down, or its engine has ended")
             if self.num_waiting + asked > self.max_waiting:
+                self.metrics.requests["refused"] += len(tickets)
                 raise Busy(f"{self.num_waiting} continuations wait, of at most {self.max_waiting}: try again later")
             self._new.extend(tickets)
             self._wake.notify()
@@ -180,7 +187,7 @@ class Worker:
         for _ in range(new):
             self._accept()
         for ticket in dropped:
-            self._forget(ticket)
+            self._forget(ticket, "dropped")
         if not self.engine.has_work:
             return True
         try:
@@ -203,6 +210,7 @@ class Worker:
             number = self.engine.add(ticket.prompt, ticket.params)
         except Exception as error:
             self._new.popleft()
+            self.metrics.requests["refused"] += 1
             ticket.accepted.set_exception(error)
             return
         ticket.open = ticket.params.n
@@ -210,24 +218,36 @@ class Worker:
         self._new.popleft()
         ticket.accepted.set_result(number)
 
-    def _forget(self, ticket: Ticket) -> None:
+    def _forget(self, ticket: Ticket, outcome: str) -> None:
         for number in [number for number, other in self._running.items() if other is ticket]:
             self.engine.abort(number)
             del self._running[number]
+            self.metrics.requests[outcome] += 1
 
     def _pass_on(self, event: Event) -> None:
         ticket = self._running.get(event.request_id)
         if ticket is None:  # another of its continuations has failed in this step
             return
         if event.error is not None:
-            self._forget(ticket)
+            self._forget(ticket, "failed")
             ticket.give(RequestFailed(event.error))
             return
+        self._count(ticket, event)
         ticket.open -= event.finish_reason is not None
         if not ticket.open:
             self.engine.result(event.request_id)
             del self._running[event.request_id]
         ticket.give(event)
+
+    def _count(self, ticket: Ticket, event: Event) -> None:
+        took = time.monotonic() - ticket.arrived
+        self.metrics.generated_tokens += 1
+        if not ticket.begun:
+            ticket.begun = True
+            self.metrics.first_token.observe(took)
+        if ticket.open == 1 and event.finish_reason is not None:
+            self.metrics.requests["answered"] += 1
+            self.metrics.whole.observe(took)
 
     def _step_failed(self, error: Exception) -> None:
         """Tell the clients of the requests that the engine has dropped."""
@@ -237,7 +257,7 @@ class Worker:
         why = f"the engine failed while it computed this answer: {type(error).__name__}: {first}"
         for number, ticket in list(self._running.items()):
             if not self.engine.is_open(number):
-                self._forget(ticket)
+                self._forget(ticket, "failed")
                 ticket.give(RequestFailed(why))
 
     def _refuse(self, new: list[Ticket]) -> None:
@@ -245,5 +265,5 @@ class Worker:
             if ticket.accepted.set_running_or_notify_cancel():
                 ticket.accepted.set_exception(NotServing("the server is shutting down"))
         for ticket in list(self._running.values()):
-            self._forget(ticket)
+            self._forget(ticket, "failed")
             ticket.give(NotServing("the server is shutting down"))

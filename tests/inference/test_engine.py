@@ -242,7 +242,7 @@ def test_end_tokens_and_abort():
         ([3, 61], {}, "token 61 is outside the vocabulary of 61"),
         ("text", {}, "needs a tokenizer"),
         ([3], {"stop": "x"}, "stop needs a tokenizer"),
-        ([3] * 40, {"max_new_tokens": 300}, "max_new_tokens=300 exceed the 258 tokens"),
+        ([3] * 40, {"max_new_tokens": 300}, "up to 300 new ones exceed the 258 tokens"),
     ],
 )
 def test_bad_requests_are_refused(prompt, params, message):

@@ -10,6 +10,8 @@ import pytest
 from tiny import photon_model
 from tiny_tokenizer import word_tokenizer
 
+from photon_train.inference.text import generate_text
+
 RECIPE = Path(__file__).resolve().parents[2] / "recipes" / "generate.py"
 
 
@@ -51,3 +53,11 @@ def test_good_options_generate(directory, monkeypatch, capsys):
     options = ["--max-new-tokens", "2", "--temperature", "1", "--seed", "3", "--device", "cpu", "--dtype", "float32"]
     assert run(monkeypatch, directory, *options) == 0
     assert capsys.readouterr().out.startswith("--- t05\n")
+
+
+@pytest.mark.parametrize(("positions", "warns"), [(3, False), (2, True)])
+def test_what_passes_the_models_positions_is_warned_of(positions, warns, caplog):
+    model = photon_model("window", max_position_embeddings=positions)
+    generate_text(model, word_tokenizer(), ["t05", "t06"], max_new_tokens=2, do_sample=False)
+    message = "2 new tokens reach position 3: the model's positions end at 2"
+    assert (message in caplog.text) == warns and ("positions end" in caplog.text) == warns

@@ -177,17 +177,43 @@ def test_without_a_bound_a_chat_may_fill_the_context(client):
         ("completions", {"prompt": []}, "a prompt is empty"),
         ("completions", {"prompt": "\ud800"}, "half of a surrogate pair"),
         ("completions", {"prompt": [5, 61]}, "token 61 is outside the vocabulary"),
-        ("completions", {"prompt": [5], "max_tokens": 200}, "max_new_tokens=200 exceed"),
+        ("completions", {"prompt": [5], "max_tokens": 200}, "up to 200 new ones exceed"),
         ("completions", {"prompt": [5], "temperature": -1}, "temperature=-1"),
         ("completions", {"prompt": [5], "n": 3, "best_of": 2}, "best_of must not be smaller"),
-        ("completions", {}, "prompt: Field required"),
-        ("completions", {"prompt": [5], "logit_bias": {}}, "logit_bias: Extra inputs"),
+        ("completions", {}, "prompt: is required"),
+        ("completions", {"prompt": [5], "logit_bias": {"5": 1}}, "logit_bias: the engine has no such setting"),
         ("completions", {"prompt": [5], "echo": True}, "echo"),
-        ("completions", {"prompt": [5], "stream_options": {"unknown": 1}}, "stream_options.unknown: Extra inputs"),
+        ("completions", {"prompt": [5], "stream_options": {"unknown": 1}}, "stream_options.unknown: is no field"),
+        ("completions", {"prompt": [5], "max_tokens": 0}, "max_tokens: Input should be greater than or equal to 1"),
+        ("completions", {"prompt": {"a": 1}}, "prompt: must be a text, a list of texts, a list of token ids or"),
+        ("completions", {"prompt": [5], "stop": 5}, "stop: must be a text or a list of texts"),
+        ("completions", {"prompt": [5], "frequency_penalty": 0.5}, "frequency_penalty: the engine has no such"),
+        ("completions", {"prompt": [5], "presence_penalty": False}, "presence_penalty: the engine has no such"),
+        ("completions", [], "the request: "),
+        (
+            "chat/completions",
+            {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]},
+            "parts of type text",
+        ),
+        (
+            "chat/completions",
+            {"messages": [USER], "tools": [{}]},
+            "tools: tools are not served here (vLLM",
+        ),
+        ("chat/completions", {"messages": [USER], "tool_choice": "auto"}, "tools are not served here"),
+        (
+            "chat/completions",
+            {"messages": [USER], "response_format": {"type": "json_object"}},
+            "response_format: structured output is not served here (vLLM serves it)",
+        ),
         ("chat/completions", {"messages": []}, "messages"),
-        ("chat/completions", {"messages": [USER], "max_tokens": 0}, "max_new_tokens=0"),
+        (
+            "chat/completions",
+            {"messages": [USER], "max_tokens": 0},
+            "max_tokens: Input should be greater than or equal to 1",
+        ),
         ("chat/completions", {"messages": [USER], "top_logprobs": 2}, "top_logprobs needs logprobs"),
-        ("chat/completions", {"messages": [{**USER, "tool_calls": [{}]}]}, "messages.0.tool_calls: Extra inputs"),
+        ("chat/completions", {"messages": [{**USER, "tool_calls": [{}]}]}, "messages.0.tool_calls: is no field"),
         ("chat/completions", {"messages": [{"role": "user", "content": "\ud800"}]}, "half of a surrogate pair"),
         ("chat/completions", {"messages": [{"role": "tool", "content": "x"}]}, "no tools here"),
     ],
@@ -197,6 +223,8 @@ def test_bad_requests_get_openais_errors(client, path, body, message):
     assert response.status_code == 400
     error = response.json()["error"]
     assert message in error["message"] and error["type"] == "invalid_request_error"
+    for internal in ("[", "function-after", "Value error", "Extra inputs", "_unicode"):
+        assert internal not in error["message"]
     assert client.get("/health").json()["open_requests"] == 0
 
 
@@ -224,6 +252,41 @@ def test_null_is_absent_and_neutral_settings_are_taken(client):
     turn = {"role": "assistant", "content": "t06", "name": "photon", "refusal": None, "tool_calls": None}
     body = {"messages": [USER, turn], "max_tokens": 3, "logprobs": None, "tools": None}
     assert client.post("/v1/chat/completions", json=body).json()["usage"]["completion_tokens"] == 3
+
+
+NEUTRAL = {
+    "response_format": {"type": "text"},
+    "tool_choice": "none",
+    "tools": [],
+    "logit_bias": {},
+    "store": False,
+    "metadata": {"a": "b"},
+    "modalities": ["text"],
+    "service_tier": "auto",
+    "top_k": -1,
+    "frequency_penalty": 0.0,
+    "user": "me",
+}
+
+
+@pytest.mark.parametrize("name", sorted(NEUTRAL))
+def test_what_asks_for_nothing_changes_nothing(client, name):
+    body = {"messages": [USER], "max_tokens": 2, "seed": 4}
+    expected = client.post("/v1/chat/completions", json=body).json()["choices"]
+    answer = client.post("/v1/chat/completions", json={**body, name: NEUTRAL[name]})
+    assert answer.status_code == 200 and answer.json()["choices"] == expected
+
+
+def test_obfuscation_can_be_declined(client):
+    body = {"prompt": [5], "max_tokens": 2, "stream": True, "stream_options": {"include_obfuscation": False}}
+    with client.stream("POST", "/v1/completions", json=body) as response:
+        assert len(chunks(response)) == 2
+
+
+def test_one_model_can_be_asked_for(client):
+    assert client.get("/v1/models/tiny").json() == client.get("/v1/models").json()["data"][0]
+    response = client.get("/v1/models/org/other")
+    assert response.status_code == 404 and response.json()["error"]["code"] == "model_not_found"
 
 
 def test_a_tokenizer_without_a_template_cannot_chat():
