@@ -28,23 +28,20 @@ from photon_train.accounting import format_bytes
 from photon_train.cli import main_wrapper
 from photon_train.errors import PhotonError
 from photon_train.evaluation.positions import segment_length
+from photon_train.evaluation.ruler import NEEDLE, NIAH, NIAH_PREFIX, for_one
 
 _KEYS = ("harbour", "lantern", "orchard")
 _PLACES = (0.1, 0.5, 0.9)
-_FACT = "One of the special magic numbers for {key} is: {value}."
-_LEAD = (
-    "Some special magic numbers are hidden within the following text. Make sure to memorize it. I will quiz you about "
-)
-_LEAD += "the numbers afterwards.\n"
-_QUESTION = "\nWhat is the special magic number for {key} mentioned in the provided text?"
-_ANSWER = " The special magic number for {key} mentioned in the provided text is"
+_LEAD, _, _QUESTIONS = NIAH.partition("{context}")
+# One number at a time is asked for.
+_QUESTION = for_one(_QUESTIONS + NIAH_PREFIX)
 
 
 def hide(text: str, values: list[str]) -> str:
     """`text` with a fact at each of the places, between two sentences."""
     sentences = re.split(r"(?<=[.!?])\s+", text)
     for place, key, value in sorted(zip(_PLACES, _KEYS, values, strict=True), reverse=True):
-        sentences.insert(round(place * len(sentences)), _FACT.format(key=key, value=value))
+        sentences.insert(round(place * len(sentences)), NEEDLE.format(key=key, value=value))
     return " ".join(sentences)
 
 
@@ -71,8 +68,9 @@ def answers(directory: str, tokenizer: PreTrainedTokenizerBase, text: str) -> di
         cache = model.base_model(input_ids=part, past_key_values=cache, use_cache=True).past_key_values
     reading, written = time.perf_counter() - began, []
     for key in _KEYS:
-        question = (_QUESTION + _ANSWER).format(key=key)
-        asked = tokenizer(question, return_tensors="pt", add_special_tokens=False).input_ids.to(device)
+        asked = tokenizer(_QUESTION.format(query=key), return_tensors="pt", add_special_tokens=False).input_ids.to(
+            device
+        )
         ids = torch.cat([read, asked], dim=1)
         settings = {"do_sample": False, "repetition_penalty": 1.0, "max_new_tokens": 12, "pad_token_id": 0}
         out = model.generate(ids, past_key_values=copy.deepcopy(cache), **settings)

@@ -143,15 +143,19 @@ def read_pieces(info: TensorInfo, piece_bytes: int = PIECE_BYTES) -> Iterator[to
             yield torch.frombuffer(buffer, dtype=info.dtype)
 
 
+def is_finite(tensor: torch.Tensor) -> bool:
+    """Whether all values are finite; unlike `isfinite` it needs no second tensor of the same size."""
+    low, high = torch.aminmax(tensor)  # both pass NaN on
+    return bool(torch.isfinite(low) and torch.isfinite(high))
+
+
 def check_finite(name: str, tensor: torch.Tensor) -> None:
     """Check a tensor that was cast to the type it is written in.
 
     Raises:
         PhotonError: if a value is not finite.
     """
-    # Both extremes pass NaN on, and need no second tensor of the same size.
-    low, high = torch.aminmax(tensor)
-    if not (torch.isfinite(low) and torch.isfinite(high)):
+    if not is_finite(tensor):
         dtype = str(tensor.dtype).removeprefix("torch.")
         raise PhotonError(f"{name} is not finite in {dtype}: set export.dtype to a wider type, such as bfloat16")
 

@@ -14,7 +14,7 @@ from transformers import AutoConfig, PretrainedConfig
 from photon_train.checkpoints import refuse_adapter
 from photon_train.conversion.families import check_config, check_rope_type, dense_tensors, family_of
 from photon_train.conversion.gguf import cached_checkpoint, find_gguf
-from photon_train.conversion.safetensors_io import TensorInfo, read_header, read_pieces
+from photon_train.conversion.safetensors_io import TensorInfo, is_finite, read_header, read_pieces
 from photon_train.errors import PhotonError
 from photon_train.manifest import FILE_NAME, hash_file, verify_manifest
 
@@ -104,9 +104,7 @@ class DenseCheckpoint:
         """
         info = self.tensors[name]
         for piece in read_pieces(info):
-            # Both extremes pass NaN on, and need no second tensor of the same size.
-            low, high = torch.aminmax(piece)
-            if not (torch.isfinite(low) and torch.isfinite(high)):
+            if not is_finite(piece):
                 raise PhotonError(f"{info.file}: tensor {name} holds NaN or infinite weights; use a sound checkpoint")
             yield piece
 

@@ -163,11 +163,11 @@ def _check_written(
             "the chat template does not write the record's 'tools': name one that does in dataset.chat_template, or "
             "remove them from the data"
         )
+    marked = _marked(text, spans)
     for key in CALLS:
         if not any(message.get(key) for message in messages):
             continue
         without = [{"content": "", **{name: message[name] for name in message if name != key}} for message in messages]
-        marked = _marked(text, spans)
         if _marked(*_written(tokenizer, without, tools)) == marked:
             raise PhotonError(
                 f"the chat template does not write {key!r} as the assistant's words: name one that does, inside "
@@ -175,7 +175,7 @@ def _check_written(
             )
 
 
-def _written(tokenizer, messages, tools) -> tuple[str | None, list[tuple[int, int]]]:  # noqa: ANN001
+def _written(tokenizer, messages, tools) -> tuple[str | None, list[tuple[int, int]]]:
     try:
         return _write(tokenizer, messages, tools)
     except PhotonError:  # it reads what is missing here

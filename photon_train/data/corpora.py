@@ -90,10 +90,9 @@ def split_threshold(least: float, most: float, held_out_fraction: float) -> floa
 
 def hash_point(name: str) -> float:
     """A point in [0, 1) drawn by the name."""
+    letters = name.encode("utf-8", "surrogateescape")  # names of files need not be UTF-8
+    digest = hashlib.blake2b(letters, digest_size=8).digest()
     # 52 bits: each value is exact in a double, and so is the next.
-    digest = hashlib.blake2b(
-        name.encode("utf-8", "surrogateescape"), digest_size=8
-    ).digest()  # names of files need not be UTF-8
     return (int.from_bytes(digest, "big") >> 12) / 2.0**52
 
 

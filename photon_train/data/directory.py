@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import re
 from collections import Counter
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -86,30 +85,28 @@ def survey(root: Path) -> Survey:
     read: list[Path] = []
     left_out: dict[str, list[Path]] = {}
 
-    def leave(reason: str, paths: Iterable[Path]) -> None:
-        if paths := list(paths):
-            left_out.setdefault(reason, []).extend(paths)
+    def leave(reason: str, path: Path) -> None:
+        left_out.setdefault(reason, []).append(path)
 
-    walk = os.walk(root, onerror=lambda error: leave(_UNREADABLE, [Path(error.filename)]))
+    walk = os.walk(root, onerror=lambda error: leave(_UNREADABLE, Path(error.filename)))
     for directory, directories, files in walk:
-        place, found = Path(directory), []
-        splits = _other_splits(directories, files)
+        place, splits = Path(directory), _other_splits(directories, files)
         for name in sorted(directories):
             path = place / name
-            reason = _HIDDEN if name.startswith(".") else _LINKS if path.is_symlink() else None
-            leave(reason or _SPLITS, [path] if reason or name in splits else [])
-            if reason or name in splits:
+            linked = _LINKS if path.is_symlink() else None
+            if reason := _HIDDEN if name.startswith(".") else linked or (_SPLITS if name in splits else None):
+                leave(reason, path)
                 directories.remove(name)
         for name in sorted(files):
             path = place / name
-            reason = _SPLITS if name in splits else _reason(path)
-            leave(reason or "", [path] if reason else [])
-            found += [] if reason else [path]
-        read += found
+            if reason := _SPLITS if name in splits else _reason(path):
+                leave(reason, path)
+            else:
+                read.append(path)
     if any(path.name.lower().endswith(_ROW_SUFFIXES) for path in read):
-        readmes = [path for path in read if path.stem.lower() == "readme"]
-        leave(_READMES, readmes)
-        read = [path for path in read if path not in readmes]
+        for path in [path for path in read if path.stem.lower() == "readme"]:
+            leave(_READMES, path)
+            read.remove(path)
     return Survey(root, sorted(read), {reason: sorted(paths) for reason, paths in left_out.items()})
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from functools import cached_property
 from itertools import islice
 from typing import Protocol
 
@@ -72,6 +73,11 @@ class PackedDataset(torch.utils.data.Dataset):
 
     def content_hash(self) -> str:
         """Hexadecimal digits that differ for other sequences, or others of their tokens learned."""
+        return self._content_hash
+
+    @cached_property
+    def _content_hash(self) -> str:
+        # The run, and every training in it, asks.
         arrays = (self.tokens, self.masked, self.starts)
         return arrays_hash(*(None if array is None else array.numpy() for array in arrays))
 

@@ -18,13 +18,13 @@ from transformers import PreTrainedTokenizerBase
 from photon_train.data.corpora import Document
 from photon_train.errors import PhotonError
 
-_NEEDLE = "One of the special magic numbers for {key} is: {value}."
-_NIAH = (
+NEEDLE = "One of the special magic numbers for {key} is: {value}."
+NIAH = (
     "Some special magic numbers are hidden within the following text. Make sure to memorize it. I will quiz you about "
     "the numbers afterwards.\n{context}\nWhat are all the special magic numbers for {query} mentioned in the provided "
     "text?"
 )
-_NIAH_PREFIX = " The special magic numbers for {query} mentioned in the provided text are"
+NIAH_PREFIX = " The special magic numbers for {query} mentioned in the provided text are"
 # What RULER replaces where one number is asked for, in this order.
 _SINGULAR = (("Some", "A"), ("are all", "is"), ("are", "is"), ("numbers", "number"))
 _NOISE = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again.\n"
@@ -163,6 +163,13 @@ def make_samples(
     return samples
 
 
+def for_one(text: str) -> str:
+    """A part of the needles' prompt as RULER words it where one number is asked for."""
+    for plural, singular in _SINGULAR:
+        text = text.replace(plural, singular)
+    return text
+
+
 def score(answers: Sequence[str], written: str) -> float:
     """Share of `answers` that `written` contains, whatever the case: RULER's ``string_match_all``."""
     return sum(answer.lower() in written.lower() for answer in answers) / len(answers)
@@ -214,16 +221,15 @@ def _needles(task: str, haystack: Haystack, rng: random.Random, depth: int | Non
     num_keys, num_values, num_queries = _NEEDLES[task]
     keys = ["-".join(rng.sample(haystack.words, 2)) for _ in range(num_keys)]
     values = {key: [str(rng.randint(10**6, 10**7 - 1)) for _ in range(num_values)] for key in keys}
-    needles = [_NEEDLE.format(key=key, value=value) for key in keys for value in values[key]]
+    needles = [NEEDLE.format(key=key, value=value) for key in keys for value in values[key]]
     rng.shuffle(needles)
     places = [depth] if depth is not None else sorted(rng.sample(_RANDOM_DEPTHS, len(needles)))
     asked = rng.sample(keys, num_queries)
     query = ", ".join(asked[:-1]) + ", and " + asked[-1] if len(asked) > 1 else asked[0]
     start = rng.randrange(len(haystack.sentences))
-    text, prefix = _NIAH, _NIAH_PREFIX
+    text, prefix = NIAH, NIAH_PREFIX
     if num_queries * num_values == 1:
-        for plural, singular in _SINGULAR:
-            text, prefix = text.replace(plural, singular), prefix.replace(plural, singular)
+        text, prefix = for_one(text), for_one(prefix)
 
     def make(count: int) -> _Prompt:
         sentences = haystack.take(start, count)

@@ -9,7 +9,7 @@ import torch
 
 from .attention_photon import NewElements, load_kernels, unrotate
 from .cache_photon import KeyValue, SlotMapping
-from .flex_photon import attend_window, far_ends
+from .flex_photon import FlexMask, attend_window, far_ends, window_mask
 from .memory_photon import LayerMemory, put_heads, take_heads, take_heads_back
 from .segments_photon import WindowSegment
 from .softmax_photon import FarKeys, additive, merge
@@ -222,11 +222,15 @@ class MemorySegment(WindowSegment):
         return self._biases[name]
 
     def _attend_fused(self, query, key, value, scale, far) -> torch.Tensor:
-        units = 0 if far is None else far[1].shape[2] // self.chunk_size
-        if not units:
+        if far is None or not self.num_new:
             return super()._attend_fused(query, key, value, scale, None)
-        ends = far_ends(units, self.chunk_size, self.num_sinks, query.device)
-        return attend_window(query, key, value, self._flex_mask(ends, "far"), scale, far)
+        return attend_window(query, key, value, self._far_mask, scale, far)
+
+    @cached_property
+    def _far_mask(self) -> FlexMask:
+        """Of all layers, with the tokens under the units; without a past those are the new ones."""
+        ends = far_ends(self.num_new, self.chunk_size, self.num_sinks, self.index.device)
+        return window_mask(self.start[0], self.index[0], self.num_sinks, ends)
 
 
 def _gather(states: torch.Tensor, where: torch.Tensor) -> torch.Tensor:

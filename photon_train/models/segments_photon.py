@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import cached_property
 
 import torch
 
@@ -88,7 +89,6 @@ class WindowSegment:
         self.start, self.reach, self.num_sinks, self.ring, self.fused = start, reach, num_sinks, ring, fused
         self.period, self.block = period, -(-BLOCK // period) * period
         self._biases: dict[object, torch.Tensor] = {}
-        self._flex_masks: dict[str, FlexMask] = {}
         self.past_index, self.slot_mapping = (None, None) if ring is None else new.enter(ring)
 
     def attend(self, module, query, key, value, scale):
@@ -189,17 +189,16 @@ class WindowSegment:
     def _is_fused(self, query: torch.Tensor, key: torch.Tensor, widths: int) -> bool:
         if self.fused == "no" or self.new.has_past or self.index.shape[0] != 1:
             return False
-        # Training has one length; evaluation would compile for each.
+        # Compiling takes up to minutes, which a training is worth.
         trains = query.is_cuda and torch.is_grad_enabled() and query.requires_grad
         return self.fused == "yes" or (
             trains and is_usable(query.device, query.dtype, query.shape[1] // key.shape[1], widths * query.shape[3])
         )
 
     def _attend_fused(self, query, key, value, scale, far) -> torch.Tensor:
-        return attend_window(query, key, value, self._flex_mask(), scale)
+        return attend_window(query, key, value, self._near_mask, scale)
 
-    def _flex_mask(self, ends: torch.Tensor | None = None, name: str = "near") -> FlexMask:
-        """The mask that all layers share, near or with far keys that are seen from `ends` on."""
-        if name not in self._flex_masks:
-            self._flex_masks[name] = window_mask(self.start[0], self.index[0], self.num_sinks, ends)
-        return self._flex_masks[name]
+    @cached_property
+    def _near_mask(self) -> FlexMask:
+        """Of all layers."""
+        return window_mask(self.start[0], self.index[0], self.num_sinks)

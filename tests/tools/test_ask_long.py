@@ -28,7 +28,7 @@ def load_tool():
 def test_facts_stand_at_their_places_between_sentences():
     tool, sentences, values = load_tool(), [f"Sentence {number} ends." for number in range(100)], ["111", "222", "333"]
     text = tool.hide(" ".join(sentences), values)
-    facts = [tool._FACT.format(key=key, value=value) for key, value in zip(tool._KEYS, values, strict=True)]
+    facts = [tool.NEEDLE.format(key=key, value=value) for key, value in zip(tool._KEYS, values, strict=True)]
     assert [text.index(fact) / len(text) for fact in facts] == pytest.approx(tool._PLACES, abs=0.05)
     for fact in facts:
         text = text.replace(f"{fact} ", "")
@@ -57,7 +57,7 @@ def test_answers_come_from_the_text_s_cache_and_a_short_text_is_refused(tmp_path
     assert sum(read) < found["tokens"] + 3 * 250 < 3 * found["tokens"]
     whole = AutoModelForCausalLM.from_pretrained(tmp_path / "export").eval()
     ids = tokenizer(tool._LEAD + tool.hide("A short sentence. " * 12, ["1", "2", "3"]), return_tensors="pt").input_ids
-    asked = tokenizer((tool._QUESTION + tool._ANSWER).format(key=tool._KEYS[2]), return_tensors="pt").input_ids
+    asked = tokenizer(tool._QUESTION.format(query=tool._KEYS[2]), return_tensors="pt").input_ids
     given = torch.cat([ids, asked], dim=1)
     out = whole.generate(given, do_sample=False, max_new_tokens=12, pad_token_id=0)[0, given.shape[1] :]
     assert tokenizer.decode(out, skip_special_tokens=True).strip() == found["written"][2]
