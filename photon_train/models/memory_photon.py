@@ -153,7 +153,7 @@ class LayerMemory(nn.Module):
         Returns:
             ``[n, H, S, C]``, C as in `_with_map`, and biases ``[n, H, S]``.
         """
-        content = content.unflatten(1, (self.heads, -1))
+        content = content.unflatten(1, (len(self.cells), -1))
 
         def fold(key_map, key_bias):
             folded = torch.einsum("nhgd,shdc->nhgsc", content, key_map)
@@ -167,7 +167,7 @@ class LayerMemory(nn.Module):
         Returns:
             ``[n, H, D]``.
         """
-        mixed, mass = (states.unflatten(1, (self.heads, -1)) for states in (mixed, mass.to(mixed.dtype)))
+        mixed, mass = (states.unflatten(1, (len(self.cells), -1)) for states in (mixed, mass.to(mixed.dtype)))
 
         def unfold(value_map, value_bias):
             out = torch.einsum("nhgsc,shdc->nhgd", mixed, value_map)

@@ -1,0 +1,39 @@
+"""Exports on vLLM: ``vllm serve EXPORT`` finds this plugin by its entry point (group ``vllm.general_plugins``)."""
+
+from __future__ import annotations
+
+# What the plugin calls of vLLM's internals was tested with these releases.
+TESTED = ("0.32.0",)
+
+
+def register() -> None:
+    """Tell vLLM of PHOTON models; called by vLLM in each of its processes.
+
+    Raises:
+        RuntimeError: for a release of vLLM other than those that were tested, whose internals may have moved.
+    """
+    from vllm import ModelRegistry
+
+    check_version(_installed())
+    # With it vLLM reads the exports' config.json without their code.
+    import photon_train.models  # noqa: F401
+
+    from . import specs
+
+    specs.register()
+    ModelRegistry.register_model("PhotonForCausalLM", "photon_vllm.model:PhotonForCausalLM")
+
+
+def check_version(installed: str) -> None:
+    """See `register`; builds for a device (``0.32.0+cpu``) count as their release."""
+    if installed.split("+")[0] not in TESTED:
+        raise RuntimeError(
+            f"photon-train's plugin was tested with vLLM {', '.join(TESTED)}, and {installed} is installed: install "
+            "that, or to serve other models leave the plugin out with VLLM_PLUGINS= and the plugins that you need"
+        )
+
+
+def _installed() -> str:
+    import vllm
+
+    return vllm.__version__
