@@ -219,7 +219,7 @@ def initialize(module: nn.Module) -> bool:
 def _index(heads: tuple[int, ...], device: torch.device) -> torch.Tensor:
     # Made once, where nothing is recorded: passes with gradients and CUDA graphs use it too.
     with torch.inference_mode(False):
-        return torch.tensor(heads, device=device)
+        return torch.tensor(heads, dtype=torch.long, device=device)
 
 
 def take_heads(states: torch.Tensor, heads: tuple[int, ...]) -> torch.Tensor:
