@@ -3,6 +3,7 @@
 # make test    the whole test suite
 # make test-oldest    what depends on libraries most, with the oldest supported releases of them
 # make test-peers     transformers' own model tests, TRL and lm-evaluation-harness on our models (Python >= 3.11)
+# make test-vllm      exports on vLLM, tiny ones and SmolLM2 (Linux on x86-64; installs 3.5 GB)
 # All create .venv and install into it on first use; nothing else is needed but Python >= 3.10.
 
 PYTHON ?= python3
@@ -20,8 +21,10 @@ TORCH_INDEX ?= $(if $(shell command -v nvidia-smi),,https://download.pytorch.org
 OLDEST := $(VENV)-oldest
 # Other projects' tests and TRL, likewise.
 PEERS := $(VENV)-peers
+# vLLM pins its own torch and transformers.
+VLLM := $(VENV)-vllm
 
-.PHONY: venv demo demo-real test test-oldest test-peers lint format
+.PHONY: venv demo demo-real test test-oldest test-peers test-vllm lint format
 venv: $(VENV)/.installed
 
 # torch comes first and alone: its index holds nothing else, and what follows keeps the build chosen here.
@@ -70,6 +73,29 @@ $(PEERS)/.installed: $(VENV)/.installed requirements-peers.txt
 
 test-peers: $(PEERS)/.installed
 	PYTHONPATH=$(abspath $(PEERS)) TRANSFORMERS=$(TRANSFORMERS) $(BIN)/python -m pytest -n $(JOBS) --dist loadgroup tests/peers
+
+# The command of vLLM looks for a distribution of that name, whose version says that it is for CPUs; packages for images and
+# sound come in builds that do not fit.
+$(VLLM)/.installed: requirements-vllm.txt pyproject.toml
+	rm -rf $(VLLM)
+	$(PYTHON) -m venv $(VLLM)
+	$(VLLM)/bin/python -m pip install --quiet -r requirements-vllm.txt "setuptools>=77"
+	$(VLLM)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	$(VLLM)/bin/python tools/name_vllm.py
+	$(VLLM)/bin/python -m pip install --quiet --no-deps --no-build-isolation -e .
+	@touch $@
+
+# SmolLM2 with a memory in six cells, fitted and hardly trained.
+$(VLLM)/smollm2/export/config.json: $(VENV)/.installed $(VLLM)/.installed
+	rm -rf $(VLLM)/smollm2
+	$(BIN)/python tools/fetch_smollm2.py --output $(VLLM)/smollm2-dense
+	$(BIN)/photon-train convert --model $(VLLM)/smollm2-dense --output $(VLLM)/smollm2 \
+		--photon.memory_cells 7:2,8:0,17:1,18:2,20:2,23:0 --train.max_steps 1 --train.warmup_steps 0 --train.seq_len 512 \
+		--train.batch_size 1 --train.eval_sequences 1 --train.eval_every 0 --train.dense_baseline false \
+		--export.sample_tokens 1 --tracking.mode disabled
+
+test-vllm: $(VLLM)/.installed $(VLLM)/smollm2/export/config.json
+	PHOTON_EXPORT=$(VLLM)/smollm2/export $(VLLM)/bin/python -m pytest tests/vllm
 
 lint: venv
 	$(BIN)/ruff check .
