@@ -1,0 +1,277 @@
+"""Serve SmolLM2 three ways over HTTP and write the ratios: the export on vLLM, the dense model on vLLM, our own server.
+
+python tools/bench_serving.py --export RUN/export --dense runs/smollm2 --vllm .venv-vllm/bin
+
+One server runs at a time, on the whole machine; first each has to write, greedily, what transformers writes for its
+model. Requests come from vLLM's load generator (`vllm bench serve`). For every length a prompt is read once by itself
+(`ttft_s`, one stream, nothing cached); then 1, 8, 32 streams go on from the same prompt, each with some tokens of its
+own, so that what is timed is decoding: `decode_tokens_per_s` is the streams over the median time per token. What a
+request keeps is the share of the cache that one running request of that length takes (`kv_bytes`), as vLLM says it, or
+for our server the bytes that it says; `sequences_per_gib` follows. Every ratio is of one run on one machine.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import photon_train.models  # noqa: F401  registers PHOTON
+from photon_train.cli import main_wrapper
+from photon_train.errors import PhotonError
+from photon_train.evaluation.report import write_rows
+
+LENGTHS, STREAMS = (512, 4096, 16384), (1, 8, 32)
+NEW_TOKENS, OWN_TOKENS = 32, 16  # of each request
+ROOM = 512  # tokens beyond the longest prompt
+CHECKED = "The lighthouse stood at the end of a long road. " * 40 + "Every evening the keeper"
+SYSTEMS = ("graft-vllm", "dense-vllm", "graft-engine")
+START_SECONDS = 300
+
+
+class Server:
+    """A server of one of `SYSTEMS`.
+
+    Args:
+        name: Of `SYSTEMS`.
+        options: Of the command line.
+        port: Where it listens.
+    """
+
+    def __init__(self, name: str, options: argparse.Namespace, port: int) -> None:
+        self.name, self.options, self.url = name, options, f"http://127.0.0.1:{port}"
+        self.directory = options.dense if name == "dense-vllm" else options.export
+        longest = str(max(options.lengths) + ROOM)
+        if name == "graft-engine":
+            memory = f"{options.cache_gib}GiB"
+            self.command = [sys.executable, "-m", "photon_train.commands", "serve", "--model", str(self.directory)]
+            self.command += ["--name", "model", "--memory", memory, "--max-length", longest, "--dtype", options.dtype]
+        else:
+            self.command = [str(options.vllm / "vllm"), "serve", str(self.directory), "--served-model-name", "model"]
+            self.command += ["--max-model-len", longest, "--dtype", options.dtype, "--max-num-seqs", "64"]
+            self.command += ["--max-num-batched-tokens", "2048", "--no-enable-log-requests"]
+            # Lengths beyond the model's own: speed does not ask what is written there.
+            self.command += ["--hf-overrides", json.dumps({"max_position_embeddings": int(longest)})]
+        self.command += ["--port", str(port)]
+        self.environment = {
+            **os.environ,
+            "VLLM_CPU_KVCACHE_SPACE": str(options.cache_gib),
+            "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+            "OMP_NUM_THREADS": str(os.cpu_count()),
+        }
+
+    @contextmanager
+    def running(self, log: Path) -> Iterator[None]:
+        """It, once it answers."""
+        with log.open("w") as out:
+            process = subprocess.Popen(self.command, env=self.environment, stdout=out, stderr=subprocess.STDOUT)
+        try:
+            self._wait(process, log)
+            self.cache_bytes = self._cache_bytes(log.read_text())
+            yield
+        finally:
+            process.terminate()
+            process.wait(60)
+
+    def _wait(self, process: subprocess.Popen, log: Path) -> None:
+        for _ in range(START_SECONDS):
+            if process.poll() is not None:
+                raise PhotonError(f"{self.name} does not start: {log.read_text()[-2000:]}")
+            try:
+                if httpx.get(f"{self.url}/health").status_code == 200:
+                    return
+            except httpx.ConnectError:
+                time.sleep(1)
+        raise PhotonError(f"{self.name} does not answer within {START_SECONDS} s")
+
+    def _cache_bytes(self, log: str) -> int:
+        return self.options.cache_gib * 2**30
+
+    def write(self, prompt: str, count: int) -> str:
+        """What it writes greedily after a prompt."""
+        body = {"model": "model", "prompt": prompt, "max_tokens": count, "temperature": 0}
+        answer = httpx.post(f"{self.url}/v1/completions", json=body, timeout=600)
+        answer.raise_for_status()
+        return answer.json()["choices"][0]["text"]
+
+    def metric(self, name: str) -> float:
+        """A figure of its /metrics."""
+        text = httpx.get(f"{self.url}/metrics", timeout=60).text
+        found = re.search(rf"^{name}(?:\{{.*\}})? ([0-9.e+-]+)$", text, re.MULTILINE)
+        if found is None:
+            raise PhotonError(f"{self.name} has no {name} in /metrics")
+        return float(found[1])
+
+    def cache_usage(self) -> float:
+        """Share of its cache that running requests have."""
+        names = {"graft-engine": "photon:kv_cache_usage_ratio"}
+        return self.metric(names.get(self.name, "vllm:kv_cache_usage_perc"))
+
+
+def load(server: Server, options: argparse.Namespace, length: int, streams: int, seed: int) -> dict[str, Any]:
+    """Figures of vLLM's load generator: `streams` requests at once, a common prompt of `length`."""
+    with tempfile.TemporaryDirectory() as folder:
+        command = [str(options.vllm / "vllm"), "bench", "serve", "--backend", "openai", "--base-url", server.url]
+        command += [
+            "--model",
+            "model",
+            "--tokenizer",
+            str(options.dense),
+            "--dataset-name",
+            "random",
+            "--seed",
+            str(seed),
+        ]
+        command += [
+            "--dataset-name",
+            "random",
+            "--random-prefix-len",
+            str(length),
+            "--random-input-len",
+            str(OWN_TOKENS),
+        ]
+        command += ["--random-output-len", str(NEW_TOKENS), "--num-prompts", str(streams), "--ignore-eos"]
+        command += ["--max-concurrency", str(streams), "--save-result", "--result-dir", folder]
+        command += ["--result-filename", "result.json", "--disable-tqdm"]
+        environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
+        done = subprocess.run(command, capture_output=True, text=True, env=environment)
+        path = Path(folder, "result.json")
+        if done.returncode or not path.is_file():
+            raise PhotonError(f"the load generator failed at {server.name}: {(done.stdout + done.stderr)[-2000:]}")
+        result = json.loads(path.read_text())
+    if result["completed"] != streams:
+        raise PhotonError(f"{server.name}: {result['completed']} of {streams} requests were answered")
+    return result
+
+
+def watch_usage(server: Server, stop: threading.Event, seen: list[float]) -> None:
+    """Collect the share of the cache in use until `stop`."""
+    while not stop.wait(0.2):
+        seen.append(server.cache_usage())
+
+
+def measure(server: Server, options: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """Rows of a running server."""
+    for length in options.lengths:
+        seed = 1000 + length
+        stop, seen = threading.Event(), []
+        watcher = threading.Thread(target=watch_usage, args=(server, stop, seen), daemon=True)
+        watcher.start()
+        cold = load(server, options, length, 1, seed)
+        stop.set()
+        watcher.join()
+        kept = max(seen) * server.cache_bytes
+        # Windows of a common beginning are kept from the second request on.
+        load(server, options, length, 1, seed)
+        for streams in options.streams:
+            found = load(server, options, length, streams, seed)
+            yield {
+                "system": server.name,
+                "length": length,
+                "streams": streams,
+                "ttft_s": cold["median_ttft_ms"] / 1e3,
+                "shared_ttft_s": found["median_ttft_ms"] / 1e3,
+                "decode_tokens_per_s": streams * 1e3 / found["median_tpot_ms"],
+                "kv_bytes": kept,
+                "sequences_per_gib": 2**30 / kept,
+            }
+
+
+def check(server: Server, options: argparse.Namespace, expected: str) -> None:
+    """Refuse to time a server that writes something else than transformers."""
+    found = server.write(CHECKED, 24)
+    if found != expected:
+        raise PhotonError(f"{server.name} writes {found!r}, transformers {expected!r}: nothing was timed")
+
+
+def expected_text(directory: Path, dtype: str) -> str:
+    """What transformers writes greedily after `CHECKED`."""
+    tokenizer = AutoTokenizer.from_pretrained(directory)
+    model = AutoModelForCausalLM.from_pretrained(directory, dtype=getattr(torch, dtype)).eval()
+    ids = tokenizer(CHECKED, return_tensors="pt")
+    out = model.generate(**ids, max_new_tokens=24, do_sample=False)
+    return tokenizer.decode(out[0, ids["input_ids"].shape[1] :], skip_special_tokens=True)
+
+
+def ratios(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Of every row over the dense model's on vLLM at that length and number of streams."""
+    dense = {(row["length"], row["streams"]): row for row in rows if row["system"] == "dense-vllm"}
+    return [
+        {
+            "system": row["system"],
+            "length": row["length"],
+            "streams": row["streams"],
+            "decode": row["decode_tokens_per_s"] / base["decode_tokens_per_s"],
+            "ttft": row["ttft_s"] / base["ttft_s"],
+            "sequences": row["sequences_per_gib"] / base["sequences_per_gib"],
+        }
+        for row in rows
+        if row["system"] != "dense-vllm" and (base := dense.get((row["length"], row["streams"])))
+    ]
+
+
+def numbers(text: str) -> list[int]:
+    """``1,8,32``."""
+    return [int(part) for part in text.split(",")]
+
+
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--export", type=Path, required=True, help="an exported checkpoint")
+    parser.add_argument("--dense", type=Path, required=True, help="the dense model that it came from")
+    parser.add_argument("--vllm", type=Path, default=Path(".venv-vllm/bin"), help="the bin folder that has vllm")
+    parser.add_argument("--lengths", type=numbers, default=LENGTHS, help="tokens of prompts (512,4096,16384)")
+    parser.add_argument("--streams", type=numbers, default=STREAMS, help="requests at a time (1,8,32)")
+    parser.add_argument("--systems", default=",".join(SYSTEMS), help="which of them, comma-separated")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
+    parser.add_argument("--cache-gib", type=int, default=4, help="cache of each server")
+    parser.add_argument("--output", type=Path, default=Path("benchmarks/serving/cpu.json"))
+    options = parser.parse_args(argv)
+    if not (options.vllm / "vllm").is_file():
+        raise PhotonError(f"{options.vllm} has no vllm: run `make test-vllm` once, or give --vllm")
+    if unknown := set(options.systems.split(",")) - set(SYSTEMS):
+        raise PhotonError(f"--systems: no {', '.join(sorted(unknown))}; there are {', '.join(SYSTEMS)}")
+    return options
+
+
+def main(argv: list[str] | None = None) -> None:
+    options = parse(argv)
+    rows, names = [], options.systems.split(",")
+    print(f"{len(names)} servers, {len(options.lengths)} lengths: about ten minutes each on two cores", flush=True)
+    expected: dict[Path, str] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        for name in names:
+            with socket.socket() as free:
+                free.bind(("127.0.0.1", 0))
+                port = free.getsockname()[1]
+            server = Server(name, options, port)
+            if server.directory not in expected:
+                expected[server.directory] = expected_text(server.directory, options.dtype)
+            with server.running(Path(folder, f"{name}.log")):
+                check(server, options, expected[server.directory])
+                for row in measure(server, options):
+                    print(json.dumps(row), flush=True)
+                    rows.append(row)
+    command = " ".join(["python", "tools/bench_serving.py", *(sys.argv[1:] if argv is None else map(str, argv))])
+    more = {"command": command, "dtype": options.dtype, "new_tokens": NEW_TOKENS, "ratios": ratios(rows)}
+    write_rows(options.output, rows, **more)
+    print(options.output)
+
+
+if __name__ == "__main__":
+    main_wrapper(main)
