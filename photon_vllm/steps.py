@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
 
-from photon_train.models.attention_photon import Segment, unrotate
+from photon_train.models.attention_photon import Segment, load_kernels, unrotate
 from photon_train.models.cache_photon import KeyValue, SlotMapping
 from photon_train.models.configuration_photon import PhotonConfig
 from photon_train.models.memory_segment_photon import MemorySegment
@@ -62,7 +63,31 @@ class Layout:
         return {layer: attention.kv_cache for layer, attention in self.layers.items() if self.kind(layer) == kind}
 
 
-class UnitsSegment(MemorySegment):
+class PagedWindowSegment(WindowSegment):
+    """A window whose past lies in blocks."""
+
+    ring: PagedTokens
+
+    def _decode_near(self, layer: int, query: torch.Tensor, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
+        if self.new.backend != "triton":
+            return super()._decode_near(layer, query, scale)
+        keys, values, block_table = self.ring.operands(layer)
+        return load_kernels().paged_decode_attention(
+            query,
+            keys,
+            values,
+            self.index + 1,
+            scale,
+            rows=self.new.kernel_rows,
+            block_table=block_table,
+            start=self.start,
+            num_sinks=self.num_sinks,
+            return_lse=True,
+            backend="triton",
+        )
+
+
+class UnitsSegment(PagedWindowSegment, MemorySegment):
     """A memory segment that packs in a call of its own, so that no request of the step reads before all have packed."""
 
     units: PagedUnits
@@ -70,7 +95,18 @@ class UnitsSegment(MemorySegment):
     def attend(self, module, query, key, value, scale):
         if not module.memory.cells:  # of other ranks
             return WindowSegment.attend(self, module, query, key, value, scale)
-        return super().attend(module, query, key, value, scale)
+        return MemorySegment.attend(self, module, query, key, value, scale)
+
+    @cached_property
+    def _packing(self) -> tuple[torch.Tensor, torch.Tensor, tuple[torch.Tensor, ...], SlotMapping]:
+        """Of decoding requests: those whose unit leaves the window, its tokens, their rotation, and the unit's slot."""
+        device, count = self.index.device, self.new.batch
+        rows = [row for row, (had, has) in enumerate(zip(*self.host_packed, strict=True)) if has > had]
+        rows = torch.tensor(rows, device=device)
+        batch = torch.arange(len(rows), device=device)
+        tokens, unit = (each.expand(count, -1)[rows] for each in (self._tokens, self.unit))
+        rotary = tuple(part.expand(count, -1, -1)[rows] for part in self.token_rotation)
+        return rows, tokens, rotary, SlotMapping(rows, torch.zeros_like(batch), unit[:, 0], batch)
 
     def pack_departed(self, module, key: torch.Tensor, value: torch.Tensor) -> None:
         """Pack the units that leave their window in this step, from ``key, value [n, Hkv, T, D]`` and the blocks."""
@@ -82,14 +118,10 @@ class UnitsSegment(MemorySegment):
             stored = memory.pack(unrotate(keys, self.token_rotation), values)[1]
             self.units.write(layer, self.unit_slots, *stored)
             return
-        rows = [row for row, (had, has) in enumerate(zip(*self.host_packed, strict=True)) if has > had]
-        rows = torch.tensor(rows, device=key.device)
-        batch = torch.arange(len(rows), device=key.device)
-        tokens, unit = (each.expand(self.new.batch, -1)[rows] for each in (self._tokens, self.unit))
-        rotary = tuple(part.expand(self.new.batch, -1, -1)[rows] for part in self.token_rotation)
+        rows, tokens, rotary, slot_mapping = self._packing
         keys, values = (memory.take_cells(states) for states in self.ring.take(layer, rows, tokens))
         stored = memory.pack(unrotate(keys, rotary), values)[1]
-        self.units.write(layer, SlotMapping(rows, torch.zeros_like(batch), unit[:, 0], batch), *stored)
+        self.units.write(layer, slot_mapping, *stored)
 
     def _pack(self, module, key, value) -> KeyValue | None:
         if not self.has_units:
@@ -110,10 +142,17 @@ class StepPart:
         rows: The requests.
         tokens: Their tokens in the step; one each, or those of a single request.
         lengths: Tokens of each request, those of the step included.
+        backend: `torch` or `triton` (used at one token each).
     """
 
     def __init__(
-        self, layout: Layout, metadata: Mapping[str, StepMetadata], rows: slice, tokens: slice, lengths: list[int]
+        self,
+        layout: Layout,
+        metadata: Mapping[str, StepMetadata],
+        rows: slice,
+        tokens: slice,
+        lengths: list[int],
+        backend: str,
     ) -> None:
         self.layout, self.metadata, self.rows, self.tokens = layout, metadata, rows, tokens
         self.lengths, self.num_new = lengths, (tokens.stop - tokens.start) // len(lengths)
@@ -122,7 +161,7 @@ class StepPart:
         base = self.past[0] if len(lengths) == 1 else None
         past = torch.tensor(self.past, device=device)
         self.index = past[:, None] + torch.arange(self.num_new, device=device)
-        self.new = PagedElements(len(lengths), self.index, base, has_past=any(self.past))
+        self.new = PagedElements(len(lengths), self.index, base, has_past=any(self.past), backend=backend)
         self._segments: dict[tuple, Segment] = {}
         self._tables: dict[int, torch.Tensor] = {}
 
@@ -159,7 +198,7 @@ class StepPart:
         if name == "local":
             first = [had - window + 1 for had in self.past]
             store = PagedTokens(layout.caches(kind), table, first, stop, 0, self.lengths)
-            return WindowSegment(self.new, index - window + 1, window - 1, ring=store, fused="no")
+            return PagedWindowSegment(self.new, index - window + 1, window - 1, ring=store, fused="no")
         # A unit that leaves the window now lies before the first token's window.
         first = [config.window_start(had - 1) for had in self.past]
         store = PagedTokens(layout.caches(kind), table, first, stop, config.num_sinks, self.lengths)
@@ -172,7 +211,7 @@ class StepPart:
             "ring": store,
         }
         if not memory:
-            return WindowSegment(self.new, **settings)
+            return PagedWindowSegment(self.new, **settings)
         counts = [[config.num_units(length) for length in lengths] for lengths in (self.past, self.lengths)]
         units = PagedUnits(
             config,
@@ -197,11 +236,13 @@ class Step:
     Args:
         layout: The model's caches.
         metadata: Of every cache, by its name.
+        backend: How requests with one token are computed: `torch` or `triton`; None: by kernels on a GPU.
     """
 
-    def __init__(self, layout: Layout, metadata: Mapping[str, StepMetadata]) -> None:
+    def __init__(self, layout: Layout, metadata: Mapping[str, StepMetadata], backend: str | None = None) -> None:
         self.metadata = metadata
         some = next(iter(metadata.values()))
+        self.backend = backend or ("triton" if some.block_table.is_cuda else "torch")
         starts, lengths = some.starts.tolist(), some.lengths.tolist()
         self.parts = list(self._parts(layout, starts, lengths))
 
@@ -210,11 +251,12 @@ class Step:
         new = [stop - start for start, stop in zip(starts, starts[1:], strict=False)]
         ones = next((row for row, count in enumerate(new) if count != 1), len(new))
         if ones:
-            yield StepPart(layout, self.metadata, slice(0, ones), slice(0, ones), lengths[:ones])
+            yield StepPart(layout, self.metadata, slice(0, ones), slice(0, ones), lengths[:ones], self.backend)
         for row in range(ones, len(new)):
             if new[row]:
                 tokens = slice(starts[row], starts[row + 1])
-                yield StepPart(layout, self.metadata, slice(row, row + 1), tokens, lengths[row : row + 1])
+                rows = slice(row, row + 1)
+                yield StepPart(layout, self.metadata, rows, tokens, lengths[rows], self.backend)
 
     def attend(
         self, module: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, out: torch.Tensor
