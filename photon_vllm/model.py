@@ -12,7 +12,7 @@ from vllm.model_executor.models.llama import LlamaForCausalLM
 from vllm.model_executor.models.registry import ModelRegistry
 
 from photon_train.models.configuration_photon import PhotonConfig
-from photon_train.models.families_photon import CLASS_PREFIXES, family
+from photon_train.models.families_photon import CLASS_PREFIXES, LLAMA_LIKE, family
 
 from .attention import SPLITTING_OP, PhotonAttention, UnitsCache
 from .memory import RankMemory
@@ -45,6 +45,8 @@ class _Grafted:
 
 @functools.cache
 def _of_family(model_type: str) -> type[nn.Module]:
+    if model_type not in LLAMA_LIKE:
+        raise ValueError(f"family {model_type} has no graft on vLLM: its exports are served by `photon-train serve`")
     name = f"{CLASS_PREFIXES[model_type]}ForCausalLM"
     theirs = ModelRegistry._try_load_model_cls(name)
     if theirs is None:

@@ -33,6 +33,7 @@ from photon_train.conversion.scales import calibrate
 from photon_train.conversion.target import NUM_SINKS, ROLES, Target, copied, default_window
 from photon_train.errors import PhotonError
 from photon_train.models import HierarchicalConfig, HierarchicalForCausalLM
+from photon_train.models.families_photon import LLAMA_LIKE
 
 LEVELS, CHUNK_SIZE, ENCODER_WINDOW = 2, 4, 64
 LAYOUTS = {"split": "stream", "paper": "block"}
@@ -87,9 +88,15 @@ def configure(dense: PretrainedConfig, settings: RunConfig) -> HierarchicalConfi
             f"consistency.weight={consistency} needs a decoder above level 1, which a model of 1 level does not have: "
             "set it to 0, or raise photon.num_levels"
         )
+    layers = layer_config(dense, settings.train.seq_len)
+    if layers["model_type"] not in LLAMA_LIKE:
+        raise PhotonError(
+            f"preset {preset} takes layers apart and knows only {', '.join(LLAMA_LIKE)}: use preset graft for family "
+            f"{layers['model_type']}"
+        )
     try:
         return HierarchicalConfig(
-            base_config=layer_config(dense, settings.train.seq_len),
+            base_config=layers,
             levels=levels,
             layout=layout,
             consistency_weight=consistency,

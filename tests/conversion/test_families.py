@@ -38,7 +38,7 @@ def test_the_registries_of_conversion_and_model_name_the_same_families():
 
 
 def test_an_unsupported_family_lists_the_supported_ones():
-    with pytest.raises(PhotonError, match="'gpt2'.*llama, mistral, phi3, qwen2, qwen3"):
+    with pytest.raises(PhotonError, match="'gpt2'.*llama, .*mistral, .*qwen3"):
         family_of(GPT2Config())
 
 

@@ -11,7 +11,7 @@ import pytest
 from tiny_vllm import check, export, generate, metric, prompts
 from vllm import SamplingParams
 
-from photon_train.models.families_photon import CLASS_PREFIXES
+from photon_train.models.families_photon import LLAMA_LIKE
 
 # Kinds of memory and of layers.
 KINDS: dict[str, dict[str, Any]] = {
@@ -30,7 +30,7 @@ LOCAL = {"sliding_window": 40, "layer_types": ["full_attention", "sliding_attent
 CASES = {
     **{f"llama-{kind}": ("llama", changes) for kind, changes in KINDS.items()},
     # vLLM's Qwen2 takes the size of heads from that of the model.
-    **{family: (family, {"memory_bits": 4, "hidden_size": 128}) for family in CLASS_PREFIXES if family != "llama"},
+    **{family: (family, {"memory_bits": 4, "hidden_size": 128}) for family in LLAMA_LIKE if family != "llama"},
     "llama-local-layers": ("llama", {**LOCAL, "memory_cells": {0: [1], 2: [0, 1]}}),
 }
 
