@@ -43,7 +43,7 @@ class Family:
 FAMILIES: dict[str, Family] = {
     family.model_type: family
     for family in (
-        Family("llama", "Llama 2, 3.x; SmolLM 1, 2; Granite 3 and others that say llama"),
+        Family("llama", "Llama 2, 3.x, SmolLM 1, 2"),
         Family("mistral", "Mistral 7B, Nemo, Small 24B", specials="sliding_window: the window may not be longer"),
         Family("qwen2", "Qwen 2, 2.5", specials="biases of queries, keys and values"),
         Family("qwen3", "Qwen 3 (dense)", specials="norms of queries and keys by head"),
@@ -54,7 +54,7 @@ FAMILIES: dict[str, Family] = {
             specials="multipliers of embedding, residuals and logits; attention_multiplier scales far scores too",
         ),
         Family("olmo2", "OLMo 2", specials="norms after attention and MLP, and of all queries and keys of a layer"),
-        Family("seed_oss", "Seed-OSS 36B", specials="attention_dropout is set to 0, residual_dropout stays"),
+        Family("seed_oss", "Seed-OSS 36B", specials="attention_dropout is switched off, residual_dropout stays"),
         Family("smollm3", "SmolLM3 3B", specials="layers without rotation (no_rope_layers): so are their far keys"),
         Family(
             "gemma2",
@@ -64,17 +64,17 @@ FAMILIES: dict[str, Family] = {
         ),
         Family(
             "gemma3_text",
-            "Gemma 3 270M and 1B; of larger ones the text model",
+            "Gemma 3 270M, 1B",
             specials="local layers stay; a rotation for each kind of layer; query_pre_attn_scalar",
         ),
         Family(
             "olmo3",
             "OLMo 3",
-            specials="as OLMo 2; local layers stay; a rotation for each kind of layer",
+            specials="as `olmo2`; local layers stay; a rotation for each kind of layer",
         ),
         Family(
             "cohere2",
-            "Command R7B, Command A, Aya",
+            "Command R7B, Command A",
             specials="local layers stay; neighbouring dimensions are rotated together, global layers are not rotated; "
             "LayerNorm, attention and MLP side by side, logit_scale",
         ),

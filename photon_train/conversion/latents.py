@@ -124,7 +124,7 @@ def _measure(
         seen.count += far.shape[0] * far.shape[2] * far.shape[3]
         seen.add(qq=torch.einsum("bhgtd,bhgte->hde", far, far))
         have = _units(key, value, config.chunk_size, config.latents_per_unit)
-        need = _units(unrotate(key.float(), away, interleaved), value, config.chunk_size, config.latents_per_unit)
+        need = _units(_turn(key, away, interleaved), value, config.chunk_size, config.latents_per_unit)
         for number, (x, y) in enumerate(zip(have, need, strict=True)):
             if (found := moments.get((layer, number))) is not None:
                 found.count += len(x)
@@ -144,6 +144,11 @@ def _mean_rotation(model: PhotonForCausalLM, layer: int, begin: int, end: int) -
     """Mean cosine and sine over the distances from `begin` to `end`, ``[1, 1, D]`` each."""
     cosine, sine = model.model.rotation(torch.arange(begin, end, device=model.device)[None], layer)
     return cosine.float().mean(1, keepdim=True), sine.float().mean(1, keepdim=True)
+
+
+def _turn(keys: torch.Tensor, away: tuple[torch.Tensor, torch.Tensor], interleaved: bool) -> torch.Tensor:
+    """Unrotated keys ``[B, H, E, D]`` rotated back by the mean distance, in fp32."""
+    return unrotate(keys.float(), away, interleaved)
 
 
 def _root(matrix: torch.Tensor) -> torch.Tensor:

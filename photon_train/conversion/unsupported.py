@@ -32,8 +32,8 @@ _ABSORBED = "memory units packed from the latents"
 UNSUPPORTED = (
     Unsupported(("qwen3_next", "qwen3_5", "qwen3_5_text"), "Qwen3-Next, Qwen 3.5", _RECURRENT, _STATES),
     Unsupported(("lfm2",), "LFM2", "most of its layers are short convolutions with a state of their own", _STATES),
-    Unsupported(("granitemoehybrid",), "Granite 4 (hybrid)", f"{_RECURRENT} (Mamba 2)", _STATES),
-    Unsupported(("nemotron_h",), "Nemotron-H", f"{_RECURRENT} (Mamba 2)", _STATES),
+    Unsupported(("granitemoehybrid",), "Granite 4 (hybrid)", f"{_RECURRENT} (Mamba-2)", _STATES),
+    Unsupported(("nemotron_h",), "Nemotron-H", f"{_RECURRENT} (Mamba-2)", _STATES),
     Unsupported(("kimi_linear",), "Kimi Linear", f"{_RECURRENT}, its others use latent attention", _STATES),
     Unsupported(("deepseek_v2", "deepseek_v3"), "DeepSeek V2, V3, R1", _LATENT, _ABSORBED),
     Unsupported(("minicpm3",), "MiniCPM3", _LATENT, _ABSORBED),
@@ -45,7 +45,7 @@ UNSUPPORTED = (
     ),
     Unsupported(
         ("gemma3", "mistral3", "qwen2_vl", "qwen2_5_vl", "qwen3_vl", "llama4", "gemma4"),
-        "Gemma 3 4B and larger, Mistral Small 3.1, Qwen-VL, Llama 4",
+        "Gemma 3 4B to 27B, Mistral Small 3.1, Qwen-VL, Llama 4",
         "it reads images beside text",
         "the language model alone: load it with transformers and save that part with save_pretrained",
     ),

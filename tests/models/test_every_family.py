@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import math
 
 import brute_force
@@ -20,6 +21,8 @@ from photon_train.conversion.presets import make_plan, photon_config
 from photon_train.conversion.source import DenseCheckpoint
 from photon_train.inference.engine import Engine, EngineSettings
 from photon_train.inference.request import SamplingParams
+from photon_train.models.attention_photon import unrotate
+from photon_train.models.families_photon import family, has_rotation, is_interleaved, rotation_kind
 from photon_train.models.memory_photon import LayerMemory
 
 LENGTH = 40
@@ -29,9 +32,10 @@ NEW = 6
 
 def converted(dense, output, **photon):
     """The model that a conversion writes, its memory shaken like everything else."""
-    settings = {"window": 6, "num_sinks": 2, "chunk_size": 2, "memory_bits": 16}
+    settings = {"window": 6, "num_sinks": 2, "chunk_size": 2, "memory_bits": 16, "full_attention_layers": [3]}
     checkpoint = DenseCheckpoint.open(str(dense))
-    cells = [f"{layer}:{layer // 2 % 2}" for layer in memory_candidates(checkpoint.config, PhotonSettings())]
+    candidates = memory_candidates(checkpoint.config, PhotonSettings(full_attention_layers=[3]))
+    cells = [f"{layer}:{layer // 2 % 2}" for layer in candidates]
     run = RunConfig(photon=PhotonSettings(**{**settings, "memory_cells": cells, **photon}))
     config = photon_config(checkpoint.config, run)
     convert(checkpoint, make_plan(checkpoint, config), config, output, progress=False)
@@ -89,6 +93,14 @@ def test_padded_rows_get_what_they_get_alone(model, side):
 
 
 @torch.no_grad()
+def test_packed_documents_do_not_see_each_other(model):
+    position = torch.cat([torch.arange(17), torch.arange(LENGTH - 17)])[None]
+    found = model(IDS[:1], position_ids=position, use_cache=False).logits[0]
+    for part in (slice(0, 17), slice(17, LENGTH)):
+        torch.testing.assert_close(found[part], model(IDS[:1, part], use_cache=False).logits[0], atol=2e-4, rtol=0)
+
+
+@torch.no_grad()
 def test_the_engine_writes_what_generate_writes(model):
     model.generation_config.eos_token_id = None
     prompts = [IDS[0, :length].tolist() for length in (1, 17, 31)]
@@ -111,6 +123,27 @@ def test_gradients_reach_every_parameter_of_the_memory(model):
     model.zero_grad()
 
 
+@torch.no_grad()
+def test_rotations_are_undone_but_for_their_length(model):
+    """YaRN makes what it rotates longer: queries and keys have that factor once, whether rotated or not."""
+    config, states = model.config, torch.randn(1, 2, 30, 8, generator=torch.Generator().manual_seed(0))
+    position = torch.arange(30)[None]
+    apply = importlib.import_module(family(config.base_model_type).rotary.__module__).apply_rotary_pos_emb
+    for layer in config.memory_layers:
+        rotary = model.model.rotation(position, layer)
+        if not has_rotation(config, layer):
+            assert unrotate(states, rotary) is states
+            continue
+        kind = rotation_kind(config, layer)
+        kinds = () if kind is None else (kind,)
+        rotated = apply(states, states, *model.model.rotary_emb(states, position, *kinds))[0]
+        assert (rotated[:, :, 1:] - states[:, :, 1:]).abs().amax(-1).min() > 1e-3
+        factor = 1.0
+        if config.rope_parameters.get(kind, config.rope_parameters)["rope_type"] == "yarn":
+            factor = 1 + 0.1 * math.log(4)
+        torch.testing.assert_close(unrotate(rotated, rotary, is_interleaved(config)), factor * states)
+
+
 # --- against float64 loops ---
 
 
@@ -128,34 +161,34 @@ def _plain(theta: float, **more):
 
 def rules(config, layer: int) -> Rules:
     """What a layer's attention does, from the families' papers and configurations."""
-    family, size = config.base_model_type, config.head_dim
+    name, size = config.base_model_type, config.head_dim
     rope = config.rope_parameters
     kinds = getattr(config, "layer_types", None)
     local = bool(kinds) and kinds[layer] == "sliding_attention"
     if "full_attention" in rope:
         rope = rope[kinds[layer]]
     found = Rules(rope["rope_theta"], slower=rope.get("factor", 1.0), window=config.sliding_window if local else None)
-    if family in ("olmo2", "olmo3"):
+    if name in ("olmo2", "olmo3"):
         found.norms = _rms(config.rms_norm_eps, whole=True)
-    if family in ("exaone4", "qwen3"):
+    if name in ("exaone4", "qwen3"):
         found.norms = _rms(config.rms_norm_eps)
-    if family == "granite":
+    if name == "granite":
         found.scale = config.attention_multiplier
-    if family == "smollm3" and not config.no_rope_layers[layer]:
+    if name == "smollm3" and not config.no_rope_layers[layer]:
         found.rotated = 0
-    if family in ("cohere2", "exaone4") and not local:
+    if name in ("cohere2", "exaone4") and not local:
         found.rotated = 0
-    if family in ("gemma2", "gemma3_text"):
+    if name in ("gemma2", "gemma3_text"):
         found.scale = config.query_pre_attn_scalar**-0.5
-    if family == "gemma2":
+    if name == "gemma2":
         found.softcap = config.attn_logit_softcapping
-    if family == "gemma3_text":
+    if name == "gemma3_text":
         found.norms = _rms(config.rms_norm_eps, add=1.0)
-    if family in ("cohere2", "glm4"):
+    if name in ("cohere2", "glm4"):
         found.neighbours = True
-    if family == "glm4":
+    if name == "glm4":
         found.rotated = size // 2
-    if family == "ministral3":
+    if name == "ministral3":
         original, beta = rope["original_max_position_embeddings"], rope["llama_4_scaling_beta"]
         found.gain = lambda position: 1 + beta * math.log(1 + position // original)
     return found
@@ -170,8 +203,8 @@ PLAIN = {
 BY_KEY = {"seed_oss": {"attention_bias": True, "attention_out_bias": True}, "granite": {"attention_bias": True}}
 
 
-def converted_plain(family, directory, **photon):
-    dense = save_dense(directory / "dense", family, **PLAIN.get(family, {}), **BY_KEY.get(family, {}))
+def converted_plain(name, directory, **photon):
+    dense = save_dense(directory / "dense", name, **PLAIN.get(name, {}), **BY_KEY.get(name, {}))
     return converted(dense, directory / "photon", **photon)
 
 
@@ -193,11 +226,11 @@ def weights(model, layer: int) -> dict[str, torch.Tensor]:
     return {f"self_attn.{name}": tensor.double() for name, tensor in own.items()}
 
 
-@pytest.mark.parametrize("family", FAMILY_NAMES)
+@pytest.mark.parametrize("name", FAMILY_NAMES)
 @torch.no_grad()
-def test_each_layers_attention_is_what_the_family_defines(family, tmp_path):
+def test_each_layers_attention_is_what_the_family_defines(name, tmp_path):
     """In a whole pass and token by token; layers 0 and 1 are of both kinds, where there are two."""
-    model = converted_plain(family, tmp_path).double()
+    model = converted_plain(name, tmp_path).double()
     config, ids = model.config, IDS[:1, :22]
     seen = watch(model)
     model(ids, use_cache=False)
@@ -213,12 +246,12 @@ def test_each_layers_attention_is_what_the_family_defines(family, tmp_path):
         torch.testing.assert_close(torch.cat([out for _, out in steps]), expected, atol=5e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("family", FAMILY_NAMES)
+@pytest.mark.parametrize("name", FAMILY_NAMES)
 @torch.no_grad()
-def test_the_fit_meets_keys_as_far_queries_do(family, tmp_path, monkeypatch):
+def test_the_fit_meets_keys_as_far_queries_do(name, tmp_path, monkeypatch):
     """It reads keys without their rotation; and in units of one token, where packing loses nothing, its latents give
     each key turned back by the distances beyond the window, in the mean."""
-    model, read = converted_plain(family, tmp_path, chunk_size=1), []
+    model, read = converted_plain(name, tmp_path, chunk_size=1), []
     config, units = model.config, latents._units
 
     def spy(keys, *args):

@@ -9,11 +9,8 @@ from tiny import shake
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 
 from photon_train.conversion.families import FAMILIES
-from photon_train.models.families_photon import LLAMA_LIKE
 
 FAMILY_NAMES = tuple(FAMILIES)
-# Those that presets split and paper take apart.
-HIERARCHICAL_NAMES = tuple(name for name, family in FAMILIES.items() if (family.layers or name) in LLAMA_LIKE)
 
 # Of four layers, what makes a family's specials count in a text of tens of tokens.
 _LOCAL = ["sliding_attention", "full_attention", "sliding_attention", "full_attention"]
