@@ -16,6 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from photon_train.config import PhotonSettings, RunConfig
 from photon_train.conversion import latents
 from photon_train.conversion.apply import convert
+from photon_train.conversion.dense_attention import DenseAttention
 from photon_train.conversion.graft import memory_candidates
 from photon_train.conversion.presets import make_plan, photon_config
 from photon_train.conversion.source import DenseCheckpoint
@@ -64,6 +65,21 @@ def test_a_window_over_the_text_gives_the_dense_logits(dense, tmp_path):
     expected = AutoModelForCausalLM.from_pretrained(dense).eval()(IDS).logits
     assert expected.std() > 0.1  # else any two models agree
     torch.testing.assert_close(found, expected, atol=1e-4, rtol=0)
+
+
+@torch.no_grad()
+def test_the_probe_of_cells_runs_the_dense_model(dense):
+    """As it is, and with every cell's gate open."""
+    expected = AutoModelForCausalLM.from_pretrained(dense).eval()(IDS).logits
+    model, attention = (
+        AutoModelForCausalLM.from_pretrained(dense, attn_implementation="photon").eval(),
+        DenseAttention(IDS),
+    )
+    layers = memory_candidates(model.config, PhotonSettings())
+    gates = {layer: torch.ones(2) for layer in layers}
+    for segments in (attention.dense(model.config), attention.restricted(model.config, 6, 2, layers, gates)):
+        found = model(IDS, use_cache=False, photon_segments=segments).logits
+        torch.testing.assert_close(found, expected, atol=1e-4, rtol=0)
 
 
 @pytest.mark.parametrize("sizes", [[1] * LENGTH, [13, 1, 9, 17]], ids=["token by token", "in chunks"])
@@ -249,8 +265,8 @@ def test_each_layers_attention_is_what_the_family_defines(name, tmp_path):
 @pytest.mark.parametrize("name", FAMILY_NAMES)
 @torch.no_grad()
 def test_the_fit_meets_keys_as_far_queries_do(name, tmp_path, monkeypatch):
-    """It reads keys without their rotation; and in units of one token, where packing loses nothing, its latents give
-    each key turned back by the distances beyond the window, in the mean."""
+    """It runs the dense model and reads keys without their rotation; and in units of one token, where packing loses
+    nothing, its latents give each key turned back by the distances beyond the window, in the mean."""
     model, read = converted_plain(name, tmp_path, chunk_size=1), []
     config, units = model.config, latents._units
 
@@ -262,9 +278,11 @@ def test_the_fit_meets_keys_as_far_queries_do(name, tmp_path, monkeypatch):
     monkeypatch.setattr(latents, "RIDGE", 1e-8)  # which would show in weights that were shaken
     seen = watch(model)
     latents.fit_latents(model, [IDS])
+    model(IDS, as_dense=True)
     for number, layer in enumerate(config.memory_layers):
-        found = rules(config, layer)
-        projected = brute_force.project(weights(model, layer), config.to_dict(), seen[layer][0][0].double(), found)
+        found, ((states, _), (dense, _)) = rules(config, layer), seen[layer]
+        torch.testing.assert_close(states, dense, atol=1e-4, rtol=1e-4)
+        projected = brute_force.project(weights(model, layer), config.to_dict(), states.double(), found)
         cells = config.memory_cells[layer]
         expected = projected["k"][:, cells].transpose(0, 1)
         torch.testing.assert_close(read[2 * number][0].double(), expected, atol=1e-4, rtol=1e-4)
