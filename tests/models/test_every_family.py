@@ -16,6 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from photon_train.config import PhotonSettings, RunConfig
 from photon_train.conversion import latents
 from photon_train.conversion.apply import convert
+from photon_train.conversion.cells import summed_loss
 from photon_train.conversion.dense_attention import DenseAttention
 from photon_train.conversion.graft import memory_candidates
 from photon_train.conversion.presets import make_plan, photon_config
@@ -25,6 +26,7 @@ from photon_train.inference.request import SamplingParams
 from photon_train.models.attention_photon import unrotate
 from photon_train.models.families_photon import family, has_rotation, is_interleaved, rotation_kind
 from photon_train.models.memory_photon import LayerMemory
+from photon_train.training.losses import TrainingObjective
 
 LENGTH = 40
 IDS = torch.randint(3, 64, (2, LENGTH), generator=torch.Generator().manual_seed(0))
@@ -80,6 +82,22 @@ def test_the_probe_of_cells_runs_the_dense_model(dense):
     for segments in (attention.dense(model.config), attention.restricted(model.config, 6, 2, layers, gates)):
         found = model(IDS, use_cache=False, photon_segments=segments).logits
         torch.testing.assert_close(found, expected, atol=1e-4, rtol=0)
+
+
+def test_losses_in_chunks_are_the_familys_own(model, dense):
+    """Of training, and of the probe, whose logits are never whole: factors and bounds of logits are on them."""
+    expected = model(IDS, labels=IDS, use_cache=False).loss.item()
+    count = len(IDS) * (LENGTH - 1)
+    losses = TrainingObjective(model)
+    found = losses(IDS, IDS, torch.tensor(count), torch.tensor(2))["ce"].item()
+    assert found == pytest.approx(expected, abs=1e-4)
+    taught = AutoModelForCausalLM.from_pretrained(dense, attn_implementation="photon").eval()
+    segments = DenseAttention(IDS).dense(taught.config)
+    wanted = model(IDS, labels=IDS, as_dense=True, use_cache=False).loss.item()
+    with torch.no_grad():
+        assert summed_loss(taught, IDS, torch.ones_like(IDS, dtype=torch.bool), segments) / count == pytest.approx(
+            wanted, abs=1e-4
+        )
 
 
 @pytest.mark.parametrize("sizes", [[1] * LENGTH, [13, 1, 9, 17]], ids=["token by token", "in chunks"])

@@ -24,10 +24,16 @@ SPECIALS: dict[str, dict[str, Any]] = {
     },
     "smollm3": {"no_rope_layers": [1, 0, 1, 0]},
     "seed_oss": {"attention_dropout": 0.0},
-    "gemma2": {**_LOCAL_LAYERS, "query_pre_attn_scalar": 5, "attn_logit_softcapping": 1.5},
+    "gemma2": {
+        **_LOCAL_LAYERS,
+        "query_pre_attn_scalar": 5,
+        "attn_logit_softcapping": 1.5,
+        "final_logit_softcapping": 2.0,
+    },
     "gemma3_text": {
         **_LOCAL_LAYERS,
         "query_pre_attn_scalar": 5,
+        "final_logit_softcapping": 3.0,
         "rope_parameters": {
             "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 5e3},
             "sliding_attention": {"rope_type": "default", "rope_theta": 50.0},
