@@ -23,9 +23,9 @@ from photon_train.accounting.memory import LOGIT_CHUNK
 from photon_train.accounting.shape import Shape
 from photon_train.conversion.dense_attention import DenseAttention
 from photon_train.errors import PhotonError
+from photon_train.logits import headless, logit_bound
 from photon_train.models.attention_photon import Segment
 from photon_train.models.softmax_photon import capped
-from photon_train.training.heads import headless, logit_bound
 
 MIDDLE = 0.5
 # What a pass with gradients takes, in forward passes (measured): forward, each checkpointed layer again, and backward

@@ -15,7 +15,8 @@ from torch import nn
 
 from photon_train.config import ConsistencySettings, DistillSettings
 from photon_train.errors import PhotonError
-from photon_train.training.heads import IGNORED, headless, logit_bound, vocabulary_losses
+from photon_train.logits import headless, logit_bound
+from photon_train.training.heads import IGNORED, vocabulary_losses
 from photon_train.training.lora import base_model
 
 
