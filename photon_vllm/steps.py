@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -12,6 +12,7 @@ import torch
 from photon_train.models.attention_photon import Segment, load_kernels, unrotate
 from photon_train.models.cache_photon import KeyValue, SlotMapping
 from photon_train.models.configuration_photon import PhotonConfig
+from photon_train.models.families_photon import has_rotation, is_interleaved, rotation_kind
 from photon_train.models.memory_segment_photon import MemorySegment
 from photon_train.models.segments_photon import FullSegment, WindowSegment
 
@@ -40,7 +41,7 @@ class Layout:
 
     Args:
         config: The model's.
-        rotation: ``positions [B or 1, E] -> cosine, sine [B or 1, E, D]``.
+        rotation: ``positions [B or 1, E], layer -> cosine, sine [B or 1, E, D]``.
 
     Attributes:
         layers, units: By layer, its attention and the cache of its latents; each has `layer_name` and `kv_cache`.
@@ -68,9 +69,11 @@ class PagedWindowSegment(WindowSegment):
 
     ring: PagedTokens
 
-    def _decode_near(self, layer: int, query: torch.Tensor, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
+    def _decode_near(
+        self, layer: int, query: torch.Tensor, scale: float, softcap: float | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         if self.new.backend != "triton":
-            return super()._decode_near(layer, query, scale)
+            return super()._decode_near(layer, query, scale, softcap)
         keys, values, block_table = self.ring.operands(layer)
         return load_kernels().paged_decode_attention(
             query,
@@ -92,10 +95,9 @@ class UnitsSegment(PagedWindowSegment, MemorySegment):
 
     units: PagedUnits
 
-    def attend(self, module, query, key, value, scale):
-        if not module.memory.cells:  # of other ranks
-            return WindowSegment.attend(self, module, query, key, value, scale)
-        return MemorySegment.attend(self, module, query, key, value, scale)
+    def attend(self, module, query, key, value, scale, softcap=None):
+        kind = MemorySegment if module.memory.cells else WindowSegment  # cells may be other ranks'
+        return kind.attend(self, module, query, key, value, scale, softcap)
 
     @cached_property
     def _packing(self) -> tuple[torch.Tensor, torch.Tensor, tuple[torch.Tensor, ...], SlotMapping]:
@@ -115,12 +117,12 @@ class UnitsSegment(PagedWindowSegment, MemorySegment):
         memory, layer = module.memory, module.layer_idx
         if not self._decodes(key):
             keys, values = self._take(layer, memory.take_cells(key), memory.take_cells(value), memory)
-            stored = memory.pack(unrotate(keys, self.token_rotation), values)[1]
+            stored = memory.pack(unrotate(keys, self.token_rotation, self.is_interleaved), values)[1]
             self.units.write(layer, self.unit_slots, *stored)
             return
         rows, tokens, rotary, slot_mapping = self._packing
         keys, values = (memory.take_cells(states) for states in self.ring.take(layer, rows, tokens))
-        stored = memory.pack(unrotate(keys, rotary), values)[1]
+        stored = memory.pack(unrotate(keys, rotary, self.is_interleaved), values)[1]
         self.units.write(layer, slot_mapping, *stored)
 
     def _pack(self, module, key, value) -> KeyValue | None:
@@ -171,10 +173,12 @@ class StepPart:
 
     def segment(self, layer: int) -> Segment:
         """What the layer's attention does."""
-        memory = layer in self.layout.units
+        config, memory = self.layout.config, layer in self.layout.units
         kind = (*self.layout.kind(layer), memory)
+        if memory:  # layers that are rotated alike share one
+            kind += has_rotation(config, layer), rotation_kind(config, layer)
         if kind not in self._segments:
-            self._segments[kind] = self._make(kind[:2], memory)
+            self._segments[kind] = self._make(kind[:2], layer if memory else None)
         return self._segments[kind]
 
     def _table(self, cache: Any) -> torch.Tensor:
@@ -184,7 +188,7 @@ class StepPart:
             self._tables[id(table)] = table[self.rows].long()
         return self._tables[id(table)]
 
-    def _make(self, kind: tuple[str, int], memory: bool) -> Segment:
+    def _make(self, kind: tuple[str, int], memory_of: int | None) -> Segment:
         config, layout, index = self.layout.config, self.layout, self.index
         name, window = kind
 
@@ -210,7 +214,7 @@ class StepPart:
             "num_sinks": config.num_sinks,
             "ring": store,
         }
-        if not memory:
+        if memory_of is None:
             return PagedWindowSegment(self.new, **settings)
         counts = [[config.num_units(length) for length in lengths] for lengths in (self.past, self.lengths)]
         units = PagedUnits(
@@ -226,7 +230,8 @@ class StepPart:
             units=units,
             packed=tuple(torch.tensor(count, device=index.device) for count in counts),
             host_packed=tuple(counts),
-            rotation=layout.rotation,
+            rotation=partial(layout.rotation, layer=memory_of),
+            is_interleaved=is_interleaved(config),
         )
 
 
@@ -264,7 +269,7 @@ class Step:
         """Write the step's keys and values of a layer to its blocks, and attend.
 
         Args:
-            module: The layer's attention: `layer_idx`, `layer_name`, `kv_cache`, `scale`, and `memory`.
+            module: The layer's attention: `layer_idx`, `layer_name`, `kv_cache`, `scale`, `softcap`, and `memory`.
             query: ``[tokens, Hq, D]``, rotated; key, value: ``[tokens, Hkv, D]``.
             out: Filled in place, as `query`.
         """
@@ -276,5 +281,5 @@ class Step:
                 segment.pack_departed(module, part.rows_of(key), part.rows_of(value))
         for part, segment in segments:
             states = (part.rows_of(each) for each in (query, key, value))
-            found = segment.attend(module, *states, module.scale)
+            found = segment.attend(module, *states, module.scale, module.softcap)
             out[part.tokens] = found.transpose(1, 2).flatten(0, 1)

@@ -202,16 +202,22 @@ class PhotonModel(PhotonPreTrainedModel):
         Args:
             layer: The layer that is asked for, where layers differ.
         """
-        config = self.config
-        if not has_rotation(config, layer):
-            return (positions.new_empty(*positions.shape, 0, dtype=torch.float32),) * 2
-        like = torch.empty((), device=positions.device)  # weights may be offloaded
-        kind = rotation_kind(config, layer)
-        cosine, sine = self.rotary_emb(like, positions, *(() if kind is None else (kind,)))
-        scaling = getattr(self.rotary_emb, f"{kind}_attention_scaling" if kind else "attention_scaling", 1.0)
-        if config.base_model_type == "glm4":  # whose attention puts them in order itself
-            cosine, sine = (part.chunk(2, dim=-1)[0].repeat_interleave(2, dim=-1) for part in (cosine, sine))
-        return cosine / scaling, sine / scaling
+        return rotation(self.config, self.rotary_emb, positions, layer)
+
+
+def rotation(
+    config: PhotonConfig, rotary: nn.Module, positions: torch.Tensor, layer: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`PhotonModel.rotation` by a rotary embedding of the family."""
+    if not has_rotation(config, layer):
+        return (positions.new_empty(*positions.shape, 0, dtype=torch.float32),) * 2
+    like = torch.empty((), device=positions.device)  # weights may be offloaded
+    kind = rotation_kind(config, layer)
+    cosine, sine = rotary(like, positions, *(() if kind is None else (kind,)))
+    scaling = getattr(rotary, f"{kind}_attention_scaling" if kind else "attention_scaling", 1.0)
+    if config.base_model_type == "glm4":  # whose attention puts them in order itself
+        cosine, sine = (part.chunk(2, dim=-1)[0].repeat_interleave(2, dim=-1) for part in (cosine, sine))
+    return cosine / scaling, sine / scaling
 
 
 class PhotonForCausalLM(PhotonPreTrainedModel, PhotonGenerationMixin):

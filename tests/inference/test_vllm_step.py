@@ -40,7 +40,12 @@ def layers_of(model) -> Layout:
                 cache = torch.full((*units, 2 * config.head_dim * bits // 8 + 4), 255, dtype=torch.uint8)
             layout.units[layer] = SimpleNamespace(layer_name=f"{layer}.units", kv_cache=cache)
         layout.layers[layer] = SimpleNamespace(
-            layer_name=str(layer), layer_idx=layer, kv_cache=torch.full(shape, torch.nan), scale=0.4, memory=memory
+            layer_name=str(layer),
+            layer_idx=layer,
+            kv_cache=torch.full(shape, torch.nan),
+            scale=0.4,
+            softcap=None,
+            memory=memory,
         )
     return layout
 
