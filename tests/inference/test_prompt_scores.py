@@ -16,7 +16,7 @@ from photon_train.inference.request import SamplingParams
 TestClient = pytest.importorskip("fastapi.testclient").TestClient
 create_app = pytest.importorskip("photon_train.inference.server").create_app
 
-PROMPTS = [[5, 6, 7, 8, 9, 10, 11, 12, 13], [5, 6, 7, 8, 9, 14], [20], [21, 22], [5, 6, 7, 8, 9, 10, 11, 12, 13]]
+PROMPTS = [[5, 6, 7, 8, 9, 10, 11, 12, 13], [5, 6, 7, 8, 9, 14], [20], [21, 22, 23], [5, 6, 7, 8, 9, 10, 11, 12, 13]]
 
 
 def expected(model, prompt: list[int]) -> torch.Tensor:
@@ -26,9 +26,10 @@ def expected(model, prompt: list[int]) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("name", SOME)
-def test_prompts_are_scored_as_by_a_whole_pass(name):
-    """In segments, beside prompts that are not, with prefixes kept before, and after a swap to main memory."""
+def test_prompts_are_scored_as_by_a_whole_pass(name, monkeypatch):
+    """In segments, beside prompts that are not, with prefixes kept before."""
     model = tiny_model(name)
+    monkeypatch.setattr("photon_train.inference.sampler.SCORED_AT_ONCE", 2 * model.config.vocab_size)
     unit = unit_tokens(model)
     sizes = {"max_sequences": 3, "max_prefixes": 4, "max_length": 48, "block_size": unit * 2, "segment_tokens": 4}
     engine = Engine(model, settings=EngineSettings(**sizes))
@@ -49,6 +50,14 @@ def test_prompts_are_scored_as_by_a_whole_pass(name):
             assert score.rank == 1 + int((row > row[score.token]).sum())
             assert list(score.top) == row.topk(2).indices.tolist()
             assert list(score.top.values()) == pytest.approx(row.topk(2).values.tolist(), abs=1e-4)
+
+
+def test_equal_prompts_that_are_scored_do_not_wait_for_each_other():
+    engine = Engine(photon_model("memory"), settings=EngineSettings(max_sequences=2, max_length=48, segment_tokens=4))
+    for _ in range(2):
+        engine.add(PROMPTS[0], SamplingParams(max_new_tokens=2, prompt_logprobs=0))
+    engine.step()
+    assert len(engine.scheduler.running) == 2
 
 
 def test_a_prompt_swapped_out_within_is_scored_once():

@@ -13,7 +13,7 @@ from tokenizers import Tokenizer, decoders, models, processors
 from transformers import PreTrainedTokenizerFast
 
 from photon_train.errors import PhotonError
-from photon_train.inference.answers import ChatStyle, Choice, Style
+from photon_train.inference.answers import ChatStyle, Choice, Echo, Style
 from photon_train.inference.engine import Engine, EngineSettings
 from photon_train.inference.request import Event, SamplingParams
 from photon_train.inference.text import generate_text
@@ -102,3 +102,6 @@ def test_sentencepiece_keeps_spaces_and_tokens_apart():
     writer = TokenWriter(PreTrainedTokenizerFast(tokenizer_object=tokenizer))
     assert [writer.bytes(token) for token in range(1, 5)] == [b" a", b"a", b"\xe2", b" "]
     assert writer.texts([1, 2, 5]) == [" a", "a", "token_id:5"]
+    # A token before the text, and the space that the tokenizer puts there, are no part of it.
+    assert Echo("aa a", [0, 1, 2, 1]).offsets(writer) == [0, 0, 1, 2]
+    assert Echo("", [0]).offsets(writer) == [0]
