@@ -37,13 +37,13 @@ from photon_train.training.shards import empty_model
 ROOT = Path(__file__).resolve().parents[1]
 WAYS = ("every", "main")
 SHAPE = {
-    "hidden_size": 1024,
-    "intermediate_size": 2816,
-    "num_hidden_layers": 12,
+    "hidden_size": 2048,
+    "intermediate_size": 5632,
+    "num_hidden_layers": 3,
     "num_attention_heads": 16,
     "num_key_value_heads": 4,
     "vocab_size": 8192,
-    "memory_cells": {1: [0], 5: [1], 9: [2]},
+    "memory_cells": {0: [0], 2: [1]},
 }
 
 
