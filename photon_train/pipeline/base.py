@@ -22,6 +22,7 @@ from photon_train.export.card import model_card
 from photon_train.export.save import check_weights, export_model
 from photon_train.export.validate import validate_export
 from photon_train.files import check_can_write
+from photon_train.inference.defaults import without_sampling
 from photon_train.inference.text import generate_text, load_for_inference
 from photon_train.manifest import read_manifest, verify_manifest
 from photon_train.pipeline.devices import roomy_device, weight_bytes
@@ -193,6 +194,8 @@ class TrainingRun:
         """Reload the export and let it write."""
         device = roomy_device(self.accelerator.device, weight_bytes(self.exported))
         model, tokenizer = load_for_inference(self.exported, device=str(device))
+        # A sample shows the model, not what its generation_config.json makes of it.
+        model.generation_config = without_sampling(model.generation_config)
         prompt = self.config.export.sample_prompt
         if prompt is None:
             prompt = tokenizer.decode(
