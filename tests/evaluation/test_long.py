@@ -188,8 +188,8 @@ def test_prompts_do_not_end_with_what_a_tokenizer_puts_behind_texts():
     processor = TemplateProcessing(single=f"{end} $A {end}", special_tokens=[(end, tokenizer.eos_token_id)])
     tokenizer.backend_tokenizer.post_processor = processor
     (sample,) = make_samples("niah_single", Haystack(DOCUMENTS), tokenizer, LENGTH, 1)
-    assert sample.prompt[0] == tokenizer.eos_token_id and sample.prompt[-1] == expected.prompt[-1]
-    assert tokenizer.eos_token_id not in sample.prompt[1:]
+    assert sample.tokens[0] == tokenizer.eos_token_id and sample.tokens[-1] == expected.tokens[-1]
+    assert tokenizer.eos_token_id not in sample.tokens[1:]
 
 
 def test_chat_templates_put_the_question_in_a_turn():
