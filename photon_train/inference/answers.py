@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+from pydantic import BaseModel
+
 from photon_train.inference.request import Event, TokenScore
 from photon_train.inference.tokens import TokenWriter
 
@@ -190,6 +192,28 @@ def usage(prompt_tokens: int, completion_tokens: int) -> dict[str, int]:
     """Tokens in and out."""
     total = prompt_tokens + completion_tokens
     return {"prompt_tokens": prompt_tokens, "completion_tokens": completion_tokens, "total_tokens": total}
+
+
+class Fault(BaseModel):
+    """What was wrong, as OpenAI's clients read it."""
+
+    message: str
+    type: str
+    param: str | None
+    code: str | None
+
+
+class ErrorBody(BaseModel):
+    """Any answer but a good one."""
+
+    error: Fault
+
+
+# For the server's OpenAPI document.
+ERRORS: dict[int | str, dict[str, Any]] = {
+    "4XX": {"model": ErrorBody, "description": "What is asked cannot be done, or not now (429)"},
+    "5XX": {"model": ErrorBody, "description": "The server has failed, or is about to end"},
+}
 
 
 def error_body(

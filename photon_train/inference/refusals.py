@@ -71,4 +71,6 @@ def describe(errors: Sequence[Mapping[str, Any]]) -> tuple[str, str | None]:
         message = _UNIONS[place[-1]]
     else:
         message = _PLAIN.get(error["type"], error["msg"])
+    if not field and error["type"] == "missing":
+        return "the request has no body: send JSON", None
     return (f"{field}: {message}" if field else f"the request: {message}"), field or None

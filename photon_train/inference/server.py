@@ -17,11 +17,11 @@ from typing import Any
 
 from fastapi import Depends, FastAPI, Request
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse, Response, StreamingResponse
+from fastapi.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
 from starlette.exceptions import HTTPException
 
 from photon_train.errors import PhotonError
-from photon_train.inference.answers import ChatStyle, Choice, Echo, Style, error_body, usage
+from photon_train.inference.answers import ERRORS, ChatStyle, Choice, Echo, Style, error_body, usage
 from photon_train.inference.engine import Engine, Prompt
 from photon_train.inference.metrics import CONTENT_TYPE
 from photon_train.inference.openai import ChatRequest, CompletionRequest
@@ -200,7 +200,7 @@ def create_app(engine: Engine, name: str, max_waiting: int = 1024, api_key: str 
             raise HTTPException(401, message, {"WWW-Authenticate": "Bearer"})
 
     keyed = [Depends(check_key)]
-    app = FastAPI(title="photon-train", lifespan=lifespan)
+    app = FastAPI(title="photon-train", lifespan=lifespan, responses=ERRORS)
     app.state.worker = worker
 
     @app.exception_handler(PhotonError)
@@ -254,7 +254,7 @@ def create_app(engine: Engine, name: str, max_waiting: int = 1024, api_key: str 
         state = {"status": "ok" if worker.is_healthy else "failed", "open_requests": worker.num_open}
         return JSONResponse(state, 200 if worker.is_healthy else 503)
 
-    @app.get("/metrics")
+    @app.get("/metrics", response_class=PlainTextResponse)
     async def metrics() -> Response:
         return Response(worker.metrics.render(engine, worker.num_open), media_type=CONTENT_TYPE)
 

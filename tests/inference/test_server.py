@@ -248,6 +248,7 @@ def test_bad_requests_get_openais_errors(client, path, body, message):
         (b'{"prompt": "t05",}', 400, "the body is no JSON: "),
         (b'{"prompt": "\xff"}', 400, "error parsing the body"),
         (b"[" * 100_000, 400, "error parsing the body"),
+        (b"", 400, "the request has no body: send JSON"),
         (None, 405, "Method Not Allowed"),
     ],
 )
@@ -303,6 +304,14 @@ def test_penalties_and_biases_reach_the_engine(client):
     body = {"prompt": [5, 6], "max_tokens": 12, "temperature": 0, **settings}
     found = client.post("/v1/completions", json=body).json()["choices"][0]["text"]
     assert found == greedy([5, 6], 12, **settings).text != greedy([5, 6], 12).text
+
+
+def test_the_openapi_document_states_what_is_sent(client):
+    paths = client.get("/openapi.json").json()["paths"]
+    for path, methods in paths.items():
+        for operation in methods.values():
+            assert set(operation["responses"]) == {"200", "4XX", "5XX"}, path
+    assert list(paths["/metrics"]["get"]["responses"]["200"]["content"]) == ["text/plain"]
 
 
 def test_obfuscation_can_be_declined(client):
