@@ -14,7 +14,7 @@ from typing import NoReturn
 from photon_train.errors import PhotonError
 
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
-_SIGPIPE_STATUS = 128 + 13
+_SIGPIPE_STATUS, _SIGINT_STATUS = 128 + 13, 128 + 2
 _WAIT = 10.0  # seconds; launchers look after their processes more often
 
 
@@ -22,7 +22,8 @@ def main_wrapper(function: Callable[[], object]) -> NoReturn:
     """Run a recipe's main function and exit: 0 on success, 2 with one line on stderr for a `PhotonError`, a full disk.
 
     What stdout cannot write is written by its number (``\\u2014``); where nobody reads it any more (``| head``)
-    the program ends without a word, with the status that the signal would give it.
+    the program ends without a word, with the status that the signal would give it; where it is interrupted (Ctrl-C),
+    with one.
 
     Most errors are met by all processes, and the first on each machine speaks: the others wait for so long that the
     launcher has ended them. What one of them meets alone (a hub that did not answer it) it then says itself.
@@ -40,6 +41,9 @@ def main_wrapper(function: Callable[[], object]) -> NoReturn:
         if not _nobody_reads():
             raise
         raise SystemExit(_SIGPIPE_STATUS) from None
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        raise SystemExit(_SIGINT_STATUS) from None
     except (PhotonError, OSError) as error:
         if isinstance(error, OSError) and error.errno not in _DISK_FULL:
             raise

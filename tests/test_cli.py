@@ -6,6 +6,7 @@ import dataclasses
 import errno
 import os
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -372,6 +373,9 @@ def test_main_wrapper(capsys, monkeypatch) -> None:
     assert stop.value.code == 0
     with pytest.raises(ZeroDivisionError):
         main_wrapper(lambda: 1 // 0)
+    with pytest.raises(SystemExit) as stop:
+        main_wrapper(lambda: signal.raise_signal(signal.SIGINT))
+    assert stop.value.code == 130 and capsys.readouterr().err == "interrupted\n"
 
 
 def ended(code: str, **environment: str) -> tuple[int, str]:

@@ -99,7 +99,7 @@ class Engine:
         """
         params = params or SamplingParams(**self.defaults)
         self._check_known(params.logit_bias, "logit_bias: ")
-        tokens = self._tokens(prompt)
+        tokens = self.tokens(prompt)
         if len(tokens) + params.max_new_tokens > self.longest:
             raise PhotonError(
                 f"the prompt of {len(tokens)} tokens and up to {params.max_new_tokens} new ones exceed "
@@ -116,7 +116,12 @@ class Engine:
             self.scheduler.add(sequence)
         return number
 
-    def _tokens(self, prompt: Prompt) -> list[int]:
+    def tokens(self, prompt: Prompt) -> list[int]:
+        """Token ids of a prompt.
+
+        Raises:
+            PhotonError: for an empty prompt, a text without a tokenizer, or a token that there is not.
+        """
         if isinstance(prompt, str):
             if self.tokenizer is None:
                 raise PhotonError("a prompt as text needs a tokenizer: give the engine one, or pass token ids")

@@ -11,7 +11,7 @@ import secrets
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StrictInt, model_validator
 from transformers import PreTrainedTokenizerBase
 
 from photon_train.errors import PhotonError
@@ -75,7 +75,7 @@ class _Request(_Part):
     top_k: int | None = None
     min_p: float | None = None
     repetition_penalty: float | None = None
-    stop_token_ids: list[int] = []
+    stop_token_ids: list[StrictInt] = []
     ignore_eos: bool = False
 
     @model_validator(mode="before")
@@ -118,7 +118,7 @@ class _Request(_Part):
 class CompletionRequest(_Request):
     """POST /v1/completions."""
 
-    prompt: Text | list[Text] | list[int] | list[list[int]]
+    prompt: Text | list[Text] | list[StrictInt] | list[list[StrictInt]]
     max_tokens: int = Field(16, ge=0)
     logprobs: int | None = Field(None, ge=0, le=20)
     echo: bool = False

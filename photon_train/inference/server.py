@@ -27,7 +27,7 @@ from photon_train.inference.metrics import CONTENT_TYPE
 from photon_train.inference.openai import ChatRequest, CompletionRequest
 from photon_train.inference.refusals import describe
 from photon_train.inference.request import Event, SamplingParams
-from photon_train.inference.tokens import TokenWriter, prompt_tokens
+from photon_train.inference.tokens import TokenWriter
 from photon_train.inference.worker import RETRY_AFTER_S, Busy, NotServing, RequestFailed, Ticket, Worker
 
 CLIENT_POLL_S = 0.2  # how often a waiting request looks whether its client is still there
@@ -233,9 +233,6 @@ def create_app(engine: Engine, name: str, max_waiting: int = 1024, api_key: str 
         if asked not in (None, name):
             raise PhotonError(f"model {asked!r} is not served here: the model is {name!r}")
 
-    def tokens_of(prompt: Prompt) -> list[int]:
-        return prompt_tokens(tokenizer, prompt) if isinstance(prompt, str) else prompt
-
     def echo_of(prompt: Prompt, tokens: list[int]) -> Echo:
         text = prompt if isinstance(prompt, str) else tokenizer.decode(tokens, clean_up_tokenization_spaces=False)
         return Echo(text, tokens)
@@ -279,7 +276,7 @@ def create_app(engine: Engine, name: str, max_waiting: int = 1024, api_key: str 
             # For an echo alone a token is computed and not given.
             limit = max(1, body.max_tokens)
             params = body.sampling(limit, drawn, body.logprobs or 0, engine.defaults, body.scored)
-            prompts = [tokens_of(prompt) for prompt in body.prompts]
+            prompts = [engine.tokens(prompt) for prompt in body.prompts]
             echoes = [echo_of(*each) for each in zip(body.prompts, prompts, strict=True)] if body.echo else None
             style = Style(writer, body.logprobs, echoes, body.max_tokens > 0, body.prompt_logprobs is not None)
             return Answer(worker, prompts, params, style, name, body.n)

@@ -178,6 +178,8 @@ def test_without_a_bound_a_chat_may_fill_the_context(client):
         ("completions", {"prompt": []}, "a prompt is empty"),
         ("completions", {"prompt": "\ud800"}, "half of a surrogate pair"),
         ("completions", {"prompt": [5, 61]}, "token 61 is outside the vocabulary"),
+        ("completions", {"prompt": [[5], [-(2**70)]], "echo": True}, "is outside the vocabulary of 61"),
+        ("completions", {"prompt": [[False]]}, "prompt: must be a text, a list of texts, a list of token ids or"),
         ("completions", {"prompt": [5], "max_tokens": 200}, "up to 200 new ones exceed"),
         ("completions", {"prompt": [5], "temperature": -1}, "temperature=-1"),
         ("completions", {"prompt": [5], "n": 3, "best_of": 2}, "best_of must not be smaller"),
