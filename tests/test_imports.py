@@ -28,7 +28,7 @@ ALLOWED = {
     "training": {"models", "data", "accounting", "manifest", *HELPERS},
     "export": {"checkpoints", "models", "accounting", "manifest", *HELPERS},
     "inference": {"checkpoints", "models", "accounting", "manifest", "photon_kernels", *HELPERS},
-    "evaluation": {"checkpoints", "models", "data", "accounting", "manifest", *HELPERS},
+    "evaluation": {"checkpoints", "models", "data", "inference", "accounting", "manifest", *HELPERS},
 }
 # The stages put together, as the commands call them.
 ALLOWED["pipeline"] = {"manifest", *ALLOWED}

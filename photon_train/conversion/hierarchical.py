@@ -95,7 +95,7 @@ def configure(dense: PretrainedConfig, settings: RunConfig) -> HierarchicalConfi
             f"{layers['model_type']}"
         )
     try:
-        return HierarchicalConfig(
+        config = HierarchicalConfig(
             base_config=layers,
             levels=levels,
             layout=layout,
@@ -105,6 +105,24 @@ def configure(dense: PretrainedConfig, settings: RunConfig) -> HierarchicalConfi
         )
     except ValueError as error:  # its messages begin with the key
         raise PhotonError(f"photon.{error}") from error
+    _check_groups(config, _least_window(dense))
+    return config
+
+
+def _least_window(dense: PretrainedConfig) -> int | None:
+    """The shortest sliding window of the dense layers; None: all see everything."""
+    return min((each for each in Shape.of(dense).windows if each is not None), default=None)
+
+
+def _check_groups(config: HierarchicalConfig, own: int | None) -> None:
+    """No dense layer has learned to look further back than its own window."""
+    for index in range(config.num_levels):
+        stream = config.slot_stream(index)
+        if own is not None and stream.isolated and stream.period > own:
+            raise PhotonError(
+                f"photon.levels.{index}: {stream.num_slots} slots and a chunk of {stream.chunk_size} are seen "
+                f"together, which exceeds the dense model's sliding_window={own}: lower chunk_size or num_slots"
+            )
 
 
 def _levels(photon: PhotonSettings) -> list[LevelOverrides]:
@@ -156,8 +174,8 @@ def _stream(dense: PretrainedConfig, photon: PhotonSettings, top_unit: int) -> d
             f"photon.window={window} does not reach back over the open unit: it must be at least {top_unit}, the "
             "tokens under one top unit; raise it, or lower photon.levels.*.chunk_size"
         )
-    own = min((each for each in Shape.of(dense).windows if each is not None), default=window)
-    if window > own:
+    own = _least_window(dense)
+    if own is not None and window > own:
         raise PhotonError(f"photon.window={window} exceeds the dense model's sliding_window={own}: lower it")
     return {"window": window, "num_sinks": NUM_SINKS if photon.num_sinks is None else photon.num_sinks}
 
