@@ -75,7 +75,7 @@ def imported(tree: ast.AST, path: Path) -> Iterator[str]:
 def ours(name: str) -> str | None:
     """The part of ours that a dotted name belongs to, else None."""
     parts = name.split(".")
-    if parts[0] == "photon_kernels" or parts[0] in ENTRY_POINTS:
+    if parts[0] in ("photon_kernels", "photon_vllm") or parts[0] in ENTRY_POINTS:
         return parts[0]
     return parts[1] if parts[0] == "photon_train" and len(parts) > 1 else None
 
@@ -85,7 +85,7 @@ def part_of(path: Path) -> str:
 
 
 def wrong_imports(tree: ast.AST, path: Path, own: str, allowed: set[str]) -> set[str]:
-    known = {part_of(other) for other in sources(PACKAGE)} | ENTRY_POINTS | {"photon_kernels"}
+    known = {part_of(other) for other in sources(PACKAGE)} | ENTRY_POINTS | {"photon_kernels", "photon_vllm"}
     return {part for name in imported(tree, path) if (part := ours(name)) in known} - allowed - {own, "__init__"}
 
 
@@ -117,6 +117,17 @@ def test_kernels_import_nothing_of_ours() -> None:
         assert not names, path
 
 
+def test_the_plugin_imports_models_alone() -> None:
+    """vLLM's processes need nothing of training, and what computes a step nothing of vLLM."""
+    files = sources(ROOT / "photon_vllm")
+    assert files, "the plugin moved: fix this test"
+    for path in files:
+        names = set(imported(parse(path), path))
+        assert {ours(name) for name in names} <= {None, "models", "photon_vllm"}, path
+        if path.stem in ("steps", "stores"):
+            assert "vllm" not in {name.split(".")[0] for name in names}, path
+
+
 def import_graph(folder: Path) -> dict[str, set[str]]:
     """Module of a package -> the modules of it that it imports: at its top, inside functions, for types alone."""
     root = folder.parent
@@ -141,7 +152,9 @@ def cycle(graph: dict[str, set[str]]) -> list[str]:
     return []
 
 
-@pytest.mark.parametrize("folder", [PACKAGE, ROOT / "kernels" / "photon_kernels"], ids=lambda folder: folder.name)
+@pytest.mark.parametrize(
+    "folder", [PACKAGE, ROOT / "kernels" / "photon_kernels", ROOT / "photon_vllm"], ids=lambda folder: folder.name
+)
 def test_no_module_is_imported_by_what_it_imports(folder: Path) -> None:
     graph = import_graph(folder)
     assert graph and any(graph.values())
@@ -203,7 +216,7 @@ def unsafe_reads(tree: ast.AST, path: Path) -> list[str]:
 
 
 def test_nothing_is_unpickled() -> None:
-    for folder in ("photon_train", "kernels", "recipes", "tools"):
+    for folder in ("photon_train", "photon_vllm", "kernels", "recipes", "tools"):
         for path in sources(ROOT / folder):
             assert not unsafe_reads(parse(path), path), path
 
@@ -227,6 +240,7 @@ def test_kernels_folder_is_no_package() -> None:
         ("models", "from ..errors import PhotonError", {"errors"}),
         ("models", "import photon_kernels.chunker", set()),
         ("config", "import photon_train.models", {"models"}),
+        ("inference", "from photon_vllm.steps import Step", {"photon_vllm"}),
     ],
 )
 def test_the_walk_sees_what_it_must(own: str, code: str, found: set[str]) -> None:

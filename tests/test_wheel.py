@@ -17,7 +17,11 @@ from photon_train import __version__
 from photon_train.commands.__main__ import COMMANDS
 
 ROOT = Path(__file__).resolve().parents[1]
-PACKAGES = {"photon_train": ROOT / "photon_train", "photon_kernels": ROOT / "kernels" / "photon_kernels"}
+PACKAGES = {
+    "photon_train": ROOT / "photon_train",
+    "photon_kernels": ROOT / "kernels" / "photon_kernels",
+    "photon_vllm": ROOT / "photon_vllm",
+}
 # A few steps of a tiny model.
 SETTINGS = {
     "train.mixed_precision": "no",
@@ -102,7 +106,7 @@ def installed(wheel, tmp_path_factory) -> Installation:
     return found
 
 
-def test_the_wheel_has_both_packages_whole_and_nothing_else(wheel) -> None:
+def test_the_wheel_has_all_packages_whole_and_nothing_else(wheel) -> None:
     with zipfile.ZipFile(wheel) as archive:
         names = {name for name in archive.namelist() if ".dist-info/" not in name}
     assert names == set().union(*map(files_of, PACKAGES.values()))
