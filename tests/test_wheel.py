@@ -100,7 +100,7 @@ def installed(wheel, tmp_path_factory) -> Installation:
         (directory / name).mkdir()
     found = Installation(directory / "site", directory)
     # The checkout may be installed in this Python, too: the wheel must be what is imported.
-    code = "import photon_train, photon_kernels; print(photon_train.__file__, photon_kernels.__file__)"
+    code = "".join(f"import {name}; print({name}.__file__);" for name in PACKAGES)
     done = found.python("-c", code)
     assert done.stdout.split() == [str(directory / "site" / name / "__init__.py") for name in PACKAGES], done.stderr
     return found
