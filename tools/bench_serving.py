@@ -6,8 +6,8 @@ One server runs at a time, on the whole machine; first each has to write, greedi
 model. Requests come from vLLM's load generator (`vllm bench serve`). For every length a prompt is read once by itself
 (`ttft_s`, one stream, nothing cached); then 1, 8, 32 streams go on from the same prompt, each with some tokens of its
 own, so that what is timed is decoding: `decode_tokens_per_s` is the streams over the median time between tokens. A
-request's `kv_bytes` are the most of vLLM's cache that it takes while it runs alone, tokens in flight included, or of
-our server what `accounting` states; `sequences_per_gib` follows. Every ratio is of one run on one machine.
+request's `kv_bytes` are what it has of vLLM's cache while it writes alone (`kv_bytes_reading`: the most while its
+prompt is read, tokens in flight included), or of our server what `accounting` states; `sequences_per_gib` follows. Every ratio is of one run on one machine.
 """
 
 from __future__ import annotations
@@ -155,9 +155,10 @@ def load(server: Server, options: argparse.Namespace, texts: list[str]) -> dict[
 
 
 def watch_usage(server: Server, stop: threading.Event, seen: list[float]) -> None:
-    """Collect the share of the cache in use until `stop`."""
-    while not stop.wait(0.2):
-        seen.append(server.cache_usage())
+    """Collect the shares of the cache that are in use, while some is, until `stop`."""
+    while not stop.wait(0.1):
+        if share := server.cache_usage():
+            seen.append(share)
 
 
 def measure(server: Server, options: argparse.Namespace) -> Iterator[dict[str, Any]]:
@@ -170,7 +171,8 @@ def measure(server: Server, options: argparse.Namespace) -> Iterator[dict[str, A
         cold = load(server, options, texts[:1])
         stop.set()
         watcher.join()
-        kept = server.request_bytes(max(seen), length)
+        # Read to its end, it writes: the last that was seen of it.
+        kept, reading = (server.request_bytes(share, length) for share in (seen[-1], max(seen)))
         # vLLM keeps the windows at a common beginning's end from the second request on.
         load(server, options, texts[1:2] or texts)
         for streams in options.streams:
@@ -183,6 +185,7 @@ def measure(server: Server, options: argparse.Namespace) -> Iterator[dict[str, A
                 "shared_ttft_s": found["median_ttft_ms"] / 1e3,
                 "decode_tokens_per_s": streams * 1e3 / found["median_itl_ms"],
                 "kv_bytes": kept,
+                "kv_bytes_reading": reading,
                 "sequences_per_gib": 2**30 / kept,
             }
 
