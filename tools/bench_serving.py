@@ -7,7 +7,8 @@ model. Requests come from vLLM's load generator (`vllm bench serve`). For every 
 (`ttft_s`, one stream, nothing cached); then 1, 8, 32 streams go on from the same prompt, each with some tokens of its
 own, so that what is timed is decoding: `decode_tokens_per_s` is the streams over the median time between tokens. A
 request's `kv_bytes` are what it has of vLLM's cache while it writes alone (`kv_bytes_reading`: the most while its
-prompt is read, tokens in flight included), or of our server what `accounting` states; `sequences_per_gib` follows. Every ratio is of one run on one machine.
+prompt is read, tokens in flight included), or of our server what `accounting` states; `sequences_per_gib` follows.
+Every ratio is of one run on one machine.
 """
 
 from __future__ import annotations
