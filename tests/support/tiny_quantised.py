@@ -7,6 +7,7 @@ and the matrix in float64 that the stored numbers stand for.
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from itertools import product
 from pathlib import Path
@@ -136,8 +137,21 @@ def save_quantised(directory: Path, kind: str, model_type: str = "llama", **chan
     Returns:
         The directory.
     """
-    quantise, settings = KINDS[kind]
     copy = save_dense(directory.with_name("copy"), model_type, **{**SIZES, "num_hidden_layers": 2, **changes})
+    return quantise_dense(copy, directory, kind)
+
+
+def quantise_dense(copy: Path, directory: Path, kind: str) -> Path:
+    """Write the dense model in `copy` to `directory`, its linear layers quantised; `copy` becomes what it stands for.
+
+    Returns:
+        `directory`.
+    """
+    quantise, settings = KINDS[kind]
+    directory.mkdir()
+    for path in copy.iterdir():
+        if path.name != "model.safetensors":
+            shutil.copyfile(path, directory / path.name)
     stored, exact = {}, {}
     for name, weight in load_file(copy / "model.safetensors").items():
         exact[name] = stored[name] = weight.bfloat16()
@@ -148,7 +162,6 @@ def save_quantised(directory: Path, kind: str, model_type: str = "llama", **chan
     save_file(exact, copy / "model.safetensors", metadata={"format": "pt"})
     config = json.loads((copy / "config.json").read_text()) | {"dtype": "bfloat16"}
     (copy / "config.json").write_text(json.dumps(config))
-    directory.mkdir()
     save_file(stored, directory / "model.safetensors", metadata={"format": "pt"})
     (directory / "config.json").write_text(json.dumps(config | {"quantization_config": settings}))
     return directory
