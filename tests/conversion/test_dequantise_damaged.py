@@ -136,9 +136,17 @@ def test_a_state_that_is_damaged(tmp_path, text, words):
     refuses(directory, f"tensor {LAYER}weight has a quant_state", words, headers=False)
 
 
+def test_weights_beyond_the_type_that_the_model_names(tmp_path):
+    directory = edit(save_quantised(tmp_path / "model", "bitsandbytes 8"), SCB=torch.full((52,), 1e6))
+    config = json.loads((directory / "config.json").read_text()) | {"dtype": "float16"}
+    (directory / "config.json").write_text(json.dumps(config))
+    words = ("model.safetensors: tensor", f"{LAYER}weight", "beyond float16", "write bfloat16")
+    refuses(directory, *words, headers=False)
+
+
 def test_factors_of_activations_are_no_weights(tmp_path):
     directory = save_quantised(tmp_path / "model", "fp8 matrix")
-    edit(directory, input_scale=torch.ones(()), output_scale=torch.ones(1))
+    edit(directory, input_scale=torch.ones(()), output_scale=torch.ones(1), kv_scale=torch.ones(1))
     assert set(DenseCheckpoint.open(str(directory)).tensors) == set(load_file(tmp_path / "copy" / "model.safetensors"))
 
 
@@ -211,6 +219,7 @@ def test_a_damaged_note_says_what_to_delete(tmp_path):
 def test_a_full_disk_is_known_before(tmp_path, monkeypatch):
     from photon_train import files
 
-    usage = type("Usage", (), {"free": 1})
+    # What a run needs beside the weights is free, and a part of them.
+    usage = type("Usage", (), {"free": files._SPARE_BYTES + 1000})
     monkeypatch.setattr(files.shutil, "disk_usage", lambda _: usage)
     refuses(save_quantised(tmp_path / "model", "fp8 rows"), "the dequantised model needs", headers=False)

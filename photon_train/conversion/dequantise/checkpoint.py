@@ -125,15 +125,15 @@ class QuantisedCheckpoint:
                 file = shard_name(number, len(shards))
                 with ShardWriter(directory / file, shard, dtype) as writer:
                     for name in shard:
-                        writer.write(name, self._pieces(name))
+                        writer.write(name, self._pieces(name, dtype))
                         weight_map[name] = file
             write_index(directory, weight_map, note.bytes_after)
             (directory / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
             (directory / NOTE).write_text(json.dumps(asdict(note), indent=1) + "\n", encoding="utf-8")
             copy_small_files(self.directory, directory)
 
-    def _pieces(self, name: str) -> Iterator[torch.Tensor]:
-        """A weight's elements, flat."""
+    def _pieces(self, name: str, dtype: torch.dtype) -> Iterator[torch.Tensor]:
+        """A weight's elements in `dtype`, flat."""
         if name not in self.parts:
             file, pieces = self.stored[name].file, read_pieces(self.stored[name])
         else:
@@ -145,9 +145,15 @@ class QuantisedCheckpoint:
             except PhotonError as error:
                 raise PhotonError(f"{file}: tensor {name} {error}") from error
         for piece in pieces:
+            cast = piece.to(dtype)
             if not is_finite(piece):
                 raise PhotonError(f"{file}: tensor {name} holds NaN or infinite weights; use a sound checkpoint")
-            yield piece
+            if not is_finite(cast):
+                raise PhotonError(
+                    f"{file}: tensor {name} holds weights beyond {str(dtype).removeprefix('torch.')}, the dtype that "
+                    "config.json names: write bfloat16 there"
+                )
+            yield cast
 
 
 def sort_tensors(

@@ -21,7 +21,10 @@ _WEIGHTS = (torch.float8_e4m3fn, torch.float8_e5m2)
 _FACTORS = (torch.float32, torch.bfloat16, torch.float16, torch.float8_e8m0fnu)
 _ENDINGS = ("_scale_inv", "_scale")
 # Factors of activations and of cached keys and values: the weights are the same without.
-_IGNORED = (".input_scale", ".activation_scale", ".input_scale_ub", ".output_scale", ".k_scale", ".v_scale", ".q_scale")
+_IGNORED = (
+    *(".input_scale", ".input_scale_ub", ".activation_scale", ".output_scale"),
+    *(".q_scale", ".k_scale", ".v_scale", ".kv_scale"),
+)
 
 
 @dataclass(frozen=True)
