@@ -13,16 +13,26 @@ from typing import NoReturn
 
 from photon_train.errors import PhotonError
 
-_DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
-_SIGPIPE_STATUS = 128 + 13
+_DISK_FULL = "cannot be written: {}; free some, then start the run again with --resume"
+_FORBIDDEN = "cannot be used: {}; allow it, or give another place"
+# What a user can do something about on the machine, and what.
+_FIXES = {
+    errno.ENOSPC: _DISK_FULL,
+    errno.EDQUOT: _DISK_FULL,
+    errno.EROFS: _FORBIDDEN,
+    errno.EACCES: _FORBIDDEN,
+}
+_SIGPIPE_STATUS, _SIGINT_STATUS = 128 + 13, 128 + 2
 _WAIT = 10.0  # seconds; launchers look after their processes more often
 
 
 def main_wrapper(function: Callable[[], object]) -> NoReturn:
-    """Run a recipe's main function and exit: 0 on success, 2 with one line on stderr for a `PhotonError`, a full disk.
+    """Run a recipe's main function and exit: 0 on success, 2 with one line on stderr for a `PhotonError`, a full disk
+    or one that is not to be written.
 
     What stdout cannot write is written by its number (``\\u2014``); where nobody reads it any more (``| head``)
-    the program ends without a word, with the status that the signal would give it.
+    the program ends without a word, with the status that the signal would give it; where it is interrupted (Ctrl-C),
+    with one.
 
     Most errors are met by all processes, and the first on each machine speaks: the others wait for so long that the
     launcher has ended them. What one of them meets alone (a hub that did not answer it) it then says itself.
@@ -40,8 +50,11 @@ def main_wrapper(function: Callable[[], object]) -> NoReturn:
         if not _nobody_reads():
             raise
         raise SystemExit(_SIGPIPE_STATUS) from None
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        raise SystemExit(_SIGINT_STATUS) from None
     except (PhotonError, OSError) as error:
-        if isinstance(error, OSError) and error.errno not in _DISK_FULL:
+        if isinstance(error, OSError) and error.errno not in _FIXES:
             raise
         place = ""
         if os.environ.get("LOCAL_RANK", "0") != "0":
@@ -71,6 +84,5 @@ def _nobody_reads() -> bool:
 
 def _one_line(error: Exception) -> str:
     if isinstance(error, OSError):
-        name = error.filename or "a file"
-        return f"{name} cannot be written: {error.strerror}; free some, then start the run again with --resume"
+        return f"{error.filename or 'a file'} {_FIXES[error.errno].format(error.strerror)}"
     return " ".join(str(error).split())

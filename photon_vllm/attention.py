@@ -148,7 +148,7 @@ class PhotonAttention(PagedCache):
         layer_name: Its name.
         layout: Of the model.
         layer: The layer.
-        num_heads, num_kv_heads, head_dim, scale: Of this rank, from the attention that it replaces.
+        num_heads, num_kv_heads, head_dim, scale, softcap: Of this rank, from the attention that it replaces.
         memory: Of the layer, or None.
     """
 
@@ -161,10 +161,11 @@ class PhotonAttention(PagedCache):
         num_kv_heads: int,
         head_dim: int,
         scale: float,
+        softcap: float | None,
         memory: RankMemory | None,
     ) -> None:
         super().__init__(layer_name)
-        self.layout, self.layer_idx, self.scale = layout, layer, scale
+        self.layout, self.layer_idx, self.scale, self.softcap = layout, layer, scale, softcap
         self.num_heads, self.num_kv_heads, self.head_dim = num_heads, num_kv_heads, head_dim
         # Its weights go by the name that the family's attention gives it.
         self._memory = (memory,)

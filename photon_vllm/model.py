@@ -13,10 +13,14 @@ from vllm.model_executor.models.registry import ModelRegistry
 
 from photon_train.models.configuration_photon import PhotonConfig
 from photon_train.models.families_photon import CLASS_PREFIXES, family
+from photon_train.models.modeling_photon import rotation
 
 from .attention import SPLITTING_OP, PhotonAttention, UnitsCache
 from .memory import RankMemory
 from .steps import Layout
+
+# Families whose model in vLLM gives other logits than transformers' (tests/vllm/test_greedy.py).
+DIFFERENT = ("ministral3",)
 
 
 class PhotonForCausalLM(LlamaForCausalLM):
@@ -47,8 +51,12 @@ class _Grafted:
 def _of_family(model_type: str) -> type[nn.Module]:
     name = f"{CLASS_PREFIXES[model_type]}ForCausalLM"
     theirs = ModelRegistry._try_load_model_cls(name)
-    if theirs is None:
-        raise ValueError(f"this vLLM has no {name}: exports of family {model_type} are served by `photon-train serve`")
+    # What vLLM runs as transformers has it calls transformers' attention, which knows no blocks.
+    if theirs is None or ".transformers" in theirs.__module__ or model_type in DIFFERENT:
+        raise ValueError(
+            f"this vLLM has no model of its own that computes {name}: exports of family {model_type} are served by "
+            "`photon-train serve`"
+        )
     return type("PhotonForCausalLM", (_Grafted, theirs), {"__module__": __name__})
 
 
@@ -80,13 +88,10 @@ def graft(model: nn.Module, config: PhotonConfig, vllm_config: VllmConfig) -> No
     rotary = family(config.base_model_type).rotary(config=config)
     device = vllm_config.device_config.device
 
-    def rotation(positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        # Without YaRN's factor, which queries and keys have already.
-        cosine, sine = rotary.to(positions.device)(torch.empty((), device=positions.device), positions)
-        scaling = getattr(rotary, "attention_scaling", 1.0)
-        return cosine / scaling, sine / scaling
+    def rotated(positions: torch.Tensor, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
+        return rotation(config, rotary.to(positions.device), positions, layer)
 
-    layout = Layout(config, rotation)
+    layout = Layout(config, rotated)
     context = vllm_config.compilation_config.static_forward_context
     for layer, attention in _attentions(model):
         dense = attention.attn
@@ -103,6 +108,7 @@ def graft(model: nn.Module, config: PhotonConfig, vllm_config: VllmConfig) -> No
             dense.num_kv_heads,
             dense.head_size,
             dense.impl.scale,
+            getattr(dense.impl, "logits_soft_cap", None) or None,
             memory,
         )
 

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property, partial
 from typing import Any
 
 import torch
 
-from photon_train.models.attention_photon import Segment, unrotate
+from photon_train.models.attention_photon import Segment, load_kernels, unrotate
 from photon_train.models.cache_photon import KeyValue, SlotMapping
 from photon_train.models.configuration_photon import PhotonConfig
+from photon_train.models.families_photon import has_rotation, is_interleaved, rotation_kind
 from photon_train.models.memory_segment_photon import MemorySegment
 from photon_train.models.segments_photon import FullSegment, WindowSegment
 
@@ -39,7 +41,7 @@ class Layout:
 
     Args:
         config: The model's.
-        rotation: ``positions [B or 1, E] -> cosine, sine [B or 1, E, D]``.
+        rotation: ``positions [B or 1, E], layer -> cosine, sine [B or 1, E, D]``.
 
     Attributes:
         layers, units: By layer, its attention and the cache of its latents; each has `layer_name` and `kv_cache`.
@@ -62,15 +64,51 @@ class Layout:
         return {layer: attention.kv_cache for layer, attention in self.layers.items() if self.kind(layer) == kind}
 
 
-class UnitsSegment(MemorySegment):
+class PagedWindowSegment(WindowSegment):
+    """A window whose past lies in blocks."""
+
+    ring: PagedTokens
+
+    def _decode_near(
+        self, layer: int, query: torch.Tensor, scale: float, softcap: float | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        if self.new.backend != "triton":
+            return super()._decode_near(layer, query, scale, softcap)
+        keys, values, block_table = self.ring.operands(layer)
+        return load_kernels().paged_decode_attention(
+            query,
+            keys,
+            values,
+            self.index + 1,
+            scale,
+            rows=self.new.kernel_rows,
+            block_table=block_table,
+            start=self.start,
+            num_sinks=self.num_sinks,
+            return_lse=True,
+            backend="triton",
+        )
+
+
+class UnitsSegment(PagedWindowSegment, MemorySegment):
     """A memory segment that packs in a call of its own, so that no request of the step reads before all have packed."""
 
     units: PagedUnits
 
-    def attend(self, module, query, key, value, scale):
-        if not module.memory.cells:  # of other ranks
-            return WindowSegment.attend(self, module, query, key, value, scale)
-        return super().attend(module, query, key, value, scale)
+    def attend(self, module, query, key, value, scale, softcap=None):
+        kind = MemorySegment if module.memory.cells else WindowSegment  # cells may be other ranks'
+        return kind.attend(self, module, query, key, value, scale, softcap)
+
+    @cached_property
+    def _packing(self) -> tuple[torch.Tensor, torch.Tensor, tuple[torch.Tensor, ...], SlotMapping]:
+        """Of decoding requests: those whose unit leaves the window, its tokens, their rotation, and the unit's slot."""
+        device, count = self.index.device, self.new.batch
+        rows = [row for row, (had, has) in enumerate(zip(*self.host_packed, strict=True)) if has > had]
+        rows = torch.tensor(rows, device=device)
+        batch = torch.arange(len(rows), device=device)
+        tokens, unit = (each.expand(count, -1)[rows] for each in (self._tokens, self.unit))
+        rotary = tuple(part.expand(count, -1, -1)[rows] for part in self.token_rotation)
+        return rows, tokens, rotary, SlotMapping(rows, torch.zeros_like(batch), unit[:, 0], batch)
 
     def pack_departed(self, module, key: torch.Tensor, value: torch.Tensor) -> None:
         """Pack the units that leave their window in this step, from ``key, value [n, Hkv, T, D]`` and the blocks."""
@@ -79,17 +117,13 @@ class UnitsSegment(MemorySegment):
         memory, layer = module.memory, module.layer_idx
         if not self._decodes(key):
             keys, values = self._take(layer, memory.take_cells(key), memory.take_cells(value), memory)
-            stored = memory.pack(unrotate(keys, self.token_rotation), values)[1]
+            stored = memory.pack(unrotate(keys, self.token_rotation, self.is_interleaved), values)[1]
             self.units.write(layer, self.unit_slots, *stored)
             return
-        rows = [row for row, (had, has) in enumerate(zip(*self.host_packed, strict=True)) if has > had]
-        rows = torch.tensor(rows, device=key.device)
-        batch = torch.arange(len(rows), device=key.device)
-        tokens, unit = (each.expand(self.new.batch, -1)[rows] for each in (self._tokens, self.unit))
-        rotary = tuple(part.expand(self.new.batch, -1, -1)[rows] for part in self.token_rotation)
+        rows, tokens, rotary, slot_mapping = self._packing
         keys, values = (memory.take_cells(states) for states in self.ring.take(layer, rows, tokens))
-        stored = memory.pack(unrotate(keys, rotary), values)[1]
-        self.units.write(layer, SlotMapping(rows, torch.zeros_like(batch), unit[:, 0], batch), *stored)
+        stored = memory.pack(unrotate(keys, rotary, self.is_interleaved), values)[1]
+        self.units.write(layer, slot_mapping, *stored)
 
     def _pack(self, module, key, value) -> KeyValue | None:
         if not self.has_units:
@@ -110,10 +144,17 @@ class StepPart:
         rows: The requests.
         tokens: Their tokens in the step; one each, or those of a single request.
         lengths: Tokens of each request, those of the step included.
+        backend: `torch` or `triton` (used at one token each).
     """
 
     def __init__(
-        self, layout: Layout, metadata: Mapping[str, StepMetadata], rows: slice, tokens: slice, lengths: list[int]
+        self,
+        layout: Layout,
+        metadata: Mapping[str, StepMetadata],
+        rows: slice,
+        tokens: slice,
+        lengths: list[int],
+        backend: str,
     ) -> None:
         self.layout, self.metadata, self.rows, self.tokens = layout, metadata, rows, tokens
         self.lengths, self.num_new = lengths, (tokens.stop - tokens.start) // len(lengths)
@@ -122,7 +163,7 @@ class StepPart:
         base = self.past[0] if len(lengths) == 1 else None
         past = torch.tensor(self.past, device=device)
         self.index = past[:, None] + torch.arange(self.num_new, device=device)
-        self.new = PagedElements(len(lengths), self.index, base, has_past=any(self.past))
+        self.new = PagedElements(len(lengths), self.index, base, has_past=any(self.past), backend=backend)
         self._segments: dict[tuple, Segment] = {}
         self._tables: dict[int, torch.Tensor] = {}
 
@@ -132,10 +173,12 @@ class StepPart:
 
     def segment(self, layer: int) -> Segment:
         """What the layer's attention does."""
-        memory = layer in self.layout.units
+        config, memory = self.layout.config, layer in self.layout.units
         kind = (*self.layout.kind(layer), memory)
+        if memory:  # layers that are rotated alike share one
+            kind += has_rotation(config, layer), rotation_kind(config, layer)
         if kind not in self._segments:
-            self._segments[kind] = self._make(kind[:2], memory)
+            self._segments[kind] = self._make(kind[:2], layer if memory else None)
         return self._segments[kind]
 
     def _table(self, cache: Any) -> torch.Tensor:
@@ -145,7 +188,7 @@ class StepPart:
             self._tables[id(table)] = table[self.rows].long()
         return self._tables[id(table)]
 
-    def _make(self, kind: tuple[str, int], memory: bool) -> Segment:
+    def _make(self, kind: tuple[str, int], memory_of: int | None) -> Segment:
         config, layout, index = self.layout.config, self.layout, self.index
         name, window = kind
 
@@ -159,7 +202,7 @@ class StepPart:
         if name == "local":
             first = [had - window + 1 for had in self.past]
             store = PagedTokens(layout.caches(kind), table, first, stop, 0, self.lengths)
-            return WindowSegment(self.new, index - window + 1, window - 1, ring=store, fused="no")
+            return PagedWindowSegment(self.new, index - window + 1, window - 1, ring=store, fused="no")
         # A unit that leaves the window now lies before the first token's window.
         first = [config.window_start(had - 1) for had in self.past]
         store = PagedTokens(layout.caches(kind), table, first, stop, config.num_sinks, self.lengths)
@@ -171,8 +214,8 @@ class StepPart:
             "num_sinks": config.num_sinks,
             "ring": store,
         }
-        if not memory:
-            return WindowSegment(self.new, **settings)
+        if memory_of is None:
+            return PagedWindowSegment(self.new, **settings)
         counts = [[config.num_units(length) for length in lengths] for lengths in (self.past, self.lengths)]
         units = PagedUnits(
             config,
@@ -187,7 +230,8 @@ class StepPart:
             units=units,
             packed=tuple(torch.tensor(count, device=index.device) for count in counts),
             host_packed=tuple(counts),
-            rotation=layout.rotation,
+            rotation=partial(layout.rotation, layer=memory_of),
+            is_interleaved=is_interleaved(config),
         )
 
 
@@ -197,11 +241,13 @@ class Step:
     Args:
         layout: The model's caches.
         metadata: Of every cache, by its name.
+        backend: How requests with one token are computed: `torch` or `triton`; None: by kernels on a GPU.
     """
 
-    def __init__(self, layout: Layout, metadata: Mapping[str, StepMetadata]) -> None:
+    def __init__(self, layout: Layout, metadata: Mapping[str, StepMetadata], backend: str | None = None) -> None:
         self.metadata = metadata
         some = next(iter(metadata.values()))
+        self.backend = backend or ("triton" if some.block_table.is_cuda else "torch")
         starts, lengths = some.starts.tolist(), some.lengths.tolist()
         self.parts = list(self._parts(layout, starts, lengths))
 
@@ -210,11 +256,12 @@ class Step:
         new = [stop - start for start, stop in zip(starts, starts[1:], strict=False)]
         ones = next((row for row, count in enumerate(new) if count != 1), len(new))
         if ones:
-            yield StepPart(layout, self.metadata, slice(0, ones), slice(0, ones), lengths[:ones])
+            yield StepPart(layout, self.metadata, slice(0, ones), slice(0, ones), lengths[:ones], self.backend)
         for row in range(ones, len(new)):
             if new[row]:
                 tokens = slice(starts[row], starts[row + 1])
-                yield StepPart(layout, self.metadata, slice(row, row + 1), tokens, lengths[row : row + 1])
+                rows = slice(row, row + 1)
+                yield StepPart(layout, self.metadata, rows, tokens, lengths[rows], self.backend)
 
     def attend(
         self, module: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, out: torch.Tensor
@@ -222,7 +269,7 @@ class Step:
         """Write the step's keys and values of a layer to its blocks, and attend.
 
         Args:
-            module: The layer's attention: `layer_idx`, `layer_name`, `kv_cache`, `scale`, and `memory`.
+            module: The layer's attention: `layer_idx`, `layer_name`, `kv_cache`, `scale`, `softcap`, and `memory`.
             query: ``[tokens, Hq, D]``, rotated; key, value: ``[tokens, Hkv, D]``.
             out: Filled in place, as `query`.
         """
@@ -234,5 +281,5 @@ class Step:
                 segment.pack_departed(module, part.rows_of(key), part.rows_of(value))
         for part, segment in segments:
             states = (part.rows_of(each) for each in (query, key, value))
-            found = segment.attend(module, *states, module.scale)
+            found = segment.attend(module, *states, module.scale, module.softcap)
             out[part.tokens] = found.transpose(1, 2).flatten(0, 1)

@@ -68,10 +68,10 @@ class PagedTokens:
         sinks = torch.arange(self._sink_columns * size, device=device).expand(len(first), -1)
         sink_index = sinks.masked_fill((sinks >= end) | (sinks >= num_sinks), -1)
         self._block = torch.cat([sinks[:, ::size] // size, block], dim=1)
-        self._block_is_used = self._block * size < end
+        held = torch.tensor(stored, device=device)[:, None]
+        self._block_is_used = self._block * size < held
         self.index = torch.cat([sink_index, index], dim=1)
         # What earlier requests have left there, were it not finite, would outlive its mask: 0 x NaN is NaN.
-        held = torch.tensor(stored, device=device)[:, None]
         stale = torch.cat([sinks, token], dim=1) >= held
         self._stale = stale[:, :, None, None] if bool(stale.any()) else None
         self._blocks: dict[int, torch.Tensor] = {}
@@ -100,6 +100,11 @@ class PagedTokens:
             found.masked_fill_(self._stale, 0)
         keys, values = found.transpose(1, 2).chunk(2, dim=-1)
         return keys, values
+
+    def operands(self, layer: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """What a kernel reads in place: keys and values ``[blocks, Hkv, block size, D]``, and the block table."""
+        keys, values = self.caches[layer].chunk(2, dim=-1)
+        return keys, values, self.tables(layer)
 
     def write(self, layer: int, slot_mapping: None, key: torch.Tensor, value: torch.Tensor) -> None:
         """The step's tokens have been written (`write_tokens`)."""
@@ -172,6 +177,10 @@ class PagedUnits:
         states = (read_blocks(part, blocks).transpose(1, 2) for part in self.parts(layer))
         # Codes of any bits are finite; latents and scales need not be.
         return tuple(each.masked_fill(self._stale, 0) if each.is_floating_point() else each for each in states)
+
+    def operands(self, layer: int) -> tuple[torch.Tensor, ...]:
+        """What a kernel reads in place: the parts, and the block table."""
+        return (*self.parts(layer), self.tables(layer))
 
     def write(self, layer: int, slot_mapping: SlotMapping, *new: torch.Tensor) -> None:
         """Store ``new [n, m, T, size]``, one for each part; a slot is a unit's index in its request."""

@@ -6,6 +6,7 @@ import dataclasses
 import errno
 import os
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -339,6 +340,10 @@ def _fail() -> None:
     raise PhotonError("a.yaml:\n  fix it")
 
 
+def _fail_with(error: Exception) -> None:
+    raise error
+
+
 def _fill_the_disk() -> None:
     raise OSError(errno.ENOSPC, "No space left on device", "out/plan.json")
 
@@ -365,6 +370,12 @@ def test_main_wrapper(capsys, monkeypatch) -> None:
         main_wrapper(_fill_the_disk)
     assert stop.value.code == 2
     assert capsys.readouterr().err.startswith("error: out/plan.json cannot be written: No space left on device; ")
+    for number in (errno.EROFS, errno.EACCES):
+        with pytest.raises(SystemExit) as stop:
+            main_wrapper(lambda number=number: _fail_with(OSError(number, os.strerror(number), "out/run")))
+        assert stop.value.code == 2
+        said = capsys.readouterr().err
+        assert said == f"error: out/run cannot be used: {os.strerror(number)}; allow it, or give another place\n"
     with pytest.raises(FileNotFoundError):
         main_wrapper(lambda: open("/nowhere/at/all"))
     with pytest.raises(SystemExit) as stop:
@@ -372,6 +383,9 @@ def test_main_wrapper(capsys, monkeypatch) -> None:
     assert stop.value.code == 0
     with pytest.raises(ZeroDivisionError):
         main_wrapper(lambda: 1 // 0)
+    with pytest.raises(SystemExit) as stop:
+        main_wrapper(lambda: signal.raise_signal(signal.SIGINT))
+    assert stop.value.code == 130 and capsys.readouterr().err == "interrupted\n"
 
 
 def ended(code: str, **environment: str) -> tuple[int, str]:

@@ -12,21 +12,23 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "photon_train"
 # Importer -> what of ours it may import besides itself. Modules of one file go by their name.
-HELPERS = {"errors", "files", "linears", "config"}
+HELPERS = {"errors", "files", "layouts", "linears", "logits", "config"}
 ALLOWED = {
     "config": {"errors", "files", "linears"},
     "errors": set(),
     "files": {"errors"},
+    "layouts": {"linears"},
     "linears": set(),
+    "logits": set(),
     "models": {"photon_kernels"},
     "checkpoints": {"models", "errors"},
-    "accounting": {"errors", "linears"},
+    "accounting": {"errors", "layouts", "linears"},
     "conversion": {"checkpoints", "models", "accounting", "manifest", *HELPERS},
     "data": {"checkpoints", "models", "manifest", *HELPERS},
     "training": {"models", "data", "accounting", "manifest", *HELPERS},
     "export": {"checkpoints", "models", "accounting", "manifest", *HELPERS},
     "inference": {"checkpoints", "models", "accounting", "manifest", "photon_kernels", *HELPERS},
-    "evaluation": {"checkpoints", "models", "data", "accounting", "manifest", *HELPERS},
+    "evaluation": {"checkpoints", "models", "data", "inference", "accounting", "manifest", *HELPERS},
 }
 # The stages put together, as the commands call them.
 ALLOWED["pipeline"] = {"manifest", *ALLOWED}

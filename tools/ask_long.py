@@ -29,6 +29,7 @@ from photon_train.cli import main_wrapper
 from photon_train.errors import PhotonError
 from photon_train.evaluation.positions import segment_length
 from photon_train.evaluation.ruler import NEEDLE, NIAH, NIAH_PREFIX, for_one
+from photon_train.inference.tokens import prompt_tokens
 
 _KEYS = ("harbour", "lantern", "orchard")
 _PLACES = (0.1, 0.5, 0.9)
@@ -62,7 +63,7 @@ def answers(directory: str, tokenizer: PreTrainedTokenizerBase, text: str) -> di
     """What the model in `directory` writes to each question, its cache's bytes, and the seconds that it took."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = AutoModelForCausalLM.from_pretrained(directory, dtype="auto").to(device).eval()
-    read = tokenizer(_LEAD + text, return_tensors="pt", verbose=False).input_ids.to(device)
+    read = torch.tensor([prompt_tokens(tokenizer, _LEAD + text)], device=device)
     began, cache = time.perf_counter(), None
     for part in read.split(segment_length(model), dim=1):
         cache = model.base_model(input_ids=part, past_key_values=cache, use_cache=True).past_key_values

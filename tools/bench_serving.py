@@ -5,9 +5,9 @@ python tools/bench_serving.py --export RUN/export --dense runs/smollm2 --vllm .v
 One server runs at a time, on the whole machine; first each has to write, greedily, what transformers writes for its
 model. Requests come from vLLM's load generator (`vllm bench serve`). For every length a prompt is read once by itself
 (`ttft_s`, one stream, nothing cached); then 1, 8, 32 streams go on from the same prompt, each with some tokens of its
-own, so that what is timed is decoding: `decode_tokens_per_s` is the streams over the median time per token. What a
-request keeps is the share of the cache that one running request of that length takes (`kv_bytes`), as vLLM says it, or
-for our server the bytes that it says; `sequences_per_gib` follows. Every ratio is of one run on one machine.
+own, so that what is timed is decoding: `decode_tokens_per_s` is the streams over the median time between tokens. A
+request's `kv_bytes` are the most of vLLM's cache that it takes while it runs alone, tokens in flight included, or of
+our server what `accounting` states; `sequences_per_gib` follows. Every ratio is of one run on one machine.
 """
 
 from __future__ import annotations
@@ -32,12 +32,14 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import photon_train.models  # noqa: F401  registers PHOTON
+from photon_train import accounting
+from photon_train.checkpoints import read_config
 from photon_train.cli import main_wrapper
 from photon_train.errors import PhotonError
 from photon_train.evaluation.report import write_rows
 
 LENGTHS, STREAMS = (512, 4096, 16384), (1, 8, 32)
-NEW_TOKENS, OWN_TOKENS = 32, 16  # of each request
+NEW_TOKENS = 32  # of each request
 ROOM = 512  # tokens beyond the longest prompt
 CHECKED = "The lighthouse stood at the end of a long road. " * 40 + "Every evening the keeper"
 SYSTEMS = ("graft-vllm", "dense-vllm", "graft-engine")
@@ -82,7 +84,6 @@ class Server:
             process = subprocess.Popen(self.command, env=self.environment, stdout=out, stderr=subprocess.STDOUT)
         try:
             self._wait(process, log)
-            self.cache_bytes = self._cache_bytes(log.read_text())
             yield
         finally:
             process.terminate()
@@ -98,9 +99,6 @@ class Server:
             except httpx.ConnectError:
                 time.sleep(1)
         raise PhotonError(f"{self.name} does not answer within {START_SECONDS} s")
-
-    def _cache_bytes(self, log: str) -> int:
-        return self.options.cache_gib * 2**30
 
     def write(self, prompt: str, count: int) -> str:
         """What it writes greedily after a prompt."""
@@ -118,45 +116,42 @@ class Server:
         return float(found[1])
 
     def cache_usage(self) -> float:
-        """Share of its cache that running requests have."""
-        names = {"graft-engine": "photon:kv_cache_usage_ratio"}
-        return self.metric(names.get(self.name, "vllm:kv_cache_usage_perc"))
+        """Share of vLLM's cache that running requests have; 0 for our server."""
+        return 0.0 if self.name == "graft-engine" else self.metric("vllm:kv_cache_usage_perc")
+
+    def request_bytes(self, usage: float, length: int) -> float:
+        """Bytes of a running request's cache: of vLLM's by its `usage`, of our server's as `accounting` states."""
+        if self.name != "graft-engine":
+            return usage * self.options.cache_gib * 2**30
+        element = getattr(torch, self.options.dtype).itemsize
+        return accounting.cache_bytes(read_config(self.directory), length, element).total
 
 
-def load(server: Server, options: argparse.Namespace, length: int, streams: int, seed: int) -> dict[str, Any]:
-    """Figures of vLLM's load generator: `streams` requests at once, a common prompt of `length`."""
+def prompts(tokenizer: Any, length: int, count: int) -> list[str]:
+    """Texts with a common beginning of `length` tokens, about, and an ending each."""
+    lines = (f"Line {number}: the keeper wrote {number * 7919 % 10007} into the book. " for number in range(length))
+    text = f"A case of {length} tokens. " + "".join(lines)
+    common = tokenizer.decode(tokenizer(text)["input_ids"][:length])
+    return [f"{common}\nReader {number + 1} closed the book, looked up and said:" for number in range(count)]
+
+
+def load(server: Server, options: argparse.Namespace, texts: list[str]) -> dict[str, Any]:
+    """Figures of vLLM's load generator, all texts at once."""
     with tempfile.TemporaryDirectory() as folder:
+        path, result = Path(folder, "prompts.jsonl"), Path(folder, "result.json")
+        path.write_text("".join(json.dumps({"prompt": text}) + "\n" for text in texts), encoding="utf-8")
         command = [str(options.vllm / "vllm"), "bench", "serve", "--backend", "openai", "--base-url", server.url]
-        command += [
-            "--model",
-            "model",
-            "--tokenizer",
-            str(options.dense),
-            "--dataset-name",
-            "random",
-            "--seed",
-            str(seed),
-        ]
-        command += [
-            "--dataset-name",
-            "random",
-            "--random-prefix-len",
-            str(length),
-            "--random-input-len",
-            str(OWN_TOKENS),
-        ]
-        command += ["--random-output-len", str(NEW_TOKENS), "--num-prompts", str(streams), "--ignore-eos"]
-        command += ["--max-concurrency", str(streams), "--save-result", "--result-dir", folder]
-        command += ["--result-filename", "result.json", "--disable-tqdm"]
-        environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
-        done = subprocess.run(command, capture_output=True, text=True, env=environment)
-        path = Path(folder, "result.json")
-        if done.returncode or not path.is_file():
+        command += ["--model", "model", "--tokenizer", str(options.dense), "--ignore-eos", "--disable-tqdm"]
+        command += ["--dataset-name", "custom", "--dataset-path", str(path), "--skip-chat-template"]
+        command += ["--custom-output-len", str(NEW_TOKENS), "--num-prompts", str(len(texts)), "--num-warmups", "0"]
+        command += ["--save-result", "--result-dir", folder, "--result-filename", result.name]
+        done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "HF_HUB_OFFLINE": "1"})
+        if done.returncode or not result.is_file():
             raise PhotonError(f"the load generator failed at {server.name}: {(done.stdout + done.stderr)[-2000:]}")
-        result = json.loads(path.read_text())
-    if result["completed"] != streams:
-        raise PhotonError(f"{server.name}: {result['completed']} of {streams} requests were answered")
-    return result
+        figures = json.loads(result.read_text())
+    if figures["completed"] != len(texts):
+        raise PhotonError(f"{server.name}: {figures['completed']} of {len(texts)} requests were answered")
+    return figures
 
 
 def watch_usage(server: Server, stop: threading.Event, seen: list[float]) -> None:
@@ -167,26 +162,26 @@ def watch_usage(server: Server, stop: threading.Event, seen: list[float]) -> Non
 
 def measure(server: Server, options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """Rows of a running server."""
+    tokenizer = AutoTokenizer.from_pretrained(options.dense)
     for length in options.lengths:
-        seed = 1000 + length
-        stop, seen = threading.Event(), []
+        texts, stop, seen = prompts(tokenizer, length, max(options.streams)), threading.Event(), [0.0]
         watcher = threading.Thread(target=watch_usage, args=(server, stop, seen), daemon=True)
         watcher.start()
-        cold = load(server, options, length, 1, seed)
+        cold = load(server, options, texts[:1])
         stop.set()
         watcher.join()
-        kept = max(seen) * server.cache_bytes
-        # Windows of a common beginning are kept from the second request on.
-        load(server, options, length, 1, seed)
+        kept = server.request_bytes(max(seen), length)
+        # vLLM keeps the windows at a common beginning's end from the second request on.
+        load(server, options, texts[1:2] or texts)
         for streams in options.streams:
-            found = load(server, options, length, streams, seed)
+            found = load(server, options, texts[:streams])
             yield {
                 "system": server.name,
                 "length": length,
                 "streams": streams,
                 "ttft_s": cold["median_ttft_ms"] / 1e3,
                 "shared_ttft_s": found["median_ttft_ms"] / 1e3,
-                "decode_tokens_per_s": streams * 1e3 / found["median_tpot_ms"],
+                "decode_tokens_per_s": streams * 1e3 / found["median_itl_ms"],
                 "kv_bytes": kept,
                 "sequences_per_gib": 2**30 / kept,
             }

@@ -11,7 +11,7 @@ from typing import Any
 
 from photon_train.accounting.graft import Graft
 from photon_train.accounting.hierarchical import Hierarchical
-from photon_train.linears import LINEARS
+from photon_train.linears import FUSED, LINEARS
 
 # By the configuration's model_type.
 _COSTS = {"photon": Graft, "photon_hierarchical": Hierarchical}
@@ -54,7 +54,9 @@ def photon_parameters(photon: Any) -> int:
 def lora_parameters(photon: Any, rank: int, target_modules: Iterable[str] = LINEARS) -> int:
     """Parameters of rank-`rank` adapters on the named linear layers of all stacks (``lm_head`` counts if named)."""
     costs, targets = costs_of(photon), set(target_modules)
-    per_layer = sum(sum(sizes) for name, sizes in costs.shape.linears.items() if name in targets)
+    held = costs.shape.modules
+    targets |= {whole for whole, parts in FUSED.items() if targets & set(parts)}  # one adapter for all that is stacked
+    per_layer = sum(sum(sizes) for name, sizes in held.items() if name in targets)
     head = costs.shape.vocab + costs.shape.hidden if "lm_head" in targets else 0
     return rank * (costs.num_layers * per_layer + head)
 

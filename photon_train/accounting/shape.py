@@ -9,7 +9,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from photon_train.linears import ATTENTION, FUSED, MLP
+from photon_train.layouts import LAYOUTS
+from photon_train.linears import FUSED
 
 
 def _get(config: Any, key: str, default: Any = None) -> Any:
@@ -27,7 +28,8 @@ class Shape:
         vocab: Rows of the embedding.
         heads, kv_heads, head_dim: Attention heads, key-value heads, dimension of one.
         linears: Name -> (outputs, inputs) of a layer's linear maps.
-        layer_vectors: Biases and norm weights of a layer, elements.
+        vectors: Name -> elements of a layer's biases and norm weights.
+        fused: Linear maps of `FUSED` that the layer holds as one.
         head_norms: Whether queries and keys are normalised.
         tied: Whether the head shares the embedding.
         windows: Per dense layer, the tokens it looks back on (None: all).
@@ -40,14 +42,18 @@ class Shape:
     kv_heads: int
     head_dim: int
     linears: dict[str, tuple[int, int]]
-    layer_vectors: int
+    vectors: dict[str, int]
+    fused: tuple[str, ...]
     head_norms: bool
     tied: bool
     windows: tuple[int | None, ...]
 
     @classmethod
     def of(cls, config: Any) -> Shape:
-        """Read a dense configuration, or a `PhotonConfig`, which has its keys."""
+        """Read a dense configuration, or a `PhotonConfig`, which has its keys.
+
+        Of a dict only what it says is read: where its family has defaults, make it an object first.
+        """
         hidden, inner = _get(config, "hidden_size"), _get(config, "intermediate_size")
         heads = _get(config, "num_attention_heads")
         kv_heads = _get(config, "num_key_value_heads", heads)
@@ -63,10 +69,7 @@ class Shape:
             "up_proj": (inner, hidden),
             "down_proj": (hidden, inner),
         }
-        biased = set(ATTENTION if _get(config, "attention_bias", False) else ())
-        biased |= set(FUSED["qkv_proj"]) if model_type == "qwen2" else set()
-        biased |= set(MLP) if _get(config, "mlp_bias", False) else set()
-        norms = 2 * hidden + (2 * head_dim if model_type == "qwen3" else 0)
+        layout = LAYOUTS[model_type]
         layers = _get(config, "num_hidden_layers")
         # Qwen's config.json states a window also where it is switched off.
         window = _get(config, "sliding_window") if _get(config, "use_sliding_window", True) else None
@@ -79,11 +82,25 @@ class Shape:
             kv_heads=kv_heads,
             head_dim=head_dim,
             linears=linears,
-            layer_vectors=norms + sum(linears[name][0] for name in biased),
-            head_norms=model_type == "qwen3",
+            vectors=layout.vectors(linears, hidden, head_dim, lambda key: bool(_get(config, key, False))),
+            fused=layout.fused,
+            head_norms=layout.query_norms is not None,
             tied=_get(config, "tie_word_embeddings", False),
             windows=tuple(window if kind == "sliding_attention" else None for kind in kinds[:layers]),
         )
+
+    @property
+    def modules(self) -> dict[str, tuple[int, int]]:
+        """Name -> (outputs, inputs) of a layer's linear maps as it holds them."""
+        found = dict(self.linears)
+        for name in self.fused:
+            found[name] = (sum(found.pop(part)[0] for part in FUSED[name]), self.hidden)
+        return found
+
+    @property
+    def layer_vectors(self) -> int:
+        """Biases and norm weights of a layer, elements."""
+        return sum(self.vectors.values())
 
     @property
     def layer_matrices(self) -> int:

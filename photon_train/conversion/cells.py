@@ -23,7 +23,9 @@ from photon_train.accounting.memory import LOGIT_CHUNK
 from photon_train.accounting.shape import Shape
 from photon_train.conversion.dense_attention import DenseAttention
 from photon_train.errors import PhotonError
+from photon_train.logits import headless, logit_bound
 from photon_train.models.attention_photon import Segment
+from photon_train.models.softmax_photon import capped
 
 MIDDLE = 0.5
 # What a pass with gradients takes, in forward passes (measured): forward, each checkpointed layer again, and backward
@@ -246,12 +248,13 @@ def summed_loss(model: PreTrainedModel, tokens: torch.Tensor, targets: torch.Ten
     """
     head = model.get_output_embeddings()
     rows = max(1, LOGIT_CHUNK // model.config.vocab_size)  # the logits of whole sequences are never held
-    states = model.base_model(input_ids=tokens, use_cache=False, photon_segments=segments).last_hidden_state
+    with headless(model):
+        states = model(input_ids=tokens, use_cache=False, photon_segments=segments).logits
     chosen, total = targets[:, 1:], 0.0
     states, wanted = states[:, :-1][chosen], tokens[:, 1:][chosen]
     read = states.detach().requires_grad_(states.requires_grad)
     for begin in range(0, len(wanted), rows):
-        logits = head(read[begin : begin + rows])
+        logits = capped(head(read[begin : begin + rows]), logit_bound(model.config))
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         loss = F.cross_entropy(logits, wanted[begin : begin + rows], reduction="sum")
         if states.requires_grad:

@@ -24,9 +24,10 @@ class GatedSegment:
     def __init__(self, far: Segment, near: Segment, gates: torch.Tensor) -> None:
         self.far, self.near, self.gates = far, near, gates
 
-    def attend(self, module, query, key, value, scale):
+    def attend(self, module, query, key, value, scale, softcap=None):
         far, near = (
-            segment.attend(module, query, key, value, scale).to(self.gates.dtype) for segment in (self.far, self.near)
+            segment.attend(module, query, key, value, scale, softcap).to(self.gates.dtype)
+            for segment in (self.far, self.near)
         )
         gates = self.gates.to(query.device).repeat_interleave(query.shape[1] // key.shape[1])
         return near.lerp(far, gates[:, None, None]).to(query.dtype)

@@ -1,14 +1,13 @@
 """The dense families that can be converted, and what differs between them, as data.
 
-The families' layer classes live in `photon_train.models`; a new family needs an entry in both registries, or names the
-family whose layers compute the same function.
+All share Llama's module names (``model.layers.{i}.self_attn.q_proj.weight``, ...) but for stacked linear layers. A new
+family needs an entry here, one in `photon_train.layouts` for what its layers hold, and one in
+`photon_train.models.families_photon` for its classes and rotation, or names the family whose layers compute the same.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
-from types import MappingProxyType
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,8 +15,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from photon_train.accounting.shape import Shape
+from photon_train.conversion.unsupported import refusal
 from photon_train.errors import PhotonError
-from photon_train.linears import ATTENTION, FUSED, MLP
+from photon_train.linears import ATTENTION, FUSED
 
 # Of config.json: what describes the dense checkpoint as an object, not its architecture.
 _BOOKKEEPING = ("architectures", "transformers_version", "_name_or_path", "dtype", "torch_dtype", "auto_map")
@@ -25,37 +25,71 @@ _BOOKKEEPING = ("architectures", "transformers_version", "_name_or_path", "dtype
 
 @dataclass(frozen=True)
 class Family:
-    """What the conversion has to know about one dense family.
-
-    All families share Llama's module names (``model.layers.{i}.self_attn.q_proj.weight``, ...) but for stacked
-    linear layers; the fields say what a decoder layer holds beyond Llama's weights.
+    """What the conversion has to know about one dense family, beside its `Layout`.
 
     Attributes:
         model_type: The ``model_type`` of the family's ``config.json``.
-        biases: Linear layers that always have a bias.
-        biases_by_key: Linear layers that have a bias when the named key of the config is true.
-        head_norms: Whether queries and keys are normalised per head (``q_norm``, ``k_norm``).
+        models: Published models of the family, for the documentation.
         layers: Family whose classes the PHOTON model is made of, where it is another one.
-        is_fused: Whether linear layers are stored stacked (``qkv_proj``, ``gate_up_proj``).
+        specials: What its attention or its stack does that Llama's does not, and how it is served.
     """
 
     model_type: str
-    biases: tuple[str, ...] = ()
-    biases_by_key: Mapping[str, tuple[str, ...]] = field(default_factory=lambda: MappingProxyType({}))
-    head_norms: bool = False
+    models: str
     layers: str | None = None
-    is_fused: bool = False
+    specials: str = ""
 
 
 FAMILIES: dict[str, Family] = {
     family.model_type: family
     for family in (
-        Family("llama", biases_by_key={"attention_bias": ATTENTION, "mlp_bias": MLP}),
-        Family("mistral"),
-        Family("qwen2", biases=FUSED["qkv_proj"]),
-        Family("qwen3", biases_by_key={"attention_bias": ATTENTION}, head_norms=True),
-        # Mistral's function from stacked matrices.
-        Family("phi3", layers="mistral", is_fused=True),
+        Family("llama", "Llama 2, 3.x, SmolLM 1, 2"),
+        Family("mistral", "Mistral 7B, Nemo, Small 24B", specials="sliding_window: the window may not be longer"),
+        Family("qwen2", "Qwen 2, 2.5", specials="biases of queries, keys and values"),
+        Family("qwen3", "Qwen 3 (dense)", specials="norms of queries and keys by head"),
+        Family("phi3", "Phi 3, 3.5 mini, 4", layers="mistral", specials="stacked matrices, which are taken apart"),
+        Family(
+            "granite",
+            "Granite 3.x (dense)",
+            specials="multipliers of embedding, residuals and logits; attention_multiplier scales far scores too",
+        ),
+        Family("olmo2", "OLMo 2", specials="norms after attention and MLP, and of all queries and keys of a layer"),
+        Family("seed_oss", "Seed-OSS 36B", specials="attention_dropout is switched off, residual_dropout stays"),
+        Family("smollm3", "SmolLM3 3B", specials="layers without rotation (no_rope_layers): so are their far keys"),
+        Family(
+            "gemma2",
+            "Gemma 2",
+            specials="local layers stay; attn_logit_softcapping bounds near and far scores (not by triton or flex "
+            "kernels: refused); query_pre_attn_scalar; final_logit_softcapping",
+        ),
+        Family(
+            "gemma3_text",
+            "Gemma 3 270M, 1B",
+            specials="local layers stay; a rotation for each kind of layer; query_pre_attn_scalar",
+        ),
+        Family(
+            "olmo3",
+            "OLMo 3",
+            specials="as `olmo2`; local layers stay; a rotation for each kind of layer",
+        ),
+        Family(
+            "cohere2",
+            "Command R7B, Command A",
+            specials="local layers stay; neighbouring dimensions are rotated together, global layers are not rotated; "
+            "LayerNorm, attention and MLP side by side, logit_scale",
+        ),
+        Family(
+            "exaone4",
+            "EXAONE 4.0",
+            specials="local layers stay, global ones are not rotated where there are local ones; norms of heads",
+        ),
+        Family(
+            "glm4",
+            "GLM-4 0414",
+            specials="the first half of a head is rotated, neighbouring dimensions together; norms before and after; "
+            "gate and up projection are one",
+        ),
+        Family("ministral3", "Ministral 3", specials="queries grow with their position (llama_4_scaling_beta)"),
     )
 }
 
@@ -67,13 +101,11 @@ def family_of(config: Any) -> Family:
         config: A `PretrainedConfig`, or the dict of a ``config.json``.
 
     Raises:
-        PhotonError: if the family is not supported; the message lists those that are.
+        PhotonError: if the family is not supported; the message says why, and lists those that are.
     """
     model_type = config.get("model_type") if isinstance(config, dict) else config.model_type
     if model_type not in FAMILIES:
-        raise PhotonError(
-            f"model_type {model_type!r} cannot be converted; supported families: {', '.join(sorted(FAMILIES))}"
-        )
+        raise PhotonError(refusal(model_type, FAMILIES))
     return FAMILIES[model_type]
 
 
@@ -142,13 +174,22 @@ def layer_config(config: PretrainedConfig, seq_len: int) -> dict[str, Any]:
         settings = {key: getattr(config, key) for key in known if hasattr(config, key)}
         settings["model_type"] = family.layers
     settings = {key: value for key, value in settings.items() if key not in _BOOKKEEPING}
+    if getattr(config, "use_bidirectional_attention", None):
+        raise PhotonError("config.json: use_bidirectional_attention: PHOTON models are causal: take another checkpoint")
+    if family.model_type == "seed_oss":
+        settings["attention_dropout"] = 0.0  # which published checkpoints set, for a training long ago
     rope = dict(settings.get("rope_parameters") or {})
+    if any(isinstance(kind, dict) and kind.get("rope_type") in ("dynamic", "longrope") for kind in rope.values()):
+        raise PhotonError(
+            "config.json: rope_parameters: rope_type dynamic or longrope for one kind of layer turns keys by the "
+            "length of the text, which a cache cannot follow: set it to yarn or linear with the same factor"
+        )
     if rope.get("rope_type") == "dynamic":
         raise PhotonError(
             "config.json: rope_parameters.rope_type=dynamic turns keys by the length of the text, which a cache cannot "
             "follow: set it to yarn or linear with the same factor, or start from the model before it was extended"
         )
-    if family.is_fused and rope.get("partial_rotary_factor", 1.0) != 1.0:
+    if family.layers is not None and rope.get("partial_rotary_factor", 1.0) != 1.0:
         raise PhotonError(
             f"config.json: partial_rotary_factor={rope['partial_rotary_factor']} is not supported: only models of "
             f"family {family.model_type} that rotate whole heads can be converted"
@@ -172,11 +213,11 @@ def stored_as(config: Any, name: str) -> tuple[str, int | None]:
     """
     module, _, kind = name.rpartition(".")
     block, _, linear = module.rpartition(".")
-    if family_of(config).is_fused:
-        for fused, parts in FUSED.items():
-            if linear in parts:
-                linears = Shape.of(config).linears
-                return f"{block}.{fused}.{kind}", sum(linears[part][0] for part in parts[: parts.index(linear)])
+    sizes = Shape.of(config)
+    for fused in sizes.fused:
+        parts = FUSED[fused]
+        if linear in parts:
+            return f"{block}.{fused}.{kind}", sum(sizes.linears[part][0] for part in parts[: parts.index(linear)])
     return name, None
 
 
@@ -191,28 +232,12 @@ def dense_tensors(config: Any) -> dict[str, tuple[int, ...]]:
     Raises:
         PhotonError: if the family is not supported.
     """
-    family = family_of(config)
+    family_of(config)
     sizes = Shape.of(config)
     hidden = (sizes.hidden,)
-    biased = set(family.biases)
-    for key, names in family.biases_by_key.items():
-        if getattr(config, key, False):
-            biased.update(names)
-    layer: dict[str, tuple[int, ...]] = {
-        "input_layernorm.weight": hidden,
-        "post_attention_layernorm.weight": hidden,
-    }
-    linears = dict(sizes.linears)
-    if family.is_fused:
-        for name, parts in FUSED.items():
-            linears[name] = (sum(linears.pop(part)[0] for part in parts), sizes.hidden)
-    for name, shape in linears.items():
-        block = "self_attn" if name in (*ATTENTION, "qkv_proj") else "mlp"
-        layer[f"{block}.{name}.weight"] = shape
-        if name in biased:
-            layer[f"{block}.{name}.bias"] = shape[:1]
-    if family.head_norms:
-        layer["self_attn.q_norm.weight"] = layer["self_attn.k_norm.weight"] = (sizes.head_dim,)
+    layer: dict[str, tuple[int, ...]] = {name: (size,) for name, size in sizes.vectors.items()}
+    for name, shape in sizes.modules.items():
+        layer[f"{'self_attn' if name in (*ATTENTION, 'qkv_proj') else 'mlp'}.{name}.weight"] = shape
     tensors: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (sizes.vocab, *hidden)}
     for index in range(sizes.layers):
         tensors.update({f"model.layers.{index}.{name}": shape for name, shape in layer.items()})

@@ -44,6 +44,8 @@ _TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.jso
 _SPLIT_BY_TRANSFORMERS = ("default", "gpt-2", "llama-bpe", "llama3", "llama-v3", "dbrx", "tekken", "qwen2", "gpt-4o")
 # ... and those whose digits stand alone, for which it would take GPT-2's.
 _SPLIT_DIGITS = ("smollm",)
+# Architecture and layers of models whose scale of attention scores no file says: it does not follow from the heads.
+_OTHER_SCALE = (("gemma2", 46), ("gemma3", 62))
 
 
 @dataclass(frozen=True)
@@ -157,6 +159,11 @@ def _read_header(file: Path) -> _Header:
     if values.get("split.count", 1) > 1:
         raise PhotonError(f"{file} is one of {values['split.count']} parts: merge them with `llama-gguf-split --merge`")
     _check_rotation(file, architecture, values, {tensor.name for tensor in tensors})
+    if (architecture, values.get(f"{architecture}.block_count")) in _OTHER_SCALE:
+        raise PhotonError(
+            f"{file}: its query_pre_attn_scalar is lost when transformers reads GGUF: use the model's safetensors "
+            "checkpoint"
+        )
     stored = Counter()
     for tensor in tensors:
         if tensor.tensor_type.name not in stored:

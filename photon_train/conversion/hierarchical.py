@@ -33,6 +33,7 @@ from photon_train.conversion.scales import calibrate
 from photon_train.conversion.target import NUM_SINKS, ROLES, Target, copied, default_window
 from photon_train.errors import PhotonError
 from photon_train.models import HierarchicalConfig, HierarchicalForCausalLM
+from photon_train.models.families_photon import LLAMA_LIKE
 
 LEVELS, CHUNK_SIZE, ENCODER_WINDOW = 2, 4, 64
 LAYOUTS = {"split": "stream", "paper": "block"}
@@ -87,9 +88,15 @@ def configure(dense: PretrainedConfig, settings: RunConfig) -> HierarchicalConfi
             f"consistency.weight={consistency} needs a decoder above level 1, which a model of 1 level does not have: "
             "set it to 0, or raise photon.num_levels"
         )
+    layers = layer_config(dense, settings.train.seq_len)
+    if layers["model_type"] not in LLAMA_LIKE:
+        raise PhotonError(
+            f"preset {preset} takes layers apart and knows only {', '.join(LLAMA_LIKE)}: use preset graft for family "
+            f"{layers['model_type']}"
+        )
     try:
-        return HierarchicalConfig(
-            base_config=layer_config(dense, settings.train.seq_len),
+        config = HierarchicalConfig(
+            base_config=layers,
             levels=levels,
             layout=layout,
             consistency_weight=consistency,
@@ -98,6 +105,24 @@ def configure(dense: PretrainedConfig, settings: RunConfig) -> HierarchicalConfi
         )
     except ValueError as error:  # its messages begin with the key
         raise PhotonError(f"photon.{error}") from error
+    _check_groups(config, _least_window(dense))
+    return config
+
+
+def _least_window(dense: PretrainedConfig) -> int | None:
+    """The shortest sliding window of the dense layers; None: all see everything."""
+    return min((each for each in Shape.of(dense).windows if each is not None), default=None)
+
+
+def _check_groups(config: HierarchicalConfig, own: int | None) -> None:
+    """No dense layer has learned to look further back than its own window."""
+    for index in range(config.num_levels):
+        stream = config.slot_stream(index)
+        if own is not None and stream.isolated and stream.period > own:
+            raise PhotonError(
+                f"photon.levels.{index}: {stream.num_slots} slots and a chunk of {stream.chunk_size} are seen "
+                f"together, which exceeds the dense model's sliding_window={own}: lower chunk_size or num_slots"
+            )
 
 
 def _levels(photon: PhotonSettings) -> list[LevelOverrides]:
@@ -149,8 +174,8 @@ def _stream(dense: PretrainedConfig, photon: PhotonSettings, top_unit: int) -> d
             f"photon.window={window} does not reach back over the open unit: it must be at least {top_unit}, the "
             "tokens under one top unit; raise it, or lower photon.levels.*.chunk_size"
         )
-    own = min((each for each in Shape.of(dense).windows if each is not None), default=window)
-    if window > own:
+    own = _least_window(dense)
+    if own is not None and window > own:
         raise PhotonError(f"photon.window={window} exceeds the dense model's sliding_window={own}: lower it")
     return {"window": window, "num_sinks": NUM_SINKS if photon.num_sinks is None else photon.num_sinks}
 

@@ -25,6 +25,7 @@ from photon_train.accounting.graft import Graft
 from photon_train.conversion.dense_attention import DenseAttention
 from photon_train.models import PhotonForCausalLM
 from photon_train.models.attention_photon import Segment, unrotate
+from photon_train.models.families_photon import is_interleaved
 from photon_train.models.memory_photon import join_heads, take_heads
 
 # Of the mean variance of a layer's keys and values: keeps directions that the text hardly shows out of the fit.
@@ -42,9 +43,9 @@ class _Recorder:
     segment: Segment
     seen: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None
 
-    def attend(self, module, query, key, value, scale):
+    def attend(self, module, query, key, value, scale, softcap=None):
         self.seen = query, key, value
-        return self.segment.attend(module, query, key, value, scale)
+        return self.segment.attend(module, query, key, value, scale, softcap)
 
 
 @dataclass
@@ -107,22 +108,23 @@ def _measure(
     for layer in queries:
         segments[layer] = _Recorder(segments[layer])
     model.model(batch, use_cache=False, photon_segments=segments)
-    rotary = model.model.rotation(attention.index)
     # In text that the window nearly holds, what lies in its first half stands for what lies beyond.
     begin = min(config.window, batch.shape[1] // 2)
-    away = _mean_rotation(model, begin, batch.shape[1])
+    interleaved = is_interleaved(config)
     for layer, seen in queries.items():
         memory = model.model.layers[layer].self_attn.memory
         query, key, value = segments[layer].seen
         segments[layer].seen = None
         query = take_heads(query, memory.query_heads)
         key, value = (take_heads(states, memory.cells) for states in (key, value))
-        key = unrotate(key, rotary)
-        far = unrotate(query, rotary)[:, :, begin:].unflatten(1, (key.shape[1], -1)).float()
+        rotary = model.model.rotation(attention.index, layer)
+        away = _mean_rotation(model, layer, begin, batch.shape[1])
+        key = unrotate(key, rotary, interleaved)
+        far = unrotate(query, rotary, interleaved)[:, :, begin:].unflatten(1, (key.shape[1], -1)).float()
         seen.count += far.shape[0] * far.shape[2] * far.shape[3]
         seen.add(qq=torch.einsum("bhgtd,bhgte->hde", far, far))
         have = _units(key, value, config.chunk_size, config.latents_per_unit)
-        need = _units(_turn(key, away), value, config.chunk_size, config.latents_per_unit)
+        need = _units(_turn(key, away, interleaved), value, config.chunk_size, config.latents_per_unit)
         for number, (x, y) in enumerate(zip(have, need, strict=True)):
             if (found := moments.get((layer, number))) is not None:
                 found.count += len(x)
@@ -138,15 +140,15 @@ def _units(keys: torch.Tensor, values: torch.Tensor, chunk_size: int, count: int
     return [part.flatten(2).flatten(0, 1) for part in units]
 
 
-def _mean_rotation(model: PhotonForCausalLM, begin: int, end: int) -> tuple[torch.Tensor, torch.Tensor]:
+def _mean_rotation(model: PhotonForCausalLM, layer: int, begin: int, end: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Mean cosine and sine over the distances from `begin` to `end`, ``[1, 1, D]`` each."""
-    cosine, sine = model.model.rotation(torch.arange(begin, end, device=model.device)[None])
+    cosine, sine = model.model.rotation(torch.arange(begin, end, device=model.device)[None], layer)
     return cosine.float().mean(1, keepdim=True), sine.float().mean(1, keepdim=True)
 
 
-def _turn(keys: torch.Tensor, away: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+def _turn(keys: torch.Tensor, away: tuple[torch.Tensor, torch.Tensor], interleaved: bool) -> torch.Tensor:
     """Unrotated keys ``[B, H, E, D]`` rotated back by the mean distance, in fp32."""
-    return unrotate(keys.float(), away)
+    return unrotate(keys.float(), away, interleaved)
 
 
 def _root(matrix: torch.Tensor) -> torch.Tensor:

@@ -66,12 +66,19 @@ def make_plan(checkpoint: DenseCheckpoint, config: PretrainedConfig, dtype: str 
         dtype: Type of the weights: ``auto`` is the checkpoint's.
 
     Raises:
-        PhotonError: if the plan does not fit the checkpoint or the model, or the type is not written.
+        PhotonError: if the plan does not fit the checkpoint or the model, the checkpoint holds a tensor that is no
+            part of one, or the type is not written.
     """
     target, targets = target_of(config), target_tensors(config)
     tensors = tuple(target.plan(name, shape, checkpoint.config, config) for name, shape in targets.items())
     used = {source for entry in tensors for source in entry.sources}
     dropped = tuple(Dropped(name, _drop_reason(name, config)) for name in checkpoint.tensors if name not in used)
+    if unknown := [entry.source for entry in dropped if not entry.reason]:
+        raise PhotonError(
+            f"{checkpoint.directory}: {unknown[0]} ({len(unknown)} such tensors) is no part of a "
+            f"{checkpoint.config.model_type} language model (a value or reward head?), and a PHOTON model has no place "
+            "for it: save the causal LM without it, with `save_pretrained`, and convert that"
+        )
     plan = ConversionPlan(
         preset=target.preset(config),
         family=checkpoint.config.model_type,
@@ -85,7 +92,7 @@ def make_plan(checkpoint: DenseCheckpoint, config: PretrainedConfig, dtype: str 
 
 
 def _drop_reason(name: str, config: PretrainedConfig) -> str:
-    """Why a dense tensor is not used; empty (which the check refuses) if there is no known reason."""
+    """Why a dense tensor is not used; empty if there is no known reason."""
     if name == "lm_head.weight" and config.tie_word_embeddings:
         return "the head shares the embedding's weight"
     if name.endswith("rotary_emb.inv_freq"):

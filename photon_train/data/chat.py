@@ -15,21 +15,27 @@ from photon_train.data.progress import warn
 from photon_train.data.records import CALLS, Document
 from photon_train.errors import PhotonError
 
+_DEFAULT = "default"  # transformers' name of the template that is used where none is named
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
 
 def prepare_chat(tokenizer: PreTrainedTokenizerBase, template_file: str | None = None) -> None:
     """Give `tokenizer` the template of `template_file`, if named, and check that it can mark the assistant's words.
 
+    Of several templates it takes the place of ``default``; the others are kept, and so exported.
+
     Raises:
         PhotonError: if there is no template, the file cannot be read, or the template has no generation tags.
     """
     if template_file is not None:
         try:
-            tokenizer.chat_template = Path(template_file).read_text(encoding="utf-8")
+            template = Path(template_file).read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
             raise PhotonError(f"dataset.chat_template {template_file} cannot be read: {error}") from error
-    template = tokenizer.chat_template
+        several = isinstance(tokenizer.chat_template, dict)
+        tokenizer.chat_template = {**tokenizer.chat_template, _DEFAULT: template} if several else template
+    else:
+        template = tokenizer.chat_template
     if not template:
         raise PhotonError(
             "dataset.messages_field is set, but the tokenizer has no chat template: name a file of one in "
@@ -37,7 +43,8 @@ def prepare_chat(tokenizer: PreTrainedTokenizerBase, template_file: str | None =
         )
     if not isinstance(template, str):
         raise PhotonError(
-            f"the tokenizer has several chat templates ({', '.join(template)}): name a file in dataset.chat_template"
+            f"the tokenizer has several chat templates ({', '.join(template)}): name a file in dataset.chat_template, "
+            f"which becomes its {_DEFAULT!r}"
         )
     if not _GENERATION.search(template):
         raise PhotonError(
@@ -140,7 +147,7 @@ def _write(
         (text,), (spans,) = render_jinja_template(
             conversations=[list(messages)],
             tools=list(tools) if tools else None,
-            chat_template=tokenizer.chat_template,
+            chat_template=_template(tokenizer),
             return_assistant_tokens_mask=True,
             **tokenizer.special_tokens_map,
         )
@@ -173,6 +180,12 @@ def _check_written(
                 f"the chat template does not write {key!r} as the assistant's words: name one that does, inside "
                 "{% generation %}, in dataset.chat_template, or leave such conversations out"
             )
+
+
+def _template(tokenizer: PreTrainedTokenizerBase) -> str:
+    """What conversations are written by."""
+    templates = tokenizer.chat_template
+    return templates[_DEFAULT] if isinstance(templates, dict) else templates
 
 
 def _written(tokenizer, messages, tools) -> tuple[str | None, list[tuple[int, int]]]:

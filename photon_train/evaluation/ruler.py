@@ -17,6 +17,7 @@ from transformers import PreTrainedTokenizerBase
 
 from photon_train.data.corpora import Document
 from photon_train.errors import PhotonError
+from photon_train.inference.tokens import prompt_tokens
 
 NEEDLE = "One of the special magic numbers for {key} is: {value}."
 NIAH = (
@@ -187,7 +188,7 @@ def _fit(
 
     def encode(prompt: _Prompt) -> list[int]:
         if not chat_template:
-            return tokenizer(prompt.text + prompt.prefix, verbose=False).input_ids
+            return prompt_tokens(tokenizer, prompt.text + prompt.prefix)
         turns = [{"role": "user", "content": prompt.text}]
         asked = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
         # The template writes the special tokens itself.

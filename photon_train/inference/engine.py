@@ -12,6 +12,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Iterable, Iterator
+from functools import partial
 from itertools import count
 
 import torch
@@ -22,9 +23,9 @@ from photon_train.inference.cache import PagedCache
 from photon_train.inference.defaults import sampling_defaults
 from photon_train.inference.graphs import StaticCalls
 from photon_train.inference.prefix import PrefixCache, prefix_keys
-from photon_train.inference.request import Completion, Event, SamplingParams, Sequence
+from photon_train.inference.request import Completion, Event, SamplingParams, Sequence, TokenScore
 from photon_train.inference.runner import Runner
-from photon_train.inference.sampler import Choice, sample
+from photon_train.inference.sampler import sample, score
 from photon_train.inference.scheduler import Scheduler
 from photon_train.inference.settings import EngineSettings, plan_cache
 from photon_train.inference.streaming import TextStream
@@ -93,11 +94,12 @@ class Engine:
         """Queue a request, by default with the settings `defaults`; returns its number.
 
         Raises:
-            PhotonError: for an empty prompt, a text without a tokenizer, a request longer than the memory, or a stop
-                text that can never appear.
+            PhotonError: for an empty prompt, a text without a tokenizer, a request longer than the memory, a stop
+                text that can never appear, or a bias of a token that there is not.
         """
         params = params or SamplingParams(**self.defaults)
-        tokens = self._tokens(prompt)
+        self._check_known(params.logit_bias, "logit_bias: ")
+        tokens = self.tokens(prompt)
         if len(tokens) + params.max_new_tokens > self.longest:
             raise PhotonError(
                 f"the prompt of {len(tokens)} tokens and up to {params.max_new_tokens} new ones exceed "
@@ -114,7 +116,12 @@ class Engine:
             self.scheduler.add(sequence)
         return number
 
-    def _tokens(self, prompt: Prompt) -> list[int]:
+    def tokens(self, prompt: Prompt) -> list[int]:
+        """Token ids of a prompt.
+
+        Raises:
+            PhotonError: for an empty prompt, a text without a tokenizer, or a token that there is not.
+        """
         if isinstance(prompt, str):
             if self.tokenizer is None:
                 raise PhotonError("a prompt as text needs a tokenizer: give the engine one, or pass token ids")
@@ -122,10 +129,13 @@ class Engine:
         tokens = [int(token) for token in prompt]
         if not tokens:
             raise PhotonError("a prompt is empty: give at least one token of text")
+        self._check_known(tokens)
+        return tokens
+
+    def _check_known(self, tokens: Iterable[int], place: str = "") -> None:
         outside = [token for token in tokens if not 0 <= token < self.model.config.vocab_size]
         if outside:
-            raise PhotonError(f"token {outside[0]} is outside the vocabulary of {self.model.config.vocab_size}")
-        return tokens
+            raise PhotonError(f"{place}token {outside[0]} is outside the vocabulary of {self.model.config.vocab_size}")
 
     def abort(self, number: int) -> None:
         """Drop a request, wherever it is; unknown numbers are ignored."""
@@ -268,7 +278,12 @@ class Engine:
         if not work:
             return []
         segments = [(s.allocation, s.prompt[s.allocation.length : s.allocation.length + number]) for s, number in work]
-        logits, through = self.runner.prefill(segments), []
+        scored = {
+            index: partial(self._score_prompt, sequence, sequence.allocation.length)
+            for index, (sequence, _) in enumerate(work)
+            if sequence.params.prompt_logprobs is not None
+        }
+        logits, through = self.runner.prefill(segments, scored), []
         for (sequence, _), row in zip(work, logits, strict=True):
             key = dict(sequence.keys)[sequence.allocation.length]
             if sequence.in_prefill:
@@ -278,9 +293,16 @@ class Engine:
                 through.append((sequence, row))
         return through
 
-    def _advance(self, sequence: Sequence, choice: Choice) -> Event:
+    @staticmethod
+    def _score_prompt(sequence: Sequence, start: int, logits: torch.Tensor) -> None:
+        """Score the tokens that follow those from `start` on, whose logits ``[n, V]`` are."""
+        following = sequence.prompt[start + 1 : start + 1 + len(logits)]
+        sequence.prompt_scores += score(logits[: len(following)], following, sequence.params.prompt_logprobs)
+
+    def _advance(self, sequence: Sequence, choice: TokenScore) -> Event:
+        first = not sequence.output
         # A NaN or an infinity among the logits makes every log-probability NaN: the chosen one tells.
-        if not math.isfinite(choice.logprob):
+        if not math.isfinite(choice.logprob) or (first and any(math.isnan(s.logprob) for s in sequence.prompt_scores)):
             return self._fail(sequence, "the model's logits are not finite: it overflows in this dtype")
         sequence.output.append(choice.token)
         sequence.logprobs.append(choice.logprob)
@@ -296,7 +318,14 @@ class Engine:
         if sequence.finish_reason is not None:
             self._finish(sequence)
         return Event(
-            sequence.request_id, sequence.index, choice.token, choice.logprob, text, sequence.finish_reason, choice.top
+            sequence.request_id,
+            sequence.index,
+            choice.token,
+            choice.logprob,
+            text,
+            sequence.finish_reason,
+            choice.top,
+            prompt_scores=sequence.prompt_scores if first else [],
         )
 
     def _fail(self, sequence: Sequence, why: str) -> Event:

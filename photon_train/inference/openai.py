@@ -1,22 +1,25 @@
-"""OpenAI's completions and chat completions: requests as they come, answers as they are expected.
+"""Requests of OpenAI's completions and chat completions as they come.
 
 What a request asks and the engine cannot do is refused, never ignored: unknown fields are errors.
 """
 
 from __future__ import annotations
 
+import inspect
+import re
 import secrets
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StrictInt, model_validator
 from transformers import PreTrainedTokenizerBase
 
 from photon_train.errors import PhotonError
 from photon_train.inference.refusals import without_neutral
-from photon_train.inference.request import Event, SamplingParams
-from photon_train.inference.tokens import TokenWriter
+from photon_train.inference.request import SamplingParams
+
+# What is no variable of a template, whatever it is called there.
+_TEMPLATE_SETTINGS = {*inspect.signature(PreTrainedTokenizerBase.apply_chat_template).parameters, "messages"}
 
 
 def _unicode(text: str) -> str:
@@ -62,6 +65,9 @@ class _Request(_Part):
     temperature: float | None = None
     top_p: float | None = None
     seed: int | None = None
+    frequency_penalty: float = 0.0
+    presence_penalty: float = 0.0
+    logit_bias: dict[int, float] = {}
     stop: str | list[str] | None = None
     stream: bool = False
     stream_options: StreamOptions | None = None
@@ -69,7 +75,7 @@ class _Request(_Part):
     top_k: int | None = None
     min_p: float | None = None
     repetition_penalty: float | None = None
-    stop_token_ids: list[int] = []
+    stop_token_ids: list[StrictInt] = []
     ignore_eos: bool = False
 
     @model_validator(mode="before")
@@ -77,7 +83,14 @@ class _Request(_Part):
     def _without_neutral(cls, given: Any) -> Any:
         return without_neutral(without_nulls(given)) if isinstance(given, dict) else given
 
-    def sampling(self, max_new_tokens: int, n: int, top_logprobs: int, defaults: Mapping[str, Any]) -> SamplingParams:
+    def sampling(
+        self,
+        max_new_tokens: int,
+        n: int,
+        top_logprobs: int,
+        defaults: Mapping[str, Any],
+        prompt_logprobs: int | None = None,
+    ) -> SamplingParams:
         """The engine's settings; `defaults` are the model's, for those that are not given.
 
         Raises:
@@ -94,6 +107,10 @@ class _Request(_Part):
             seed=secrets.randbits(31) if self.seed is None else self.seed,
             n=n,
             top_logprobs=top_logprobs,
+            prompt_logprobs=prompt_logprobs,
+            frequency_penalty=self.frequency_penalty,
+            presence_penalty=self.presence_penalty,
+            logit_bias=self.logit_bias,
             **chosen,
         )
 
@@ -101,10 +118,26 @@ class _Request(_Part):
 class CompletionRequest(_Request):
     """POST /v1/completions."""
 
-    prompt: Text | list[Text] | list[int] | list[list[int]]
-    max_tokens: int = Field(16, ge=1)
+    prompt: Text | list[Text] | list[StrictInt] | list[list[StrictInt]]
+    max_tokens: int = Field(16, ge=0)
     logprobs: int | None = Field(None, ge=0, le=20)
+    echo: bool = False
+    prompt_logprobs: int | None = Field(None, ge=0, le=20)
     best_of: int | None = Field(None, ge=1, le=1024)
+
+    @model_validator(mode="after")
+    def _check_parts(self) -> CompletionRequest:
+        if not self.max_tokens and not self.echo:
+            raise PhotonError("max_tokens: 0 asks for nothing: give at least 1, or echo=true")
+        if self.stream and self.prompt_logprobs is not None:
+            raise PhotonError("prompt_logprobs: they are not streamed: leave stream out, or use echo with logprobs")
+        return self
+
+    @property
+    def scored(self) -> int | None:
+        """How many of the most probable tokens are wanted beside each of the prompt's; None: nothing of the prompt."""
+        wanted = [self.prompt_logprobs, self.logprobs if self.echo else None]
+        return max((count for count in wanted if count is not None), default=None)
 
     @property
     def prompts(self) -> list[str | list[int]]:
@@ -142,139 +175,24 @@ class ChatRequest(_Request):
     max_completion_tokens: int | None = Field(None, ge=1)
     logprobs: bool = False
     top_logprobs: int | None = Field(None, ge=0, le=20)
+    chat_template_kwargs: dict[str, Any] = {}
 
     def tokens(self, tokenizer: PreTrainedTokenizerBase) -> list[int]:
         """The conversation by the tokenizer's chat template, up to where the answer begins.
 
         Raises:
-            PhotonError: if the tokenizer has no template, or the template refuses the conversation.
+            PhotonError: if the tokenizer has no template, the template refuses the conversation, or has no variable
+                of `chat_template_kwargs`.
         """
         if tokenizer.chat_template is None:
             raise PhotonError("the tokenizer has no chat template: use /v1/completions")
+        template = tokenizer.get_chat_template()
+        for name in self.chat_template_kwargs:
+            if name in _TEMPLATE_SETTINGS or not re.search(rf"\b{re.escape(name)}\b", template):
+                raise PhotonError(f"chat_template_kwargs: {name!r} is no variable of the model's chat template")
+        messages, variables = [message.plain() for message in self.messages], self.chat_template_kwargs
         try:
-            text = tokenizer.apply_chat_template(
-                [message.plain() for message in self.messages], tokenize=False, add_generation_prompt=True
-            )
+            text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, **variables)
         except Exception as error:  # templates raise what they like
             raise PhotonError(f"the chat template refuses the messages: {error}") from error
         return tokenizer(text, add_special_tokens=False)["input_ids"]
-
-
-@dataclass
-class Choice:
-    """One continuation as it comes.
-
-    Attributes:
-        index: Its number in the answer.
-        events: Its tokens.
-    """
-
-    index: int
-    events: list[Event] = field(default_factory=list)
-
-    @property
-    def text(self) -> str:
-        """What has become final."""
-        return "".join(event.text for event in self.events)
-
-    @property
-    def mean_logprob(self) -> float:
-        """Mean log-probability per token."""
-        return sum(event.logprob for event in self.events) / len(self.events)
-
-
-class Style:
-    """How answers of one kind look.
-
-    Args:
-        writer: Writes tokens of log-probabilities.
-        with_logprobs: Whether they are asked for.
-    """
-
-    object_name = "text_completion"
-    chunk_name = "text_completion"
-    prefix = "cmpl"
-
-    def __init__(self, writer: TokenWriter, with_logprobs: bool) -> None:
-        self.writer, self.with_logprobs = writer, with_logprobs
-
-    def opening(self, index: int) -> dict[str, Any] | None:
-        """A chunk before the first token, or None."""
-        return None
-
-    def whole(self, choice: Choice) -> dict[str, Any]:
-        """A finished continuation."""
-        return self._choice(choice.index, choice.text, choice.events)
-
-    def piece(self, index: int, event: Event, offset: int) -> dict[str, Any]:
-        """One token of a stream; `offset`: characters given out before it."""
-        return self._choice(index, event.text, [event], offset)
-
-    def _choice(self, index: int, text: str, events: list[Event], offset: int = 0) -> dict[str, Any]:
-        logprobs = self._logprobs(events, offset) if self.with_logprobs else None
-        return {"index": index, "text": text, "logprobs": logprobs, "finish_reason": events[-1].finish_reason}
-
-    def _logprobs(self, events: list[Event], offset: int) -> dict[str, Any]:
-        offsets = []
-        for event in events:
-            offsets.append(offset)
-            offset += len(event.text)
-        return {
-            "tokens": [self.writer.text(event.token) for event in events],
-            "token_logprobs": [_finite(event.logprob) for event in events],
-            "top_logprobs": [self._top_by_text(event) for event in events],
-            "text_offset": offsets,
-        }
-
-    def _top_by_text(self, event: Event) -> dict[str, float]:
-        texts = self.writer.texts(list(event.top_logprobs))
-        return dict(zip(texts, map(_finite, event.top_logprobs.values()), strict=True))
-
-
-class ChatStyle(Style):
-    """Answers to conversations."""
-
-    object_name = "chat.completion"
-    chunk_name = "chat.completion.chunk"
-    prefix = "chatcmpl"
-
-    def opening(self, index: int) -> dict[str, Any]:
-        delta = {"role": "assistant", "content": ""}
-        return {"index": index, "delta": delta, "logprobs": None, "finish_reason": None}
-
-    def whole(self, choice: Choice) -> dict[str, Any]:
-        message = {"role": "assistant", "content": choice.text}
-        return {"message": message} | self._rest(choice.index, choice.events)
-
-    def piece(self, index: int, event: Event, offset: int) -> dict[str, Any]:
-        return {"delta": {"content": event.text}} | self._rest(index, [event])
-
-    def _rest(self, index: int, events: list[Event]) -> dict[str, Any]:
-        content = [self._entry(e.token, e.logprob) | {"top_logprobs": self._top(e)} for e in events]
-        logprobs = {"content": content} if self.with_logprobs else None
-        return {"index": index, "logprobs": logprobs, "finish_reason": events[-1].finish_reason}
-
-    def _top(self, event: Event) -> list[dict[str, Any]]:
-        return [self._entry(token, value) for token, value in event.top_logprobs.items()]
-
-    def _entry(self, token: int, logprob: float) -> dict[str, Any]:
-        raw = self.writer.bytes(token)
-        return {"token": self.writer.text(token), "logprob": _finite(logprob), "bytes": list(raw)}
-
-
-def _finite(logprob: float) -> float:
-    """JSON has no infinity: what is impossible gets what OpenAI gives it."""
-    return max(logprob, -9999.0)
-
-
-def usage(prompt_tokens: int, completion_tokens: int) -> dict[str, int]:
-    """Tokens in and out."""
-    total = prompt_tokens + completion_tokens
-    return {"prompt_tokens": prompt_tokens, "completion_tokens": completion_tokens, "total_tokens": total}
-
-
-def error_body(
-    message: str, kind: str = "invalid_request_error", param: str | None = None, code: str | None = None
-) -> dict[str, Any]:
-    """An error as OpenAI's clients read it."""
-    return {"error": {"message": message, "type": kind, "param": param, "code": code}}

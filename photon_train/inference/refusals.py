@@ -9,7 +9,6 @@ from photon_train.errors import PhotonError
 
 _TOOLS = "tools are not served here (vLLM serves them)"
 _STRUCTURE = "structured output is not served here (vLLM serves it)"
-_NO_SETTING = "the engine has no such setting"
 # Fields -> the values that ask for nothing, and what is said of any other. Clients send these values unasked.
 _NEUTRAL: dict[str, tuple[Sequence[Any], str]] = {
     "response_format": ([{"type": "text"}], _STRUCTURE),
@@ -17,22 +16,19 @@ _NEUTRAL: dict[str, tuple[Sequence[Any], str]] = {
     "tool_choice": (["none"], _TOOLS),
     "functions": ([[]], _TOOLS),
     "function_call": (["none"], _TOOLS),
-    "logit_bias": ([{}], _NO_SETTING),
-    "frequency_penalty": ([0], _NO_SETTING),
-    "presence_penalty": ([0], _NO_SETTING),
-    "suffix": ([""], _NO_SETTING),
-    "echo": ([False], "a prompt is not given back"),
+    "suffix": ([""], "the engine has no such setting"),
     "store": ([False], "answers are not stored"),
     "modalities": ([["text"]], "answers are text"),
     "service_tier": (["auto", "default"], "there is one tier"),
 }
 # Notes of the client to itself or to OpenAI, which change no answer.
 _NOTES = ("metadata", "parallel_tool_calls", "prompt_cache_key", "safety_identifier", "user")
-# Fields that take several types, of which pydantic tells one by one.
+# Fields whose parts and types pydantic tells one by one, in its own words.
 _UNIONS = {
     "prompt": "must be a text, a list of texts, a list of token ids or a list of such lists",
     "content": "must be a text, or a list of parts of type text",
     "stop": "must be a text or a list of texts",
+    "logit_bias": "must be an object of token ids and numbers",
 }
 _PLAIN = {"missing": "is required", "extra_forbidden": "is no field that the server knows"}
 
@@ -75,4 +71,6 @@ def describe(errors: Sequence[Mapping[str, Any]]) -> tuple[str, str | None]:
         message = _UNIONS[place[-1]]
     else:
         message = _PLAIN.get(error["type"], error["msg"])
+    if not field and error["type"] == "missing":
+        return "the request has no body: send JSON", None
     return (f"{field}: {message}" if field else f"the request: {message}"), field or None

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Mapping
 from collections.abc import Sequence as Listed
-from dataclasses import dataclass
 
 import torch
 
-from photon_train.inference.request import SamplingParams, Sequence
+from photon_train.inference.request import SamplingParams, Sequence, TokenScore
 
 _WORD = 2**64
 # SplitMix64 (Steele, Lea and Flood 2014): the step of its counter and the multipliers of its mixing function.
@@ -15,16 +16,10 @@ _STEP, _MULTIPLIERS = 0x9E3779B97F4A7C15, (0xBF58476D1CE4E5B9, 0x94D049BB133111E
 _SHIFTS = (30, 27, 31)
 
 
-@dataclass(frozen=True)
-class Choice:
-    """A chosen token, its log-probability under the model, and the most probable tokens with theirs."""
-
-    token: int
-    logprob: float
-    top: dict[int, float]
+SCORED_AT_ONCE = 2**24  # logits whose log-probabilities are held in float32 at a time: 64 MiB
 
 
-def sample(logits: torch.Tensor, sequences: list[Sequence]) -> list[Choice]:
+def sample(logits: torch.Tensor, sequences: list[Sequence]) -> list[TokenScore]:
     """Choose a token for each sequence.
 
     The result for a sequence depends on its own logits, settings, seed and number of tokens only: not on its
@@ -36,10 +31,16 @@ def sample(logits: torch.Tensor, sequences: list[Sequence]) -> list[Choice]:
     """
     logits = logits.float()
     logprobs = logits.log_softmax(dim=-1)
+    biased = [one.params.logit_bias for one in sequences]
     penalised = [index for index, one in enumerate(sequences) if one.params.repetition_penalty != 1]
+    if any(biased):
+        logits = add(logits, biased)
     drawn = [index for index, one in enumerate(sequences) if not one.params.greedy]
     if penalised:
         logits = logits.index_copy(0, _index(penalised, logits), _penalised(logits, sequences, penalised))
+    repeated = [_repeated(one) for one in sequences]
+    if any(repeated):
+        logits = add(logits, repeated)
     if drawn:
         rows, chosen = _index(drawn, logits), [sequences[index] for index in drawn]
         warped = warp(logits[rows], [one.params for one in chosen])
@@ -47,7 +48,25 @@ def sample(logits: torch.Tensor, sequences: list[Sequence]) -> list[Choice]:
     tokens = logits.argmax(dim=-1)
     chosen = logprobs.gather(1, tokens[:, None])[:, 0].tolist()
     top = _top(logprobs, [one.params.top_logprobs for one in sequences])
-    return [Choice(*each) for each in zip(tokens.tolist(), chosen, top, strict=True)]
+    return [TokenScore(token, value, 0, best) for token, value, best in zip(tokens.tolist(), chosen, top, strict=True)]
+
+
+def score(logits: torch.Tensor, tokens: list[int], count: int) -> list[TokenScore]:
+    """Given tokens under the model.
+
+    Args:
+        logits: ``[n, V]``; tokens: one for each of them.
+        count: How many of the most probable tokens to report beside each.
+    """
+    found = []
+    for start in range(0, len(tokens), size := max(1, SCORED_AT_ONCE // logits.shape[1])):
+        logprobs = logits[start : start + size].float().log_softmax(dim=-1)
+        given = tokens[start : start + size]
+        own = logprobs.gather(1, _index(given, logits)[:, None])
+        ranks = 1 + (logprobs > own).sum(dim=-1)
+        top = _top(logprobs, [count] * len(given))
+        found += map(TokenScore, given, own[:, 0].tolist(), ranks.tolist(), top)
+    return found
 
 
 def _index(rows: list[int], like: torch.Tensor) -> torch.Tensor:
@@ -72,6 +91,27 @@ def penalise(logits: torch.Tensor, occurred: Listed[Listed[int]], penalties: Lis
     penalty = torch.tensor(penalties, device=logits.device)[row]
     seen = logits[row, token]
     return logits.index_put((row, token), torch.where(seen < 0, seen * penalty, seen / penalty))
+
+
+def add(logits: torch.Tensor, amounts: Listed[Mapping[int, float]]) -> torch.Tensor:
+    """Add to single logits.
+
+    Args:
+        logits: ``[n, V]``.
+        amounts: Per row, token -> what is added.
+    """
+    row = torch.tensor([index for index, each in enumerate(amounts) for _ in each], device=logits.device)
+    token = torch.tensor([token for each in amounts for token in each], device=logits.device)
+    amount = torch.tensor([float(value) for each in amounts for value in each.values()], device=logits.device)
+    return logits.index_put((row, token), amount, accumulate=True)
+
+
+def _repeated(sequence: Sequence) -> dict[int, float]:
+    """What is added to the logits of generated tokens."""
+    frequency, presence = sequence.params.frequency_penalty, sequence.params.presence_penalty
+    if not frequency and not presence:
+        return {}
+    return {token: -frequency * times - presence for token, times in Counter(sequence.output).items()}
 
 
 def warp(logits: torch.Tensor, params: Listed[SamplingParams]) -> torch.Tensor:

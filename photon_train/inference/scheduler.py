@@ -120,7 +120,7 @@ class Scheduler:
 
     def _is_being_encoded(self, sequence: Sequence) -> bool:
         """Whether a longer prefix of the prompt than is kept will be there once a running prefill has passed it."""
-        if sequence.saved is not None or self.prefixes.max_prefixes == 0:
+        if sequence.saved is not None or self.prefixes.max_prefixes == 0 or sequence.params.prompt_logprobs is not None:
             return False
         found = self.prefixes.find(sequence.keys)
         known = found.allocation.length if found else 0
@@ -150,7 +150,8 @@ class Scheduler:
                 return False
 
     def _start_from_prefix(self, sequence: Sequence, plan: Plan) -> bool:
-        prefix = self.prefixes.find(sequence.keys)
+        # Whoever wants the log-probabilities of the prompt has it encoded.
+        prefix = None if sequence.params.prompt_logprobs is not None else self.prefixes.find(sequence.keys)
         allocation: Allocation | None = self.cache.fork(prefix.allocation) if prefix else self.cache.open_sequence()
         if allocation is None:
             return False

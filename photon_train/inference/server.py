@@ -17,24 +17,17 @@ from typing import Any
 
 from fastapi import Depends, FastAPI, Request
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse, Response, StreamingResponse
+from fastapi.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
 from starlette.exceptions import HTTPException
 
 from photon_train.errors import PhotonError
+from photon_train.inference.answers import ERRORS, ChatStyle, Choice, Echo, Style, error_body, usage
 from photon_train.inference.engine import Engine, Prompt
 from photon_train.inference.metrics import CONTENT_TYPE
-from photon_train.inference.openai import (
-    ChatRequest,
-    ChatStyle,
-    Choice,
-    CompletionRequest,
-    Style,
-    error_body,
-    usage,
-)
+from photon_train.inference.openai import ChatRequest, CompletionRequest
 from photon_train.inference.refusals import describe
 from photon_train.inference.request import Event, SamplingParams
-from photon_train.inference.tokens import TokenWriter, prompt_tokens
+from photon_train.inference.tokens import TokenWriter
 from photon_train.inference.worker import RETRY_AFTER_S, Busy, NotServing, RequestFailed, Ticket, Worker
 
 CLIENT_POLL_S = 0.2  # how often a waiting request looks whether its client is still there
@@ -92,7 +85,7 @@ class Answer:
 
     async def _collect(self, place: int) -> list[Choice]:
         kept = self.keep or self.params.n
-        choices = [Choice(index) for index in range(self.params.n)]
+        choices = [Choice(index, place=place) for index in range(self.params.n)]
         async for event in self.tickets[place]:
             choices[event.index].events.append(event)
             self.completion_tokens += 1
@@ -111,8 +104,9 @@ class Answer:
                 opening = self.style.opening(index)
                 if index not in offsets and opening:
                     yield _event({**head, "choices": [opening]})
-                yield _event({**head, "choices": [self.style.piece(index, event, offsets.get(index, 0))]})
-                offsets[index] = offsets.get(index, 0) + len(event.text)
+                yield _event({**head, "choices": [self.style.piece(place, index, event, offsets.get(index))]})
+                offsets.setdefault(index, self.style.echoed(place))
+                offsets[index] += len(event.text)
             if with_usage:
                 yield _event({**head, "choices": [], "usage": self._usage()})
             yield "data: [DONE]\n\n"
@@ -149,7 +143,7 @@ class Answer:
                 task.cancel()
 
     def _usage(self) -> dict[str, int]:
-        return usage(sum(map(len, self.prompts)), self.completion_tokens)
+        return usage(sum(map(len, self.prompts)), self.completion_tokens if self.style.with_answer else 0)
 
 
 def _event(content: dict[str, Any]) -> str:
@@ -206,7 +200,7 @@ def create_app(engine: Engine, name: str, max_waiting: int = 1024, api_key: str 
             raise HTTPException(401, message, {"WWW-Authenticate": "Bearer"})
 
     keyed = [Depends(check_key)]
-    app = FastAPI(title="photon-train", lifespan=lifespan)
+    app = FastAPI(title="photon-train", lifespan=lifespan, responses=ERRORS)
     app.state.worker = worker
 
     @app.exception_handler(PhotonError)
@@ -239,8 +233,9 @@ def create_app(engine: Engine, name: str, max_waiting: int = 1024, api_key: str 
         if asked not in (None, name):
             raise PhotonError(f"model {asked!r} is not served here: the model is {name!r}")
 
-    def tokens_of(prompt: Prompt) -> list[int]:
-        return prompt_tokens(tokenizer, prompt) if isinstance(prompt, str) else prompt
+    def echo_of(prompt: Prompt, tokens: list[int]) -> Echo:
+        text = prompt if isinstance(prompt, str) else tokenizer.decode(tokens, clean_up_tokenization_spaces=False)
+        return Echo(text, tokens)
 
     async def respond(request: Request, body: Any, answer: Callable[[], Answer]) -> Any:
         check_model(body.model)
@@ -256,7 +251,7 @@ def create_app(engine: Engine, name: str, max_waiting: int = 1024, api_key: str 
         state = {"status": "ok" if worker.is_healthy else "failed", "open_requests": worker.num_open}
         return JSONResponse(state, 200 if worker.is_healthy else 503)
 
-    @app.get("/metrics")
+    @app.get("/metrics", response_class=PlainTextResponse)
     async def metrics() -> Response:
         return Response(worker.metrics.render(engine, worker.num_open), media_type=CONTENT_TYPE)
 
@@ -278,9 +273,13 @@ def create_app(engine: Engine, name: str, max_waiting: int = 1024, api_key: str 
             raise PhotonError("best_of must not be smaller than n, and more than n cannot be streamed")
 
         def answer() -> Answer:
-            params = body.sampling(body.max_tokens, drawn, body.logprobs or 0, engine.defaults)
-            prompts = [tokens_of(prompt) for prompt in body.prompts]
-            return Answer(worker, prompts, params, Style(writer, body.logprobs is not None), name, body.n)
+            # For an echo alone a token is computed and not given.
+            limit = max(1, body.max_tokens)
+            params = body.sampling(limit, drawn, body.logprobs or 0, engine.defaults, body.scored)
+            prompts = [engine.tokens(prompt) for prompt in body.prompts]
+            echoes = [echo_of(*each) for each in zip(body.prompts, prompts, strict=True)] if body.echo else None
+            style = Style(writer, body.logprobs, echoes, body.max_tokens > 0, body.prompt_logprobs is not None)
+            return Answer(worker, prompts, params, style, name, body.n)
 
         return await respond(request, body, answer)
 
@@ -293,7 +292,8 @@ def create_app(engine: Engine, name: str, max_waiting: int = 1024, api_key: str 
             limits = (body.max_completion_tokens, body.max_tokens, max(1, engine.longest - len(prompt)))
             limit = next(given for given in limits if given is not None)
             params = body.sampling(limit, body.n, body.top_logprobs or 0, engine.defaults)
-            return Answer(worker, [prompt], params, ChatStyle(writer, body.logprobs), name)
+            style = ChatStyle(writer, (body.top_logprobs or 0) if body.logprobs else None)
+            return Answer(worker, [prompt], params, style, name)
 
         return await respond(request, body, answer)
 

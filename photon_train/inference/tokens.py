@@ -15,7 +15,7 @@ _SPACE = "\u2581"  # a space, in those
 
 def prompt_tokens(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     """Ids of a text that is to be continued: with what the tokenizer puts before it, without what it puts behind."""
-    tokens = tokenizer(text)["input_ids"]
+    tokens = tokenizer(text, verbose=False)["input_ids"]  # it would warn of long ones
     # Of one letter, which tells what is put behind any text.
     letter, bare = tokenizer("a")["input_ids"], tokenizer("a", add_special_tokens=False)["input_ids"]
     # From the end: a vocabulary without letters may write one as the token that begins a text.

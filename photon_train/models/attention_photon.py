@@ -38,12 +38,15 @@ def load_kernels():
 class Segment(Protocol):
     """What a layer's attention does with the new elements of a pass."""
 
-    def attend(self, module: torch.nn.Module, query, key, value, scale: float) -> torch.Tensor:
+    def attend(
+        self, module: torch.nn.Module, query, key, value, scale: float, softcap: float | None = None
+    ) -> torch.Tensor:
         """Attend with ``query [B, Hq, T, D]`` to the new ``key, value [B, Hkv, T, D]`` and the cache; store them.
 
         Args:
             module: The layer's attention module; its ``layer_idx`` is the layer.
             scale: Factor on the dot products.
+            softcap: Soft bound of the scores (`softmax_photon.capped`), or None.
 
         Returns:
             ``[B, Hq, T, D]``.
@@ -58,6 +61,7 @@ def photon_attention(
     attention_mask: torch.Tensor | None = None,
     dropout: float = 0.0,
     scaling: float | None = None,
+    softcap: float | None = None,
     photon_segments: list[Segment] | None = None,
     **_: object,
 ) -> tuple[torch.Tensor, None]:
@@ -72,7 +76,7 @@ def photon_attention(
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     # Under autocast the rotation leaves queries and keys in fp32 while values are bf16.
     query, key = query.to(value.dtype), key.to(value.dtype)
-    out = photon_segments[module.layer_idx].attend(module, query, key, value, scale)
+    out = photon_segments[module.layer_idx].attend(module, query, key, value, scale, softcap)
     return out.transpose(1, 2).contiguous(), None
 
 
@@ -91,17 +95,27 @@ def sdpa(query, key, value, scale: float, mask: torch.Tensor | None = None, caus
     )
 
 
-def unrotate(states: torch.Tensor, rotary: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+def unrotate(
+    states: torch.Tensor, rotary: tuple[torch.Tensor, torch.Tensor], is_interleaved: bool = False
+) -> torch.Tensor:
     """Undo the rotation of queries or keys ``[B, H, E, D]``; norms stay.
 
     Args:
-        rotary: Cosine and sine, ``[B or 1, E, D]`` each; of fewer dimensions than D where heads are rotated in part.
+        rotary: Cosine and sine, ``[B or 1, E, D]`` each; of fewer dimensions than D where heads are rotated in part, of
+            none where they are not rotated.
+        is_interleaved: Whether dimensions 2i and 2i + 1 are rotated together, not i and i + D / 2.
     """
     cosine, sine = (part.unsqueeze(1) for part in rotary)
     size = cosine.shape[-1]
+    if not size:
+        return states
     turned, rest = states[..., :size], states[..., size:]
-    first, second = turned.chunk(2, dim=-1)
-    turned = turned * cosine - torch.cat([-second, first], dim=-1) * sine
+    if is_interleaved:
+        crossed = torch.stack([-turned[..., 1::2], turned[..., ::2]], dim=-1).flatten(-2)
+    else:
+        first, second = turned.chunk(2, dim=-1)
+        crossed = torch.cat([-second, first], dim=-1)
+    turned = turned * cosine - crossed * sine
     return torch.cat([turned, rest], dim=-1).to(states.dtype) if rest.shape[-1] else turned.to(states.dtype)
 
 

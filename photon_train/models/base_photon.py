@@ -99,13 +99,18 @@ class PhotonGenerationMixin(GenerationMixin):
             raise ValueError(f"fused={fused!r} is not one of {', '.join(FUSED)}")
         self.model.fused_windows = fused
 
+    def _prepare_generation_config(self, generation_config: GenerationConfig | None, **kwargs: Any):
+        # Here it stands as it was given; transformers forgets some of its names.
+        for asked in (kwargs, vars(generation_config) if generation_config else {}, vars(self.generation_config)):
+            if asked.get("cache_implementation") is not None:
+                raise ValueError(
+                    f"cache_implementation={asked['cache_implementation']!r}: leave it out, PHOTON has its own"
+                )
+        return super()._prepare_generation_config(generation_config, **kwargs)
+
     def _prepare_cache_for_generation(
         self, generation_config: GenerationConfig, model_kwargs: dict[str, Any], generation_mode, *args: Any, **_: Any
     ) -> None:
-        if generation_config.cache_implementation is not None:
-            raise ValueError(
-                f"cache_implementation={generation_config.cache_implementation!r}: leave it out, PHOTON has its own"
-            )
         if model_kwargs.get("past_key_values") is None and generation_config.use_cache is not False:
             model_kwargs["past_key_values"] = self._cache_for_generation(generation_config, generation_mode)
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from transformers import PretrainedConfig
 
-from .families_photon import config_class
+from .families_photon import LLAMA_LIKE, config_class
 from .slot_stream_hierarchical import SlotStream
 
 LAYOUTS = ("block", "stream")
@@ -127,6 +127,8 @@ class HierarchicalConfig(PretrainedConfig):
 
         need(self.layout in LAYOUTS, f"layout={self.layout!r} is not one of {', '.join(LAYOUTS)}")
         need("model_type" in self.base_config, "base_config has no `model_type`: give the dense family's configuration")
+        name = self.base_config["model_type"]
+        need(name in LLAMA_LIKE, f"base_config.model_type={name!r} is not one of {', '.join(LLAMA_LIKE)}")
         dropout = self.base_config.get("attention_dropout") or 0.0
         need(not dropout, f"base_config.attention_dropout={dropout} is not supported: set it to 0")
         for index, level in enumerate(self.levels):

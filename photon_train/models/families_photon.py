@@ -1,16 +1,37 @@
-"""The dense families that a PHOTON model can be: transformers' own classes, by name."""
+"""The dense families that a PHOTON model can be: transformers' own classes, and how they rotate heads."""
 
 from __future__ import annotations
 
 import functools
 import importlib
 from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 # model_type -> prefix of the class names in transformers.models.<model_type>
-CLASS_PREFIXES = {"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2", "qwen3": "Qwen3"}
+CLASS_PREFIXES = {
+    "llama": "Llama",
+    "mistral": "Mistral",
+    "qwen2": "Qwen2",
+    "qwen3": "Qwen3",
+    "cohere2": "Cohere2",
+    "exaone4": "Exaone4",
+    "gemma2": "Gemma2",
+    "gemma3_text": "Gemma3",
+    "glm4": "Glm4",
+    "granite": "Granite",
+    "ministral3": "Ministral3",
+    "olmo2": "Olmo2",
+    "olmo3": "Olmo3",
+    "seed_oss": "SeedOss",
+    "smollm3": "SmolLM3",
+}
+# Families whose layers are Llama's but for biases and norms of heads: what takes layers apart knows no others.
+LLAMA_LIKE = ("llama", "mistral", "qwen2", "qwen3")
+# Families that rotate neighbouring dimensions (2i, 2i + 1) together; the others rotate i and i + D / 2.
+_INTERLEAVED = ("cohere2", "glm4")
 
 
 @dataclass(frozen=True)
@@ -47,14 +68,21 @@ def check_family(model_type: str | None) -> str:
     return model_type
 
 
+def _names(model_type: str) -> tuple[str, str, str]:
+    """Folder of a family in transformers, and the prefix of its classes' names: of text alone, and of all."""
+    prefix = CLASS_PREFIXES[check_family(model_type)]
+    folder = model_type.removesuffix("_text")
+    return folder, prefix if folder == model_type else f"{prefix}Text", prefix
+
+
 def config_class(model_type: str) -> type[PretrainedConfig]:
     """Configuration class of a family; loads no model code.
 
     Raises:
         ValueError: as `check_family`.
     """
-    module = importlib.import_module(f"transformers.models.{check_family(model_type)}.configuration_{model_type}")
-    return getattr(module, f"{CLASS_PREFIXES[model_type]}Config")
+    folder, text, _ = _names(model_type)
+    return getattr(importlib.import_module(f"transformers.models.{folder}.configuration_{folder}"), f"{text}Config")
 
 
 @functools.cache
@@ -64,15 +92,45 @@ def family(model_type: str) -> Family:
     Raises:
         ValueError: as `check_family`.
     """
-    config = config_class(model_type)
-    module = importlib.import_module(f"transformers.models.{model_type}.modeling_{model_type}")
-    prefix = CLASS_PREFIXES[model_type]
+    folder, text, prefix = _names(model_type)
+    module = importlib.import_module(f"transformers.models.{folder}.modeling_{folder}")
     return Family(
         model_type=model_type,
-        config=config,
-        base_model=getattr(module, f"{prefix}Model"),
+        config=config_class(model_type),
+        base_model=getattr(module, f"{text}Model"),
         causal_lm=getattr(module, f"{prefix}ForCausalLM"),
         layer=getattr(module, f"{prefix}DecoderLayer"),
-        norm=getattr(module, f"{prefix}RMSNorm"),
+        norm=getattr(module, f"{prefix}RMSNorm", None) or getattr(module, f"{prefix}LayerNorm"),
         rotary=getattr(module, f"{prefix}RotaryEmbedding"),
     )
+
+
+# --- rotation ---
+
+
+def has_rotation(config: Any, layer: int) -> bool:
+    """Whether the family rotates queries and keys of `layer`: some know no position in their global layers."""
+    family_name, kinds = config.base_model_type, getattr(config, "layer_types", None)
+    if family_name == "smollm3":
+        return bool(config.no_rope_layers[layer])
+    if family_name == "cohere2":
+        return kinds[layer] == "sliding_attention"
+    if family_name == "exaone4":
+        return config.sliding_window is None or kinds[layer] == "sliding_attention"
+    return True
+
+
+def rotation_kind(config: Any, layer: int) -> str | None:
+    """The kind of layer that a rotary embedding asks for, where kinds of layers have rotations of their own."""
+    return config.layer_types[layer] if config.base_model_type in ("gemma3_text", "olmo3") else None
+
+
+def is_interleaved(config: Any) -> bool:
+    """Whether neighbouring dimensions (2i, 2i + 1) are rotated together, not i and i + D / 2."""
+    return config.base_model_type in _INTERLEAVED
+
+
+def softcap(config: Any) -> float | None:
+    """The bound c of attention scores, which become ``c * tanh(score / c)``; None: they have none."""
+    # Gemma 3's configuration has the key too, but its attention does not read it.
+    return config.attn_logit_softcapping if config.base_model_type == "gemma2" else None

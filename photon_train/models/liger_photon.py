@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .families_photon import CLASS_PREFIXES, family
+from .families_photon import LLAMA_LIKE, family
 
 logger = logging.getLogger(__name__)
 
@@ -28,7 +28,7 @@ def fuse_layers(model: nn.Module) -> int:
     """
     if importlib.util.find_spec("liger_kernel") is None:
         return 0
-    norms = tuple(family(name).norm for name in CLASS_PREFIXES)
+    norms = tuple(family(name).norm for name in LLAMA_LIKE)
     fused = 0
     for module in model.modules():
         if isinstance(module, norms):

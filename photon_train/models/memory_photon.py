@@ -24,6 +24,7 @@ from transformers import initialization as init
 from .cache_photon import KeyValue
 from .configuration_photon import PhotonConfig
 from .quantize_photon import StraightThrough, dequantize, quantize
+from .softmax_photon import capped
 
 
 class PackMap(nn.Linear):
@@ -176,7 +177,12 @@ class LayerMemory(nn.Module):
         return self._with_map(-1, unfold)
 
     def attend_folded(
-        self, content: torch.Tensor, latents: KeyValue, visible: torch.Tensor, scale: float
+        self,
+        content: torch.Tensor,
+        latents: KeyValue,
+        visible: torch.Tensor,
+        scale: float,
+        softcap: float | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Attention of one query per row over latents that are never unpacked.
 
@@ -184,6 +190,7 @@ class LayerMemory(nn.Module):
             content: Queries that read far with their rotation undone, ``[n, H, D]``.
             latents: Their halves, ``[n, m, U, D]``.
             visible: Which tokens under units each query sees, ``[n, U * S]``.
+            scale, softcap: Factor on the dot products, and the bound of what they become (`capped`).
 
         Returns:
             Output ``[n, H, 1, D]`` and log-sum-exp ``[n, H, 1]``, -inf where nothing is seen.
@@ -191,7 +198,7 @@ class LayerMemory(nn.Module):
         parts = join_heads(*latents).chunk(self.num_latents, dim=-1)
         folded, bias = self.fold_queries(content)
         scores = (torch.einsum("nhsc,nuc->nhus", folded, parts[0]) + bias[:, :, None]).flatten(2).float() * scale
-        scores = scores.masked_fill(~visible[:, None], -torch.inf)
+        scores = capped(scores, softcap).masked_fill(~visible[:, None], -torch.inf)
         lse = scores.logsumexp(dim=-1)
         weights = (scores - lse[..., None]).exp().nan_to_num(0.0).to(content.dtype).unflatten(-1, (-1, self.chunk_size))
         out = self.unfold_values(torch.einsum("nhus,nuc->nhsc", weights, parts[-1]), weights.sum(2))

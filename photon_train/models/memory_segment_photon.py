@@ -28,11 +28,14 @@ class MemorySegment(WindowSegment):
         host_packed: The same on the host, two lists; None where the host must not be waited for (every row then packs
             the unit that left its window last: it is there already, or leaves now).
         rotation: ``positions [B or 1, E] -> cosine, sine [B or 1, E, D]``.
+        is_interleaved: See `unrotate`.
     """
 
-    def __init__(self, new: NewElements, chunk_size, units, packed, host_packed, rotation, **window) -> None:
+    def __init__(
+        self, new: NewElements, chunk_size, units, packed, host_packed, rotation, is_interleaved=False, **window
+    ) -> None:
         super().__init__(new, **window)
-        self.chunk_size, self.units, self.rotation = chunk_size, units, rotation
+        self.chunk_size, self.units, self.rotation, self.is_interleaved = chunk_size, units, rotation, is_interleaved
         self.before, self.after = packed
         self.host_packed = host_packed
         if host_packed is None:
@@ -65,28 +68,28 @@ class MemorySegment(WindowSegment):
     def token_rotation(self) -> tuple[torch.Tensor, torch.Tensor]:
         return self.rotation(self._tokens)
 
-    def attend(self, module, query, key, value, scale):
+    def attend(self, module, query, key, value, scale, softcap=None):
         layer, memory = module.layer_idx, module.memory
-        content = unrotate(take_heads(query, memory.query_heads), self.content_rotation)
+        content = unrotate(take_heads(query, memory.query_heads), self.content_rotation, self.is_interleaved)
         if self._decodes(key):
             self.new.append(self.ring, layer, self.slot_mapping, key, value)
-            out, lse = self._decode_near(layer, query, scale)
+            out, lse = self._decode_near(layer, query, scale, softcap)
             near = take_heads(out, memory.query_heads), take_heads(lse, memory.query_heads)
-            seen = merge(near, self._decode_far(module, content, scale))[0]
+            seen = merge(near, self._decode_far(module, content, scale, softcap))[0]
             return put_heads(out, memory.query_heads, seen)
         past, latents = self._past(layer, query), self._pack(module, key, value)
         if latents is None:
-            out = self._attend(query, key, value, scale, past)
+            out = self._attend(query, key, value, scale, past, softcap=softcap)
         else:
             far = content, *memory.unpack(*latents)
-            out = self._attend_by_cell(memory, query, key, value, scale, past, far)
+            out = self._attend_by_cell(memory, query, key, value, scale, past, far, softcap)
         self._store(layer, key, value)
         return out
 
-    def _attend_by_cell(self, memory: LayerMemory, query, key, value, scale, past, far) -> torch.Tensor:
+    def _attend_by_cell(self, memory: LayerMemory, query, key, value, scale, past, far, softcap) -> torch.Tensor:
         """The layer's cells attend to what is near and far, its other heads to what is near."""
         if not memory.other_cells:
-            return self._attend(query, key, value, scale, past, far)
+            return self._attend(query, key, value, scale, past, far, softcap)
         parts = []
         for cells, query_heads, seen in (
             (memory.cells, memory.query_heads, far),
@@ -94,7 +97,7 @@ class MemorySegment(WindowSegment):
         ):
             states = (take_heads(query, query_heads), take_heads(key, cells), take_heads(value, cells))
             before = None if past is None else tuple(take_heads(each, cells) for each in past)
-            parts.append(self._attend(*states, scale, before, seen))
+            parts.append(self._attend(*states, scale, before, seen, softcap))
         order = (*memory.query_heads, *memory.other_query_heads)
         return take_heads_back(torch.cat(parts, dim=1), order)
 
@@ -107,7 +110,7 @@ class MemorySegment(WindowSegment):
         # Of documents it depends on the process how long they are, and sharded modules are run by all or none.
         if self.num_new or (not self.had_units and (torch.is_grad_enabled() or self.new.varies)):
             keys, values = self._take(layer, *(take_heads(states, memory.cells) for states in (key, value)), memory)
-            new, stored = memory.pack(unrotate(keys, self.token_rotation), values)
+            new, stored = memory.pack(unrotate(keys, self.token_rotation, self.is_interleaved), values)
             if self.units is not None and self.num_new:
                 self.new.append(self.units, layer, self.unit_slots, *stored)
         if not self.had_units:
@@ -134,7 +137,9 @@ class MemorySegment(WindowSegment):
 
     # --- decoding ---
 
-    def _decode_far(self, module, content: torch.Tensor, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
+    def _decode_far(
+        self, module, content: torch.Tensor, scale: float, softcap: float | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         layer, memory = module.layer_idx, module.memory
         if self.num_new:
             self._pack_departed(module)
@@ -160,7 +165,7 @@ class MemorySegment(WindowSegment):
         latents = memory.load(stored, content.dtype)
         token = torch.arange(latents[0].shape[2] * self.chunk_size, device=content.device)
         visible = (token // self.chunk_size < self.after[:, None]) & (token >= self.num_sinks)
-        return memory.attend_folded(content[:, :, 0], latents, visible.expand(self.new.batch, -1), scale)
+        return memory.attend_folded(content[:, :, 0], latents, visible.expand(self.new.batch, -1), scale, softcap)
 
     @cached_property
     def _departed(self) -> tuple[torch.Tensor | None, torch.Tensor]:
@@ -185,7 +190,7 @@ class MemorySegment(WindowSegment):
         if which is not None:
             rotary = tuple(part[which] if part.shape[0] > 1 else part for part in rotary)
         taken = tuple(take_heads(states, memory.cells) for states in taken)
-        _, stored = memory.pack(unrotate(taken[0], rotary), taken[1])
+        _, stored = memory.pack(unrotate(taken[0], rotary, self.is_interleaved), taken[1])
         slot_mapping = self.unit_slots
         if which is not None:
             batch = torch.arange(len(which), device=which.device)

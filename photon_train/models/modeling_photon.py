@@ -18,7 +18,7 @@ from .base_photon import BasePreTrainedModel, PhotonGenerationMixin
 from .cache_photon import PhotonCache
 from .configuration_photon import PhotonConfig
 from .documents_photon import in_documents
-from .families_photon import family
+from .families_photon import family, has_rotation, is_interleaved, rotation_kind, softcap
 from .memory_photon import LayerMemory, initialize
 from .memory_segment_photon import MemorySegment
 from .rows_photon import Rows, align_rows, document_rows, has_restarts
@@ -145,7 +145,7 @@ class PhotonModel(PhotonPreTrainedModel):
             ring = None if cache is None else cache.local[own]
             return WindowSegment(new, rows.index - own + 1, own - 1, ring=ring, fused=self.fused_windows)
 
-        def windowed(memory: bool) -> Segment:
+        def windowed(memory_of: int | None) -> Segment:
             settings = {
                 "fused": self.fused_windows,
                 "start": config.window_start(rows.index),
@@ -154,7 +154,7 @@ class PhotonModel(PhotonPreTrainedModel):
                 "num_sinks": config.num_sinks,
                 "ring": None if cache is None else cache.window,
             }
-            if not memory:
+            if memory_of is None:
                 return WindowSegment(new, **settings)
             return MemorySegment(
                 new,
@@ -163,7 +163,8 @@ class PhotonModel(PhotonPreTrainedModel):
                 units=None if cache is None else cache.units,
                 packed=self._units(rows.past, rows.lengths, rows.index.shape[0]),
                 host_packed=self._host_units(rows),
-                rotation=self.rotation,
+                rotation=functools.partial(self.rotation, layer=memory_of),
+                is_interleaved=is_interleaved(config),
             )
 
         def segment(layer: int) -> Segment:
@@ -172,7 +173,9 @@ class PhotonModel(PhotonPreTrainedModel):
                 kind, make = ("full", full) if own is None else (own, functools.partial(local, own))
             else:
                 memory = layer in config.memory_cells
-                kind, make = ("memory" if memory else "window"), functools.partial(windowed, memory)
+                # Layers that are rotated alike share a memory's segment.
+                kind = (has_rotation(config, layer), rotation_kind(config, layer)) if memory else "window"
+                make = functools.partial(windowed, layer if memory else None)
             if kind not in made:
                 made[kind] = make()
             return made[kind]
@@ -190,15 +193,31 @@ class PhotonModel(PhotonPreTrainedModel):
         after = [count(had + new) for had, new in zip(rows.host_past, rows.host_lengths, strict=True)]
         return [count(had) for had in rows.host_past], after
 
-    def rotation(self, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def rotation(self, positions: torch.Tensor, layer: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
         """Cosine and sine at ``positions [B or 1, E]``, ``[B or 1, E, D]`` each, without YaRN's factor on them.
 
-        The layers' queries and keys have that factor (`attention_scaling`) already.
+        The layers' queries and keys have that factor (`attention_scaling`) already. D is what is rotated of a head:
+        all, a part, or nothing. Dimensions are in the family's order (see `unrotate`).
+
+        Args:
+            layer: The layer that is asked for, where layers differ.
         """
-        like = torch.empty((), device=positions.device)  # weights may be offloaded
-        cosine, sine = self.rotary_emb(like, positions)
-        scaling = getattr(self.rotary_emb, "attention_scaling", 1.0)
-        return cosine / scaling, sine / scaling
+        return rotation(self.config, self.rotary_emb, positions, layer)
+
+
+def rotation(
+    config: PhotonConfig, rotary: nn.Module, positions: torch.Tensor, layer: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`PhotonModel.rotation` by a rotary embedding of the family."""
+    if not has_rotation(config, layer):
+        return (positions.new_empty(*positions.shape, 0, dtype=torch.float32),) * 2
+    like = torch.empty((), device=positions.device)  # weights may be offloaded
+    kind = rotation_kind(config, layer)
+    cosine, sine = rotary(like, positions, *(() if kind is None else (kind,)))
+    scaling = getattr(rotary, f"{kind}_attention_scaling" if kind else "attention_scaling", 1.0)
+    if config.base_model_type == "glm4":  # whose attention puts them in order itself
+        cosine, sine = (part.chunk(2, dim=-1)[0].repeat_interleave(2, dim=-1) for part in (cosine, sine))
+    return cosine / scaling, sine / scaling
 
 
 class PhotonForCausalLM(PhotonPreTrainedModel, PhotonGenerationMixin):
@@ -225,6 +244,23 @@ class PhotonForCausalLM(PhotonPreTrainedModel, PhotonGenerationMixin):
         # What `output_hidden_states` records is listed by class, when one is built.
         _CAN_RECORD_REGISTRY[_record_key(self.model)] = self.model._can_record_outputs
         self.post_init()
+
+    def set_backend(self, backend: str) -> None:
+        if backend == "triton":
+            self._refuse_softcap("backend 'triton'", "backend 'torch'")
+        super().set_backend(backend)
+
+    def set_fused_windows(self, fused: str) -> None:
+        if fused == "yes":
+            self._refuse_softcap("flex_attention (fused='yes')", "fused='auto' or 'no'")
+        super().set_fused_windows(fused)
+
+    def _refuse_softcap(self, what: str, instead: str) -> None:
+        if (bound := softcap(self.config)) is not None:
+            raise ValueError(
+                f"{what} has no bound on attention scores, and this {self.config.base_model_type} model has "
+                f"attn_logit_softcapping={bound}: use {instead}"
+            )
 
     def new_cache(self, **settings: Any) -> PhotonCache:
         """An empty cache; settings as for `PhotonCache`."""

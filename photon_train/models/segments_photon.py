@@ -34,10 +34,12 @@ class FullSegment:
             store.reserve(count)
             self.slot_mapping = new.slot_mapping(store)
 
-    def attend(self, module, query, key, value, scale):
+    def attend(self, module, query, key, value, scale, softcap=None):
         if self.store is not None:
             self.new.append(self.store, module.layer_idx, self.slot_mapping, key, value)
         if not self.new.has_past:
+            if softcap is not None:
+                return self._whole.attend(module, query, key, value, scale, softcap)
             return sdpa(query, key, value, scale, causal=True)
         if self.new.backend == "triton" and self.length == 1:
             keys, values, block_table = self.store.operands(module.layer_idx)
@@ -48,14 +50,23 @@ class FullSegment:
         keys, values = self.store.read(module.layer_idx, self.new.rows, self.count)
         if torch.is_grad_enabled() and key.requires_grad:
             keys, values = (self._with_own(*pair) for pair in ((keys, key), (values, value)))
-        if self.index.shape[0] == 1 and self.length == 1 and keys.shape[2] == self.count:
+        if self.index.shape[0] == 1 and self.length == 1 and keys.shape[2] == self.count and softcap is None:
             return sdpa(query, keys, values, scale)
         slot, pieces = torch.arange(keys.shape[2], device=keys.device), []
         for rows in torch.arange(self.length).split(FULL_BLOCK):
             rows = slice(int(rows[0]), int(rows[-1]) + 1)
             mask = (slot <= self.index[:, rows, None])[:, None]
-            pieces.append(sdpa(query[:, :, rows], keys, values, scale, mask=mask))
+            if softcap is None:
+                pieces.append(sdpa(query[:, :, rows], keys, values, scale, mask=mask))
+            else:
+                bias = additive(mask, query.dtype)
+                pieces.append(attend_set(query[:, :, rows], keys, values, bias, scale, softcap=softcap)[0])
         return torch.cat(pieces, dim=2)
+
+    @cached_property
+    def _whole(self) -> WindowSegment:
+        """A window over the whole sequence: what is attended to with a softcap is computed block by block."""
+        return WindowSegment(self.new, torch.zeros_like(self.index), self.length, fused="no")
 
     def _with_own(self, stored: torch.Tensor, own: torch.Tensor) -> torch.Tensor:
         """What was read, with the segment's own states in place, so that gradients reach them."""
@@ -91,20 +102,22 @@ class WindowSegment:
         self._biases: dict[object, torch.Tensor] = {}
         self.past_index, self.slot_mapping = (None, None) if ring is None else new.enter(ring)
 
-    def attend(self, module, query, key, value, scale):
+    def attend(self, module, query, key, value, scale, softcap=None):
         layer = module.layer_idx
         if self._decodes(key):
             self.new.append(self.ring, layer, self.slot_mapping, key, value)
-            return self._decode_near(layer, query, scale)[0]
-        out = self._attend(query, key, value, scale, self._past(layer, query))
+            return self._decode_near(layer, query, scale, softcap)[0]
+        out = self._attend(query, key, value, scale, self._past(layer, query), softcap=softcap)
         self._store(layer, key, value)
         return out
 
-    def _attend(self, query, key, value, scale, past: KeyValue | None, far: tuple | None = None) -> torch.Tensor:
+    def _attend(
+        self, query, key, value, scale, past: KeyValue | None, far: tuple | None = None, softcap: float | None = None
+    ) -> torch.Tensor:
         """Attend to the segment's own keys, the ring's (`past`) and `far` ones (see `blockwise_attention`)."""
-        if self._is_fused(query, key, 1 if far is None else 2):
+        if softcap is None and self._is_fused(query, key, 1 if far is None else 2):
             return self._attend_fused(query, key, value, scale, far)
-        return blockwise_attention(self, scale, query, key, value, past, far)
+        return blockwise_attention(self, scale, query, key, value, past, far, softcap)
 
     def _past(self, layer: int, query: torch.Tensor) -> KeyValue | None:
         if not self.new.has_past:
@@ -126,7 +139,9 @@ class WindowSegment:
         differentiates = torch.is_grad_enabled() and key.requires_grad
         return self.length == 1 and self.ring is not None and self.new.has_past and not differentiates
 
-    def _decode_near(self, layer: int, query: torch.Tensor, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
+    def _decode_near(
+        self, layer: int, query: torch.Tensor, scale: float, softcap: float | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         if self.new.backend == "triton":
             keys, values, _ = self.ring.operands(layer)
             index, start = (each.expand(self.new.batch, -1) for each in (self.index, self.start))
@@ -144,7 +159,7 @@ class WindowSegment:
                 backend="triton",
             )
         keys, values = self.ring.read(layer, self.new.rows)
-        return attend_set(query, keys, values, self._decode_bias(query.dtype), scale)
+        return attend_set(query, keys, values, self._decode_bias(query.dtype), scale, softcap=softcap)
 
     def _decode_bias(self, dtype: torch.dtype) -> torch.Tensor:
         if "decode" not in self._biases:

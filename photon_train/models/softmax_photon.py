@@ -67,18 +67,24 @@ def merge(first: tuple[torch.Tensor, torch.Tensor], second: tuple[torch.Tensor, 
     return (out * next(weights) + other * next(weights)).to(out.dtype), joint
 
 
-def attend_set(query, key, value, bias, scale, may_see_none: bool = False):
+def capped(scores: torch.Tensor, softcap: float | None) -> torch.Tensor:
+    """Attention scores bounded softly to ``softcap * tanh(scores / softcap)`` (Gemma 2), or as they are for None."""
+    return scores if softcap is None else softcap * torch.tanh(scores / softcap)
+
+
+def attend_set(query, key, value, bias, scale, may_see_none: bool = False, softcap: float | None = None):
     """Attend to one set of keys.
 
     Args:
         query: ``[B, Hq, R, D]``; key, value: ``[B, Hkv, K, D]``.
         bias: Additive mask, ``[1 or B, 1, R, K]``, or None.
         may_see_none: Whether `bias` may leave a query without any key.
+        softcap: See `capped`.
 
     Returns:
         Output ``[B, Hq, R, D]`` and log-sum-exp ``[B, Hq, R]`` in fp32 (-inf for a query that sees nothing).
     """
-    if query.device.type == _FLASH_DEVICE:
+    if query.device.type == _FLASH_DEVICE and softcap is None:
         operation = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
         out, lse = operation(query, key, value, 0.0, False, attn_mask=bias, scale=scale)
         if may_see_none and bias is not None:
@@ -86,7 +92,7 @@ def attend_set(query, key, value, bias, scale, may_see_none: bool = False):
             lse = lse.masked_fill((bias == -torch.inf).all(dim=-1), -torch.inf)
         return out, lse
     grouped = query.unflatten(1, (key.shape[1], -1))
-    scores = _precise(grouped @ key.unsqueeze(2).transpose(3, 4)) * scale
+    scores = capped(_precise(grouped @ key.unsqueeze(2).transpose(3, 4)) * scale, softcap)
     if bias is not None:
         scores = scores + bias.unsqueeze(2)
     lse = scores.logsumexp(dim=-1)
@@ -102,6 +108,7 @@ def blockwise_attention(
     value: torch.Tensor,
     past: tuple[torch.Tensor, torch.Tensor] | None = None,
     far: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None,
+    softcap: float | None = None,
 ) -> torch.Tensor:
     """Attend in one softmax to the keys near each block of queries and to the far ones.
 
@@ -112,11 +119,12 @@ def blockwise_attention(
         past: Keys and values of the cache, ``[B, Hkv, N, D]``; no gradient reaches them, and they must not change
             before the backward pass.
         far: The queries as far keys want them, ``[B, Hq, T, D]``, far keys and values ``[B, Hkv, U, D]``.
+        softcap: See `capped`.
 
     Returns:
         ``[B, Hq, T, D]``.
     """
-    return _Blockwise.apply(plan, scale, past, query, key, value, *(far or (None, None, None)))
+    return _Blockwise.apply(plan, (scale, softcap), past, query, key, value, *(far or (None, None, None)))
 
 
 def _near_states(past: torch.Tensor | None, own: torch.Tensor, near: NearKeys) -> torch.Tensor:
@@ -129,26 +137,27 @@ def _near_states(past: torch.Tensor | None, own: torch.Tensor, near: NearKeys) -
 
 class _Blockwise(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, plan, scale, past, query, key, value, far_query, far_key, far_value):
+    def forward(ctx, plan, score, past, query, key, value, far_query, far_key, far_value):
+        scale, softcap = score
         pasts = past or (None, None)
         out = torch.empty_like(query, memory_format=torch.contiguous_format)
         total = torch.empty(query.shape[:3], dtype=torch.promote_types(query.dtype, torch.float32), device=query.device)
         for near in plan.near(query):
             rows = near.queries
             keys, values = _near_states(pasts[0], key, near), _near_states(pasts[1], value, near)
-            found = attend_set(query[:, :, rows], keys, values, near.bias, scale)
+            found = attend_set(query[:, :, rows], keys, values, near.bias, scale, softcap=softcap)
             if far_query is not None:
                 for seen, bias in plan.far(rows, query):
                     states = far_query[:, :, rows], far_key[:, :, seen], far_value[:, :, seen]
-                    found = merge(found, attend_set(*states, bias, scale, may_see_none=True))
+                    found = merge(found, attend_set(*states, bias, scale, True, softcap))
             out[:, :, rows], total[:, :, rows] = found
-        ctx.plan, ctx.scale, ctx.past = plan, scale, past
+        ctx.plan, ctx.score, ctx.past = plan, score, past
         ctx.save_for_backward(query, key, value, far_query, far_key, far_value, out, total)
         return out
 
     @staticmethod
     def backward(ctx, upstream):
-        plan, scale, pasts = ctx.plan, ctx.scale, ctx.past or (None, None)
+        plan, score, pasts = ctx.plan, ctx.score, ctx.past or (None, None)
         *inputs, out, total = ctx.saved_tensors  # once: checkpoints give them a single time
         query, key, value, far_query, far_key, far_value = inputs
         grads = [None if each is None else torch.zeros_like(each) for each in inputs]
@@ -156,7 +165,7 @@ class _Blockwise(torch.autograd.Function):
             rows = near.queries
             merged = upstream[:, :, rows], out[:, :, rows], total[:, :, rows]
             keys, values = _near_states(pasts[0], key, near), _near_states(pasts[1], value, near)
-            found = _backward(query[:, :, rows], keys, values, near.bias, scale, *merged)
+            found = _backward(query[:, :, rows], keys, values, near.bias, *score, *merged)
             grads[0][:, :, rows] = found[0]
             for grad, part in zip(grads[1:3], found[1:], strict=True):
                 part = part[:, :, near.past if ctx.past is not None else 0 :]
@@ -165,7 +174,7 @@ class _Blockwise(torch.autograd.Function):
             if far_query is not None:
                 for seen, bias in plan.far(rows, query):
                     states = far_query[:, :, rows], far_key[:, :, seen], far_value[:, :, seen]
-                    found = _backward(*states, bias, scale, *merged)
+                    found = _backward(*states, bias, *score, *merged)
                     grads[3][:, :, rows] += found[0]
                     grads[4][:, :, seen] += found[1]
                     grads[5][:, :, seen] += found[2]
@@ -176,7 +185,7 @@ def _precise(states: torch.Tensor) -> torch.Tensor:
     return states.to(torch.promote_types(states.dtype, torch.float32))
 
 
-def _backward(query, key, value, bias, scale, upstream, out, lse):
+def _backward(query, key, value, bias, scale, softcap, upstream, out, lse):
     """Gradients of query, key and value, given the output and log-sum-exp of a softmax that they are a part of."""
     heads, kv_heads = query.shape[1], key.shape[1]
     # Query heads of one key head below each other: ``[B, Hkv, groups * R, ...]``.
@@ -185,13 +194,16 @@ def _backward(query, key, value, bias, scale, upstream, out, lse):
     )
     if bias is not None:
         bias = bias.repeat(1, 1, heads // kv_heads, 1)
-    if query.device.type == _FLASH_DEVICE:
+    if query.device.type == _FLASH_DEVICE and softcap is None:
         operation = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
         grads = operation(upstream, query, key, value, out, lse, 0.0, False, attn_mask=bias, scale=scale)
     else:
-        scores = _precise(query @ key.transpose(2, 3)) * scale
+        scores = capped(_precise(query @ key.transpose(2, 3)) * scale, softcap)
         weights = ((scores if bias is None else scores + bias) - lse[..., None]).exp()
         change = _precise(upstream @ value.transpose(2, 3)) - (_precise(upstream) * out).sum(-1, keepdim=True)
-        change = (weights * change * scale).to(query.dtype)
+        change = weights * change * scale
+        if softcap is not None:
+            change = change * (1 - (scores / softcap).square())  # the derivative of tanh
+        change = change.to(query.dtype)
         grads = change @ key, change.transpose(2, 3) @ query, weights.to(query.dtype).transpose(2, 3) @ upstream
     return grads[0].unflatten(2, (heads // kv_heads, -1)).flatten(1, 2), grads[1], grads[2]

@@ -22,6 +22,7 @@ from photon_train.export.card import model_card
 from photon_train.export.save import check_weights, export_model
 from photon_train.export.validate import validate_export
 from photon_train.files import check_can_write
+from photon_train.inference.defaults import without_sampling
 from photon_train.inference.text import generate_text, load_for_inference
 from photon_train.manifest import read_manifest, verify_manifest
 from photon_train.pipeline.devices import roomy_device, weight_bytes
@@ -32,6 +33,7 @@ from photon_train.training.collect import gather_full_model
 from photon_train.training.loop import TrainResult, train
 from photon_train.training.lora import add_lora
 from photon_train.training.progress import METRICS_FILE
+from photon_train.training.shards import empty_model, is_sharded
 
 _SAMPLE_PROMPT = 64  # tokens of held-out text that the sample goes on from
 _SAMPLING = {"do_sample": True, "temperature": 0.8, "top_p": 0.95}  # greedy small models repeat themselves
@@ -110,14 +112,21 @@ class TrainingRun:
 
     # --- training ---
 
-    def load(self, loader: type, directory: Path) -> PreTrainedModel:
-        """A model in the checkpoint's type, whole, on the CPU of every process.
+    def load(self, directory: Path, is_trained: bool = True) -> PreTrainedModel:
+        """A model in the checkpoint's type, on the CPU.
+
+        Args:
+            directory: Its checkpoint.
+            is_trained: Whether it is for `train` or `prepare_for_evaluation`: with ZeRO-3 the main process alone then
+                holds the weights, which are divided there. Otherwise every process holds them.
 
         Raises:
             PhotonError: if the checkpoint lacks a weight, for which transformers would draw numbers.
         """
+        if is_trained and is_sharded(self.accelerator) and not self.is_main:
+            return self.main_first(lambda: empty_model(directory))
         model, found = self.main_first(
-            lambda: loader.from_pretrained(directory, dtype="auto", output_loading_info=True)
+            lambda: AutoModelForCausalLM.from_pretrained(directory, dtype="auto", output_loading_info=True)
         )
         if missing := sorted(found["missing_keys"]):
             raise PhotonError(
@@ -132,12 +141,13 @@ class TrainingRun:
 
     def _fine_tune(self, text: Text, teacher_directory: Path | None) -> dict[str, Any]:
         self.say("Fine-tuning PHOTON.")
-        model = self.load(AutoModelForCausalLM, self.start)
-        check_weights(model, self.dtype)
+        model = self.load(self.start)
+        if self.is_main:
+            check_weights(model, self.dtype)
         teacher = None
         holds_teacher = getattr(model, "holds_dense_model", False) and self.config.lora.rank
         if self.config.distill.is_on and not holds_teacher and teacher_directory is not None:
-            teacher = self.load(AutoModelForCausalLM, teacher_directory)
+            teacher = self.load(teacher_directory, is_trained=False)
         model = add_lora(model, self.config.lora, self.config.seed)
         trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
         ratio = {"photon/kv_ratio": self.numbers.kv_ratio}
@@ -169,9 +179,8 @@ class TrainingRun:
             # A run that was stopped right after its export: a directory is there only when it is complete.
             verify_manifest(self.exported)
             return
-        model = AutoModelForCausalLM.from_pretrained(self.start, dtype="auto")
         export_model(
-            model,
+            empty_model(self.start),
             text.tokenizer,
             self.exported,
             settings=dataclasses.replace(self.config.export, dtype=self.dtype),
@@ -185,6 +194,8 @@ class TrainingRun:
         """Reload the export and let it write."""
         device = roomy_device(self.accelerator.device, weight_bytes(self.exported))
         model, tokenizer = load_for_inference(self.exported, device=str(device))
+        # A sample shows the model, not what its generation_config.json makes of it.
+        model.generation_config = without_sampling(model.generation_config)
         prompt = self.config.export.sample_prompt
         if prompt is None:
             prompt = tokenizer.decode(

@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from accelerate.utils import broadcast_object_list
-from transformers import AutoModelForCausalLM
 
 from photon_train.config import DistillSettings, RunConfig, to_dict
 from photon_train.conversion.apply import convert
@@ -40,6 +39,7 @@ from photon_train.training.collect import gather_full_model
 from photon_train.training.loop import evaluate, prepare_for_evaluation
 from photon_train.training.lora import add_lora
 from photon_train.training.losses import TrainingObjective
+from photon_train.training.shards import empty_model
 
 DENSE_FINETUNED = "dense-finetuned"
 
@@ -191,7 +191,7 @@ class _ConversionRun(TrainingRun):
 
     def _dense_rows(self, directory: Path, text: Text) -> dict[str, Any]:
         """The dense model as it is, and fine-tuned as PHOTON will be."""
-        model = self.load(AutoModelForCausalLM, directory)
+        model = self.load(directory)
         if not self.config.train.dense_baseline:
             objective = prepare_for_evaluation(self.accelerator, TrainingObjective(model))
             return {"initial_ce": evaluate(self.accelerator, objective, text.held_out, self.config)}
@@ -209,9 +209,10 @@ class _ConversionRun(TrainingRun):
         output = self.output / DENSE_FINETUNED
         if output.exists():  # a run that was stopped right after: a directory is there only when it is complete
             return
-        model = AutoModelForCausalLM.from_pretrained(directory, dtype="auto")
         check_can_write(output, weight_bytes(directory), "the fine-tuned dense model")
-        model.load_state_dict(state)
+        model = empty_model(directory)
+        model.load_state_dict({name: tensor.to(model.dtype) for name, tensor in state.items()}, assign=True)
+        model.tie_weights()
         with atomic_directory(output) as partial_output:
             model.save_pretrained(partial_output, max_shard_size=self.config.export.max_shard_size)
             text.tokenizer.save_pretrained(partial_output)

@@ -40,8 +40,8 @@ def make_accelerator(config: RunConfig, output_dir: str | os.PathLike[str]) -> A
     prepared. DeepSpeed's "auto" values and its accumulation and clipping come from `config`.
 
     transformers would load every model sharded once a ZeRO-3 plugin exists, which all processes must do together; the
-    main process loads some alone (calibration, export) and would wait for ever. That is switched off: every process
-    loads the whole model on the CPU, and it is sharded when training starts.
+    main process loads some alone (calibration, export) and would wait for ever. That is switched off: what is trained
+    is sharded by `shards.shard`.
 
     Raises:
         PhotonError: for a precision that the hardware or the accelerate config cannot serve, a way to divide the work

@@ -7,29 +7,17 @@ what its head would read, and head and loss are taken chunk by chunk; the backwa
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from photon_train.models.softmax_photon import capped
+
 IGNORED = -100
 # Elements of one chunk's logits: 64 MiB in fp32, enough rows to fill a GPU even for the largest vocabularies.
 CHUNK_ELEMENTS = 2**24
-
-
-@contextmanager
-def headless(model: nn.Module) -> Iterator[None]:
-    """Inside, `logits` of `model`, a causal LM of transformers, are the states that its head would have read."""
-    head = model.get_output_embeddings()
-    # Set on the instance and not replaced by another module: hooks (ZeRO-3) and names stay as they are.
-    head.forward = lambda states, *_, **__: states
-    try:
-        yield
-    finally:
-        del head.forward
 
 
 def num_chunks(positions: int, vocab_size: int) -> int:
@@ -51,13 +39,13 @@ def kl_sum(student: torch.Tensor, teacher: torch.Tensor, is_target: torch.Tensor
     return per_token.masked_fill(~is_target, 0.0).sum() * temperature**2
 
 
-def _losses_of_chunk(states, targets, head, teacher_states, teacher_head, temperature) -> torch.Tensor:
-    logits = head(states)
+def _losses_of_chunk(states, targets, head, teacher_states, teacher_head, temperature, bound) -> torch.Tensor:
+    logits = capped(head(states), bound)
     ce = F.cross_entropy(logits.float(), targets, ignore_index=IGNORED, reduction="sum")
     if teacher_states is None:
         return torch.stack([ce, torch.zeros_like(ce)])
     with torch.no_grad():
-        teacher_logits = teacher_head(teacher_states)
+        teacher_logits = capped(teacher_head(teacher_states), bound)
     return torch.stack([ce, kl_sum(logits, teacher_logits, targets.ne(IGNORED), temperature)])
 
 
@@ -68,6 +56,7 @@ def vocabulary_losses(
     teacher: tuple[nn.Module, torch.Tensor] | None = None,
     temperature: float = 1.0,
     chunks: int | None = None,
+    bound: float | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Sums over the target tokens of the cross-entropy and of the distillation term.
 
@@ -78,13 +67,19 @@ def vocabulary_losses(
         teacher: Head and states of the dense model, without gradient; None leaves the second sum at 0.
         temperature: See `kl_sum`.
         chunks: Pieces that the positions are taken in; None: `num_chunks`, the same on every process.
+        bound: Of the logits, the teacher's too (`logit_bound`).
 
     Returns:
         Two fp32 scalars.
     """
     targets = F.pad(labels[:, 1:], (0, 1), value=IGNORED).flatten()
     states = states.flatten(0, 1)
-    if teacher is None and chunks is None and (fused := fused_cross_entropy(head, states)) is not None:
+    if (
+        teacher is None
+        and chunks is None
+        and bound is None
+        and (fused := fused_cross_entropy(head, states)) is not None
+    ):
         ce = fused(head.weight, states, targets, head.bias)
         return ce.float(), torch.zeros_like(ce, dtype=torch.float32)
     teacher_head, teacher_states = (None, None) if teacher is None else (teacher[0], teacher[1].flatten(0, 1))
@@ -98,7 +93,7 @@ def vocabulary_losses(
         strict=False,
     )
     for piece, target, taught in pieces:
-        arguments = (piece, target, head, taught, teacher_head, temperature)
+        arguments = (piece, target, head, taught, teacher_head, temperature, bound)
         if chunks > 1 and torch.is_grad_enabled():
             sums = sums + checkpoint(_losses_of_chunk, *arguments, use_reentrant=False)
         else:

@@ -40,6 +40,7 @@ from photon_train.training.losses import LossParts, TrainingObjective, num_targe
 from photon_train.training.progress import MetricsLog, TrainingProgress
 from photon_train.training.schedule import learning_rates
 from photon_train.training.settings import settings_hash
+from photon_train.training.shards import is_sharded, shard
 from photon_train.training.tracking import alert, log_metrics, tracked
 
 _PARTS = tuple(part.name for part in fields(LossParts))
@@ -118,8 +119,8 @@ def prepare_for_evaluation(accelerator: Accelerator, objective: nn.Module) -> nn
 
     A model that is trained in shards need not fit one GPU. The next `train` releases it.
     """
-    plugin = accelerator.deepspeed_plugin
-    if plugin is not None and plugin.zero_stage == 3:
+    if is_sharded(accelerator):
+        shard(accelerator, objective)
         return accelerator.prepare(objective)
     return objective.to(accelerator.device)
 
@@ -202,6 +203,8 @@ def _prepare(model: nn.Module, config: RunConfig, accelerator: Accelerator, teac
     fuse_layers(model)
     objective = TrainingObjective(model, config.distill, config.consistency, teacher)
     _widen(objective, accelerator)
+    if is_sharded(accelerator):
+        shard(accelerator, objective)
     optimizer = AdamW(parameter_groups(model, train), lr=train.learning_rate)
     scheduler = learning_rates(optimizer, train)
     objective, optimizer, scheduler = accelerator.prepare(objective, optimizer, scheduler)
@@ -245,7 +248,8 @@ def train(
     on one machine the losses are then exactly those of an uninterrupted run.
 
     Args:
-        model: A causal LM of transformers, with `lora.add_lora` applied.
+        model: A causal LM of transformers, with `lora.add_lora` applied. With ZeRO-3 the main process's weights count:
+            others may hold a `shards.empty_model`.
         train_set: Sequences, read in an order that depends on `config.seed` alone.
         eval_set: Held-out sequences.
         config: The run.

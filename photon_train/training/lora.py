@@ -128,7 +128,8 @@ def parameter_groups(model: nn.Module, settings: TrainSettings) -> list[dict]:
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             is_new = ".modules_to_save." in name or name.startswith(tuple(new))
-            groups.setdefault((is_new, parameter.ndim >= 2), []).append(parameter)
+            shape = getattr(parameter, "ds_shape", parameter.shape)  # a shard is flat
+            groups.setdefault((is_new, len(shape) >= 2), []).append(parameter)
     if not groups:
         raise PhotonError("nothing to train: no parameter of the model requires a gradient")
     return [

@@ -15,7 +15,8 @@ from torch import nn
 
 from photon_train.config import ConsistencySettings, DistillSettings
 from photon_train.errors import PhotonError
-from photon_train.training.heads import IGNORED, headless, vocabulary_losses
+from photon_train.logits import headless, logit_bound
+from photon_train.training.heads import IGNORED, vocabulary_losses
 from photon_train.training.lora import base_model
 
 
@@ -170,7 +171,7 @@ class TrainingObjective(nn.Module):
         teacher = self._teacher_states(**inputs) if self.training and self.distill.is_on else None
         head, temperature = base.get_output_embeddings(), self.distill.temperature
         taught = teacher if self.distill.weight else None
-        ce, kl = vocabulary_losses(head, output.logits, labels, taught, temperature)
+        ce, kl = vocabulary_losses(head, output.logits, labels, taught, temperature, bound=logit_bound(base.config))
         ce = ce / target_tokens
         total = self.distill.ce_weight * ce
         parts = {"ce": ce.detach()}

@@ -7,7 +7,7 @@ import os
 
 import pytest
 import torch
-from tiny_gguf import CHAT_TEMPLATE, gguf_model, rounded, write_gguf
+from tiny_gguf import CHAT_TEMPLATE, gemma_model, gguf_model, rounded, write_gguf
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from photon_train.conversion import gguf as subject
@@ -38,6 +38,20 @@ def test_a_file_of_floats_is_the_model_itself(tmp_path, tied):
     assert (read.config.rms_norm_eps, read.config.max_position_embeddings) == (1e-5, 512)
     assert read.generation_config.eos_token_id == 0
     assert "quantization_config" not in (checkpoint.directory / "config.json").read_text()
+
+
+def test_a_file_of_gemma_is_the_model_itself(tmp_path):
+    """Its norms are stored with one added."""
+    model = gemma_model()
+    checkpoint = DenseCheckpoint.open(str(write_gguf(tmp_path / "tiny.gguf", model, architecture="gemma3")))
+    assert checkpoint.config.layer_types == model.config.layer_types
+    read = AutoModelForCausalLM.from_pretrained(checkpoint.directory)
+    torch.testing.assert_close(read(TOKENS).logits, model(TOKENS).logits, atol=1e-4, rtol=1e-4)
+
+
+def test_a_scale_that_no_file_says_is_refused(tmp_path):
+    file = write_gguf(tmp_path / "tiny.gguf", gguf_model(num_hidden_layers=46), architecture="gemma2")
+    refuses(file, "tiny.gguf", "query_pre_attn_scalar", "safetensors")
 
 
 @pytest.mark.parametrize(("quantisation", "dtype"), [("F16", torch.float16), ("Q8_0", torch.bfloat16)])

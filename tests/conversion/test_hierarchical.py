@@ -123,3 +123,13 @@ def test_a_model_with_too_few_layers(preset):
 def test_a_window_beyond_the_dense_models_own():
     with pytest.raises(PhotonError, match="photon.window=64 exceeds.*sliding_window=32"):
         photon_config(dense_config("mistral", sliding_window=32), run("split"))
+
+
+def test_groups_beyond_the_dense_models_own_window():
+    mixed = {"num_hidden_layers": 8, "use_sliding_window": True, "max_window_layers": 6}
+    photon_config(dense_config("qwen2", sliding_window=7, **mixed), run("paper"))
+    with pytest.raises(PhotonError, match=r"^photon.levels.0: 4 slots and a chunk of 4 .*sliding_window=6: lower"):
+        photon_config(dense_config("qwen2", sliding_window=6, **mixed), run("paper"))
+    levels = [LevelOverrides(), LevelOverrides(num_slots=40)]
+    with pytest.raises(PhotonError, match=r"^photon.levels.1: 40 slots and a chunk of 4 "):
+        photon_config(dense_config("qwen2", sliding_window=39, **mixed), run("split", levels=levels, window=39))

@@ -155,7 +155,7 @@ def test_the_fit_is_the_best_of_its_rank(name):
 @pytest.mark.parametrize(
     ("part", "spoilt"),
     [
-        ("_turn", lambda keys, away: keys),
+        ("_turn", lambda keys, *_: keys),
         ("_weights", lambda model, layer, _: torch.eye(SIZE).double().repeat(2, len(cells_of(model, layer)), 1, 1)),
         ("_floored", lambda counts: counts + 100 * torch.eye(SIZE)),
     ],
@@ -279,7 +279,7 @@ def test_far_scores_are_as_large_as_near_ones_under_yarn():
     rotated = apply_rotary_pos_emb(states, states, *whole.model.rotary_emb(states, position))[0]
     torch.testing.assert_close(unrotate(rotated, whole.model.rotation(position)), factor * states)
     # What a far query meets is fitted to keys turned by distances alone.
-    cosine, sine = latents._mean_rotation(whole, 0, 1)
+    cosine, sine = latents._mean_rotation(whole, 0, 0, 1)
     torch.testing.assert_close((cosine.flatten(), sine.flatten()), (torch.ones(8), torch.zeros(8)))
 
 

@@ -11,7 +11,7 @@ from tiny_chat import CALL, TEMPLATE, TOOL, TOOL_TEMPLATE, UNMARKED, chat_file, 
 from tiny_checkpoint import byte_tokenizer
 
 from photon_train.config import DataSettings
-from photon_train.data.chat import prepare_chat, tokenize_chats
+from photon_train.data.chat import encode_chat, prepare_chat, tokenize_chats
 from photon_train.data.corpora import Document, read_documents, split_documents
 from photon_train.data.packing import IGNORED_LABEL, pack
 from photon_train.errors import PhotonError
@@ -166,7 +166,13 @@ def test_a_template_that_marks_nothing_is_refused_and_can_be_replaced(tmp_path: 
         prepare_chat(tokenizer, str(tmp_path / "nowhere.jinja"))
     (tmp_path / "marked.jinja").write_text(TEMPLATE)
     prepare_chat(tokenizer, str(tmp_path / "marked.jinja"))
-    assert tokenizer.chat_template == TEMPLATE
+    assert tokenizer.chat_template == {"default": TEMPLATE, "tools": UNMARKED}
+    single = byte_tokenizer()
+    prepare_chat(single, str(tmp_path / "marked.jinja"))
+    assert single.chat_template == TEMPLATE
+    turns = conversation("a", "b")
+    for found, expected in zip(encode_chat(tokenizer, turns), encode_chat(single, turns), strict=True):
+        assert found.tolist() == expected.tolist()
 
 
 def test_a_conversation_that_the_template_refuses_is_named(tokenizer) -> None:

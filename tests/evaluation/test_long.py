@@ -182,6 +182,16 @@ def test_text_without_sentences_is_cut_and_text_without_words_refused():
         make_samples("niah", code, byte_tokenizer(), LENGTH, 1)
 
 
+def test_prompts_do_not_end_with_what_a_tokenizer_puts_behind_texts():
+    tokenizer, end = byte_tokenizer(), "<|end|>"
+    (expected,) = make_samples("niah_single", Haystack(DOCUMENTS), tokenizer, LENGTH - 1, 1)
+    processor = TemplateProcessing(single=f"{end} $A {end}", special_tokens=[(end, tokenizer.eos_token_id)])
+    tokenizer.backend_tokenizer.post_processor = processor
+    (sample,) = make_samples("niah_single", Haystack(DOCUMENTS), tokenizer, LENGTH, 1)
+    assert sample.tokens[0] == tokenizer.eos_token_id and sample.tokens[-1] == expected.tokens[-1]
+    assert tokenizer.eos_token_id not in sample.tokens[1:]
+
+
 def test_chat_templates_put_the_question_in_a_turn():
     tokenizer, haystack = byte_tokenizer(), Haystack(DOCUMENTS)
     with pytest.raises(PhotonError, match="no chat template"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -45,5 +46,15 @@ def test_loads_in_a_fresh_process(tmp_path: Path, exported: tuple[Path, Path], m
         environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "kernels")])
     script = Path(__file__).with_name("load_export.py")
     command = [sys.executable, str(script), *map(str, exported), mode]
-    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=240)
+    settings = {"stdin": subprocess.DEVNULL, "capture_output": True, "text": True, "timeout": 240}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, **settings)
     assert done.returncode == 0, done.stderr
+    assert "custom code?" not in done.stdout + done.stderr  # nobody is asked
+
+
+@pytest.mark.parametrize("page", ["README.md", "photon_train/export/card.py"])
+def test_what_is_written_of_loading_asks_nobody(page: str) -> None:
+    """Even a tokenizer is looked up through config.json, which names code of ours."""
+    text = (ROOT / page).read_text(encoding="utf-8").partition("import photon_train")[0]
+    calls = re.findall(r"from_pretrained\((.+)\)", text)
+    assert len(calls) >= 2 and all("trust_remote_code=True" in call for call in calls), calls

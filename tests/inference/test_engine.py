@@ -136,7 +136,7 @@ def test_equal_prompts_are_encoded_once():
     fed = []
     engine = Engine(model, settings=EngineSettings(max_sequences=4, max_length=128, segment_tokens=16))
     prefill = engine.runner.prefill
-    engine.runner.prefill = lambda work: fed.extend(ids for _, ids in work) or prefill(work)
+    engine.runner.prefill = lambda work, scored: fed.extend(ids for _, ids in work) or prefill(work, scored)
     prompt = tokens(1, 39)[0].tolist()
     answers = engine.generate([prompt] * 7, SamplingParams(max_new_tokens=5))
     assert [len(ids) for ids in fed] == [16, 16, 7]
@@ -200,14 +200,24 @@ def test_long_sequences_are_prefilled_by_themselves(monkeypatch):
     model = quiet(tiny_model("memory"))
     prompts = [tokens(1, 32, seed=seed)[0].tolist() for seed in range(4)]
     answers, passes = {}, []
+
+    def counted(segment):
+        return lambda work, *wanted: passes.append(len(work)) or segment(work, *wanted)
+
     for limit in (2**16, 40):
         monkeypatch.setattr("photon_train.inference.runner.PASS_TOKENS", limit)
         engine = Engine(model, settings=EngineSettings(max_prefixes=0, max_length=64, segment_tokens=16))
-        segment = engine.runner._segment
-        engine.runner._segment = lambda work, segment=segment: passes.append(len(work)) or segment(work)
+        engine.runner._segment = counted(engine.runner._segment)
         answers[limit] = engine.generate(prompts, SamplingParams(max_new_tokens=3))
     assert passes == [4, 4] + [2, 2] + [1, 1, 1, 1]
     assert [one[0].tokens for one in answers[40]] == [one[0].tokens for one in answers[2**16]]
+    # Where all logits are wanted, they bound a pass.
+    monkeypatch.setattr("photon_train.inference.runner.PASS_TOKENS", 2**16)
+    monkeypatch.setattr("photon_train.inference.runner.SCORED_TOKENS", 32)
+    passes.clear()
+    plain, scored = SamplingParams(max_new_tokens=1), SamplingParams(max_new_tokens=1, prompt_logprobs=0)
+    engine.generate(prompts, [plain, scored, scored, scored])
+    assert passes == [1, 2, 1] * 2
 
 
 def test_end_tokens_and_abort():

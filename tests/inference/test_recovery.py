@@ -98,7 +98,7 @@ def test_the_server_goes_on_after_a_failed_step(worker):
     (expected,) = make_engine().generate([[5, 6]], PARAMS)
     decode = engine.runner.decode
 
-    def broken(work):
+    def broken(*work):
         raise torch.OutOfMemoryError("out of memory\nwith a long explanation")
 
     for failures in range(1, FAILURES_TO_UNHEALTHY + 1):

@@ -84,6 +84,50 @@ def test_penalty_counts_prompt_and_output_and_works_with_greedy():
     assert sample(row[None], [one])[0].token == 1
 
 
+def test_penalties_of_generated_tokens_and_biases():
+    """As OpenAI states them: counted in what was generated alone, additive, each row by itself."""
+    rows = logits(3)
+    settings = [
+        {"frequency_penalty": 0.75, "presence_penalty": 1.5},
+        {"logit_bias": {9: 20.0, 3: -100.0}, "frequency_penalty": -0.5},
+        {"logit_bias": {5: 2.0}, "repetition_penalty": 2.0},
+    ]
+    outputs = [[7, 7, 9, 7], [9], [5]]
+    expected = rows.clone()
+    expected[0, 7] -= 3 * 0.75 + 1.5
+    expected[0, 9] -= 0.75 + 1.5
+    expected[1, 9] += 20.0 + 0.5
+    expected[1, 3] -= 100.0
+    expected[2, 5] += 2.0  # the bias comes before the penalties
+    for token in (3, 4, 5):
+        expected[2, token] = expected[2, token] * 2 if expected[2, token] < 0 else expected[2, token] / 2
+    seen = []
+    many = [sequence(temperature=1.0, seed=4, **one) for one in settings]
+    for one, output in zip(many, outputs, strict=True):
+        one.output = output
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("photon_train.inference.sampler.warp", lambda found, _: seen.append(found) or found)
+        together = sample(rows, many)
+        alone = [sample(rows[index : index + 1], [one])[0] for index, one in enumerate(many)]
+    torch.testing.assert_close(seen[0], expected)
+    torch.testing.assert_close(torch.cat(seen[1:]), expected)
+    assert [choice.token for choice in together] == [choice.token for choice in alone]
+    # What is reported is the model's.
+    assert [choice.logprob for choice in together] == pytest.approx(
+        [float(rows.log_softmax(-1)[index, choice.token]) for index, choice in enumerate(together)]
+    )
+
+
+def test_a_penalty_keeps_greedy_decoding_from_repeating():
+    row, one = torch.zeros(1, 10), sequence(presence_penalty=2.0)
+    row[0, [3, 1, 8]] = torch.tensor([1.5, 1.0, 0.5])  # 3 is of the prompt, which does not count
+    for _ in range(3):
+        one.output.append(sample(row, [one])[0].token)
+    assert one.output == [3, 1, 8]
+    banned = sequence(logit_bias={3: -100.0, 1: -100.0})
+    assert sample(row, [banned])[0].token == 8
+
+
 @pytest.mark.parametrize("temperature", [0.0, 1e-46, 1e-40, 1e-6, 1e-5])
 def test_the_lowest_temperatures_take_the_best_token(temperature):
     rows = logits()
@@ -196,6 +240,11 @@ def test_splitmix_is_the_published_one():
         ({"top_p": 1.5}, "top_p=1.5 must not exceed 1"),
         ({"min_p": 2}, "min_p=2"),
         ({"n": 0}, "n=0"),
+        ({"frequency_penalty": 2.1}, "frequency_penalty=2.1 is not between -2 and 2"),
+        ({"presence_penalty": float("nan")}, "presence_penalty=nan"),
+        ({"logit_bias": {7: -101}}, "logit_bias of token 7 is -101"),
+        ({"logit_bias": {7: float("nan")}}, "logit_bias of token 7 is nan"),
+        ({"prompt_logprobs": -1}, "prompt_logprobs=-1"),
         ({"max_new_tokens": 0}, "max_new_tokens=0"),
         ({"repetition_penalty": 0}, "repetition_penalty=0"),
         ({"stop": ("a", "")}, "stop holds an empty text"),

@@ -24,6 +24,7 @@ TestClient = pytest.importorskip("fastapi.testclient").TestClient
 create_app = pytest.importorskip("photon_train.inference.server").create_app
 
 TEMPLATE = (
+    "{% if mood %}{{ mood + ' ' }}{% endif %}"
     "{% for m in messages %}{% if m['role'] == 'tool' %}{{ raise_exception('no tools here') }}{% endif %}"
     "{{ m['content'] + ' ' }}{% endfor %}{% if add_generation_prompt %}t09{% endif %}"
 )
@@ -177,18 +178,31 @@ def test_without_a_bound_a_chat_may_fill_the_context(client):
         ("completions", {"prompt": []}, "a prompt is empty"),
         ("completions", {"prompt": "\ud800"}, "half of a surrogate pair"),
         ("completions", {"prompt": [5, 61]}, "token 61 is outside the vocabulary"),
+        ("completions", {"prompt": [[5], [-(2**70)]], "echo": True}, "is outside the vocabulary of 61"),
+        ("completions", {"prompt": [[False]]}, "prompt: must be a text, a list of texts, a list of token ids or"),
         ("completions", {"prompt": [5], "max_tokens": 200}, "up to 200 new ones exceed"),
         ("completions", {"prompt": [5], "temperature": -1}, "temperature=-1"),
         ("completions", {"prompt": [5], "n": 3, "best_of": 2}, "best_of must not be smaller"),
         ("completions", {}, "prompt: is required"),
-        ("completions", {"prompt": [5], "logit_bias": {"5": 1}}, "logit_bias: the engine has no such setting"),
-        ("completions", {"prompt": [5], "echo": True}, "echo"),
+        ("completions", {"prompt": [5], "logit_bias": {"5": 101}}, "logit_bias of token 5 is 101.0, which is not betw"),
+        ("completions", {"prompt": [5], "logit_bias": {"61": 1}}, "logit_bias: token 61 is outside the vocabulary"),
+        ("completions", {"prompt": [5], "logit_bias": {"t05": 1}}, "logit_bias: must be an object of token ids and"),
+        ("completions", {"prompt": [5], "suffix": "t06"}, "suffix: the engine has no such setting"),
+        (
+            "completions",
+            {"prompt": [5], "prompt_logprobs": 1, "stream": True},
+            "prompt_logprobs: they are not streamed",
+        ),
         ("completions", {"prompt": [5], "stream_options": {"unknown": 1}}, "stream_options.unknown: is no field"),
-        ("completions", {"prompt": [5], "max_tokens": 0}, "max_tokens: Input should be greater than or equal to 1"),
+        (
+            "completions",
+            {"prompt": [5], "max_tokens": 0},
+            "max_tokens: 0 asks for nothing: give at least 1, or echo=true",
+        ),
         ("completions", {"prompt": {"a": 1}}, "prompt: must be a text, a list of texts, a list of token ids or"),
         ("completions", {"prompt": [5], "stop": 5}, "stop: must be a text or a list of texts"),
-        ("completions", {"prompt": [5], "frequency_penalty": 0.5}, "frequency_penalty: the engine has no such"),
-        ("completions", {"prompt": [5], "presence_penalty": False}, "presence_penalty: the engine has no such"),
+        ("completions", {"prompt": [5], "frequency_penalty": 2.5}, "frequency_penalty=2.5 is not between -2 and 2"),
+        ("completions", {"prompt": [5], "presence_penalty": -3}, "presence_penalty=-3.0 is not between -2 and 2"),
         ("completions", [], "the request: "),
         (
             "chat/completions",
@@ -207,6 +221,8 @@ def test_without_a_bound_a_chat_may_fill_the_context(client):
             "response_format: structured output is not served here (vLLM serves it)",
         ),
         ("chat/completions", {"messages": []}, "messages"),
+        ("chat/completions", {"messages": [USER], "chat_template_kwargs": {"think": 1}}, "'think' is no variable of"),
+        ("chat/completions", {"messages": [USER], "chat_template_kwargs": {"messages": []}}, "'messages' is no varia"),
         (
             "chat/completions",
             {"messages": [USER], "max_tokens": 0},
@@ -234,6 +250,7 @@ def test_bad_requests_get_openais_errors(client, path, body, message):
         (b'{"prompt": "t05",}', 400, "the body is no JSON: "),
         (b'{"prompt": "\xff"}', 400, "error parsing the body"),
         (b"[" * 100_000, 400, "error parsing the body"),
+        (b"", 400, "the request has no body: send JSON"),
         (None, 405, "Method Not Allowed"),
     ],
 )
@@ -275,6 +292,28 @@ def test_what_asks_for_nothing_changes_nothing(client, name):
     expected = client.post("/v1/chat/completions", json=body).json()["choices"]
     answer = client.post("/v1/chat/completions", json={**body, name: NEUTRAL[name]})
     assert answer.status_code == 200 and answer.json()["choices"] == expected
+
+
+def test_a_template_gets_its_variables(client):
+    body = {"messages": [USER], "max_tokens": 3, "temperature": 0}
+    answer = client.post("/v1/chat/completions", json={**body, "chat_template_kwargs": {"mood": "t07"}}).json()
+    assert answer["choices"][0]["message"]["content"] == greedy("t07 t05 t09", 3).text
+    assert answer["usage"]["prompt_tokens"] == 3
+
+
+def test_penalties_and_biases_reach_the_engine(client):
+    settings = {"frequency_penalty": 1.5, "presence_penalty": -0.5, "logit_bias": {9: 4.0, 11: 4.5}}
+    body = {"prompt": [5, 6], "max_tokens": 12, "temperature": 0, **settings}
+    found = client.post("/v1/completions", json=body).json()["choices"][0]["text"]
+    assert found == greedy([5, 6], 12, **settings).text != greedy([5, 6], 12).text
+
+
+def test_the_openapi_document_states_what_is_sent(client):
+    paths = client.get("/openapi.json").json()["paths"]
+    for path, methods in paths.items():
+        for operation in methods.values():
+            assert set(operation["responses"]) == {"200", "4XX", "5XX"}, path
+    assert list(paths["/metrics"]["get"]["responses"]["200"]["content"]) == ["text/plain"]
 
 
 def test_obfuscation_can_be_declined(client):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 from tiny import photon_model
@@ -12,8 +13,8 @@ from tokenizers import Tokenizer, decoders, models, processors
 from transformers import PreTrainedTokenizerFast
 
 from photon_train.errors import PhotonError
+from photon_train.inference.answers import ChatStyle, Choice, Echo, Style
 from photon_train.inference.engine import Engine, EngineSettings
-from photon_train.inference.openai import ChatStyle, Choice, Style
 from photon_train.inference.request import Event, SamplingParams
 from photon_train.inference.text import generate_text
 from photon_train.inference.tokens import TokenWriter, prompt_tokens
@@ -60,7 +61,7 @@ def engine_that_ends(token: int, after: int) -> Engine:
 
     def other(sequence, choice):
         if len(sequence.output) == after:
-            choice = type(choice)(token, choice.logprob, choice.top)
+            choice = replace(choice, token=token)
         return advance(sequence, choice)
 
     engine._advance = other
@@ -85,11 +86,11 @@ def test_bytes_are_those_of_the_token():
     assert [writer.text(token) for token in ids[:3]] == ["bytes:\\xc3", "bytes:\\xa9", " "]
     assert writer.text(tokenizer.eos_token_id) == "<|end|>"
     event = Event(0, 0, ids[0], -0.1, "", None, {ids[0]: -0.1, ids[1]: -2.0, ids[2]: float("-inf")})
-    entry = ChatStyle(writer, True).whole(Choice(0, [event]))["logprobs"]["content"][0]
+    entry = ChatStyle(writer, 3).whole(Choice(0, [event]))["logprobs"]["content"][0]
     assert entry["bytes"] == [0xC3] and [top["bytes"] for top in entry["top_logprobs"]] == [[0xC3], [0xA9], [0x20]]
     json.dumps(entry, allow_nan=False)
     # As pieces of one character, all of them would be written alike.
-    top = Style(writer, True).whole(Choice(0, [event]))["logprobs"]["top_logprobs"][0]
+    top = Style(writer, 3).whole(Choice(0, [event]))["logprobs"]["top_logprobs"][0]
     assert top == {"bytes:\\xc3": -0.1, "bytes:\\xa9": -2.0, " ": -9999.0}
 
 
@@ -101,3 +102,6 @@ def test_sentencepiece_keeps_spaces_and_tokens_apart():
     writer = TokenWriter(PreTrainedTokenizerFast(tokenizer_object=tokenizer))
     assert [writer.bytes(token) for token in range(1, 5)] == [b" a", b"a", b"\xe2", b" "]
     assert writer.texts([1, 2, 5]) == [" a", "a", "token_id:5"]
+    # A token before the text, and the space that the tokenizer puts there, are no part of it.
+    assert Echo("aa a", [0, 1, 2, 1]).offsets(writer) == [0, 0, 1, 2]
+    assert Echo("", [0]).offsets(writer) == [0]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from tiny import GRAFTS, photon_model, tokens
-from transformers import DynamicCache, StoppingCriteria, StoppingCriteriaList
+from transformers import DynamicCache, GenerationConfig, StoppingCriteria, StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
 
 NEW = 14
@@ -175,5 +175,8 @@ def test_what_cannot_work_says_so(model):
         model.generate_batch([prompt[0].tolist()])
     with pytest.raises(ValueError, match="must be a PhotonCache, not DynamicCache"):
         generate(model, prompt, past_key_values=DynamicCache())
-    with pytest.raises(ValueError, match="cache_implementation='static'"):
-        generate(model, prompt, cache_implementation="static")
+    for name in ("static", "dynamic", "hybrid", "paged"):
+        with pytest.raises(ValueError, match=f"cache_implementation='{name}'"):
+            generate(model, prompt, cache_implementation=name)
+    with pytest.raises(ValueError, match="cache_implementation='hybrid'"):
+        model.generate(prompt, generation_config=GenerationConfig(cache_implementation="hybrid", max_new_tokens=2))

@@ -134,6 +134,18 @@ def test_the_family_s_own_sliding_window_has_no_influence():
     torch.testing.assert_close(model(ids).logits[0].double(), expected, atol=TOLERANCE, rtol=0)
 
 
+@pytest.mark.parametrize("name", ["block-2", "stream-2-slots"])
+@torch.no_grad()
+def test_windows_of_some_of_the_family_s_layers_have_none_either(name):
+    """Stacks are made of layers from several places of the dense model."""
+    mixed = base_config("qwen2", sliding_window=2, use_sliding_window=True, max_window_layers=1)
+    model, plain, ids = hierarchical_model(name, base_config=mixed), hierarchical_model(name, "qwen2"), tokens(1, 19)
+    expected, cache = plain(ids).logits, model.new_cache()
+    assert torch.equal(model(ids, use_cache=False).logits, plain(ids, use_cache=False).logits)
+    found = [model(ids[:, place : place + 1], past_key_values=cache).logits for place in range(19)]
+    torch.testing.assert_close(torch.cat(found, 1), expected, atol=TOLERANCE, rtol=0)
+
+
 @torch.no_grad()
 def test_the_base_model_ends_with_its_norm_and_checks_positions():
     model, ids = hierarchical_model("block-2"), tokens(2, 11)

@@ -122,5 +122,6 @@ def test_what_cannot_work_says_so(model):
         model.generate_batch([prompt[0].tolist()])
     with pytest.raises(ValueError, match="must be a HierarchicalCache, not DynamicCache"):
         generate(model, prompt, past_key_values=DynamicCache())
-    with pytest.raises(ValueError, match="cache_implementation='static'"):
-        generate(model, prompt, cache_implementation="static")
+    for name in ("static", "dynamic", "hybrid", "paged"):
+        with pytest.raises(ValueError, match=f"cache_implementation='{name}'"):
+            generate(model, prompt, cache_implementation=name)

@@ -84,6 +84,7 @@ def implementation(request, monkeypatch):
         monkeypatch.setattr(softmax_photon, "_FLASH_DEVICE", "none")
 
 
+@pytest.mark.parametrize("softcap", [None, 0.7])
 @pytest.mark.parametrize(
     "length, window, chunk, num_sinks, heads, kv_heads, cells",
     [
@@ -98,7 +99,7 @@ def implementation(request, monkeypatch):
     ],
 )
 def test_outputs_and_gradients_are_those_of_one_softmax(
-    length, window, chunk, num_sinks, heads, kv_heads, cells, implementation, monkeypatch
+    length, window, chunk, num_sinks, heads, kv_heads, cells, softcap, implementation, monkeypatch
 ):
     torch.manual_seed(0)
     query, key, value = random(2, heads, length, 8), random(2, kv_heads, length, 8), random(2, kv_heads, length, 8)
@@ -107,11 +108,11 @@ def test_outputs_and_gradients_are_those_of_one_softmax(
     # What undoes rotations does something else here, to queries alone.
     monkeypatch.setattr(
         "photon_train.models.memory_segment_photon.unrotate",
-        lambda states, rotary: states @ turn if states.shape[1] == reading and states.shape[2] == length else states,
+        lambda states, *_: states @ turn if states.shape[1] == reading and states.shape[2] == length else states,
     )
     if kv_heads == heads:  # the two cannot be told apart by their shape then
         turn = torch.eye(8, dtype=torch.float64)
-    found = segment(length, window, chunk, num_sinks).attend(module, query, key, value, 0.3)
+    found = segment(length, window, chunk, num_sinks).attend(module, query, key, value, 0.3, softcap)
     token = torch.arange(length)
     start = token - window + 1
     start = (start - start % chunk).clamp(min=0)[:, None]
@@ -119,6 +120,8 @@ def test_outputs_and_gradients_are_those_of_one_softmax(
     far_seen = (token < start) & (token >= num_sinks)
     keys, values = (states.repeat_interleave(heads // kv_heads, dim=1) for states in (key, value))
     scores = torch.cat([query @ keys.transpose(2, 3), (query @ turn) @ keys.transpose(2, 3)], dim=3) * 0.3
+    if softcap is not None:
+        scores = softcap * (scores / softcap).tanh()
     reads = torch.tensor([head in module.query_heads for head in range(heads)])[:, None, None]
     seen = torch.cat([near_seen.expand(heads, -1, -1), far_seen & reads], dim=2)
     weights = scores.masked_fill(~seen, -torch.inf).softmax(dim=-1)

@@ -11,20 +11,49 @@ of S.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 
-def rotate(vector: torch.Tensor, position: int, theta: float, sign: int = 1) -> torch.Tensor:
-    """Rotary embedding of one head's vector ``[D]``, pairs (i, i + D / 2)."""
-    half = len(vector) // 2
+@dataclass
+class Rules:
+    """What a family's attention does its own way.
+
+    Attributes:
+        theta, slower: Base of the rotation, and a factor by which it is slower (linear scaling).
+        rotated: Dimensions of a head that are rotated, the first ones; None: all.
+        neighbours: Whether pairs are (2i, 2i + 1), not (i, i + half).
+        scale: Factor on dot products; None: ``D ** -0.5``.
+        softcap: Bound c of scores: ``c * tanh(score / c)``.
+        gain: Factor on the query at a position.
+        norms: Norm of projected queries or keys ``[T, heads, D]``, given its weight.
+        window: Tokens that a local layer sees; None: the layer is PHOTON's.
+    """
+
+    theta: float
+    slower: float = 1.0
+    rotated: int | None = None
+    neighbours: bool = False
+    scale: float | None = None
+    softcap: float | None = None
+    gain: Callable[[int], float] = lambda position: 1.0
+    norms: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None = None
+    window: int | None = None
+
+
+def rotate(vector: torch.Tensor, position: int, rules: Rules) -> torch.Tensor:
+    """Rotary embedding of one head's vector ``[D]``."""
+    size = len(vector) if rules.rotated is None else rules.rotated
     out = vector.clone()
-    for index in range(half):
-        angle = sign * position / theta ** (2 * index / len(vector))
-        a, b = vector[index], vector[index + half]
-        out[index] = a * math.cos(angle) - b * math.sin(angle)
-        out[index + half] = b * math.cos(angle) + a * math.sin(angle)
+    for index in range(size // 2):
+        angle = position / rules.slower / rules.theta ** (2 * index / size)
+        first, second = (2 * index, 2 * index + 1) if rules.neighbours else (index, index + size // 2)
+        a, b = vector[first], vector[second]
+        out[first] = a * math.cos(angle) - b * math.sin(angle)
+        out[second] = b * math.cos(angle) + a * math.sin(angle)
     return out
 
 
@@ -54,14 +83,27 @@ def logits(weights: dict[str, torch.Tensor], config: dict[str, Any], ids: list[i
     return hidden @ weights.get("lm_head.weight", weights["model.embed_tokens.weight"]).T
 
 
-def attention(own: dict[str, torch.Tensor], config: dict[str, Any], layer: int, states: torch.Tensor) -> torch.Tensor:
+def project(own: dict[str, torch.Tensor], config: dict[str, Any], states: torch.Tensor, rules: Rules):
+    """By name q, k, v: ``[T, heads, D]`` of ``states [T, d]``, not rotated."""
+    length, size, projected = len(states), config["head_dim"], {}
+    heads, kv_heads = config["num_attention_heads"], config["num_key_value_heads"]
+    for name, count in (("q", heads), ("k", kv_heads), ("v", kv_heads)):
+        flat = states @ own[f"self_attn.{name}_proj.weight"].T + own.get(f"self_attn.{name}_proj.bias", 0)
+        projected[name] = flat.view(length, count, size)
+        if rules.norms is not None and name != "v":
+            projected[name] = rules.norms(projected[name], own[f"self_attn.{name}_norm.weight"])
+    projected["q"] = torch.stack([rules.gain(position) * row for position, row in enumerate(projected["q"])])
+    return projected
+
+
+def attention(
+    own: dict[str, torch.Tensor], config: dict[str, Any], layer: int, states: torch.Tensor, rules: Rules | None = None
+) -> torch.Tensor:
+    """One layer's attention to ``states [T, d]``; `own` has the layer's weights in float64."""
     length, size = len(states), config["head_dim"]
     heads, kv_heads = config["num_attention_heads"], config["num_key_value_heads"]
-    theta = config["rope_parameters"]["rope_theta"]
-    projected = {
-        name: (states @ own[f"self_attn.{name}_proj.weight"].T).view(length, count, size)
-        for name, count in (("q", heads), ("k", kv_heads), ("v", kv_heads))
-    }
+    rules = rules or Rules(config["rope_parameters"]["rope_theta"])
+    projected = project(own, config, states, rules)
     chunk, cells = config["chunk_size"], config["memory_cells"].get(layer, [])
     aligns = chunk if config["memory_cells"] else 1
     units = unpacked(own, config, projected, cells) if cells else {}
@@ -70,23 +112,28 @@ def attention(own: dict[str, torch.Tensor], config: dict[str, Any], layer: int, 
         first = max(0, query - config["window"] + 1) // aligns * aligns
         if layer in config["full_attention_layers"]:
             first = 0
+        if rules.window is not None:
+            first = max(0, query - rules.window + 1)
         for head in range(heads):
             kv_head = head // (heads // kv_heads)
             content = projected["q"][query, head]
             scores, values = [], []
             for token in range(query + 1):
                 key, value = projected["k"][token, kv_head], projected["v"][token, kv_head]
-                if token >= first or token < config["num_sinks"]:
-                    turned = rotate(content, query, theta) @ rotate(key, token, theta)
+                if token >= first or (token < config["num_sinks"] and rules.window is None):
+                    turned = rotate(content, query, rules) @ rotate(key, token, rules)
                     scores.append(turned)
                     values.append(value)
                 elif kv_head in cells:
                     far_key, far_value = units[token]
                     scores.append(content @ far_key[cells.index(kv_head)])
                     values.append(far_value[cells.index(kv_head)])
-            shares = (torch.stack(scores) / math.sqrt(size)).softmax(0)
+            scores = torch.stack(scores) * (size**-0.5 if rules.scale is None else rules.scale)
+            if rules.softcap is not None:
+                scores = rules.softcap * (scores / rules.softcap).tanh()
+            shares = scores.softmax(0)
             out[query, head] = shares @ torch.stack(values)
-    return out.view(length, heads * size) @ own["self_attn.o_proj.weight"].T
+    return out.view(length, heads * size) @ own["self_attn.o_proj.weight"].T + own.get("self_attn.o_proj.bias", 0)
 
 
 def stored(vector: torch.Tensor, bits: int) -> torch.Tensor:

@@ -8,7 +8,62 @@ from typing import Any
 from tiny import shake
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 
-FAMILY_NAMES = ("llama", "mistral", "qwen2", "qwen3", "phi3")
+from photon_train.conversion.families import FAMILIES
+
+FAMILY_NAMES = tuple(FAMILIES)
+
+# Of four layers, what makes a family's specials count in a text of tens of tokens.
+_LOCAL = ["sliding_attention", "full_attention", "sliding_attention", "full_attention"]
+_LOCAL_LAYERS = {"sliding_window": 12, "layer_types": _LOCAL}
+SPECIALS: dict[str, dict[str, Any]] = {
+    "granite": {
+        "attention_multiplier": 0.2,
+        "embedding_multiplier": 3.0,
+        "residual_multiplier": 0.6,
+        "logits_scaling": 2.5,
+    },
+    "smollm3": {"no_rope_layers": [1, 0, 1, 0]},
+    "seed_oss": {"attention_dropout": 0.0},
+    "gemma2": {
+        **_LOCAL_LAYERS,
+        "query_pre_attn_scalar": 5,
+        "attn_logit_softcapping": 1.5,
+        "final_logit_softcapping": 2.0,
+    },
+    "gemma3_text": {
+        **_LOCAL_LAYERS,
+        "query_pre_attn_scalar": 5,
+        "final_logit_softcapping": 3.0,
+        "rope_parameters": {
+            "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 5e3},
+            "sliding_attention": {"rope_type": "default", "rope_theta": 50.0},
+        },
+    },
+    "olmo3": {
+        **_LOCAL_LAYERS,
+        "rope_parameters": {
+            "full_attention": {
+                "rope_type": "yarn",
+                "factor": 4.0,
+                "rope_theta": 1e4,
+                "original_max_position_embeddings": 16,
+            },
+            "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+        },
+    },
+    "cohere2": {**_LOCAL_LAYERS, "logit_scale": 0.4},
+    "exaone4": _LOCAL_LAYERS,
+    "ministral3": {
+        "rope_parameters": {
+            "rope_type": "yarn",
+            "factor": 4.0,
+            "rope_theta": 1e4,
+            "original_max_position_embeddings": 16,
+            "llama_4_scaling_beta": 0.3,
+        }
+    },
+}
+_SMALL_IDS = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
 
 
 def dense_config(model_type: str = "llama", **changes: Any) -> PretrainedConfig:
@@ -23,8 +78,10 @@ def dense_config(model_type: str = "llama", **changes: Any) -> PretrainedConfig:
         "vocab_size": 64,
         "max_position_embeddings": 256,
     }
-    if model_type == "phi3":  # whose default ids lie beyond a tiny vocabulary
-        settings |= {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+    if model_type not in ("llama", "mistral", "qwen2", "qwen3"):  # whose default ids lie in a tiny vocabulary
+        settings |= _SMALL_IDS
+    if model_type in SPECIALS:
+        settings |= {**SPECIALS[model_type]}
     return AutoConfig.for_model(model_type, **{**settings, **changes})
 
 

@@ -23,6 +23,14 @@ _NAMES = {
     "input_layernorm": "attn_norm",
     "post_attention_layernorm": "ffn_norm",
 }
+# Gemma's names for what the others do not have, or call so.
+_GEMMA_NAMES = {
+    "self_attn.q_norm": "attn_q_norm",
+    "self_attn.k_norm": "attn_k_norm",
+    "post_attention_layernorm": "post_attention_norm",
+    "pre_feedforward_layernorm": "ffn_norm",
+    "post_feedforward_layernorm": "post_ffw_norm",
+}
 _OUTER = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
 _MERGES = ["t h", "th e", "Ġ the"]  # the last needs a space before the word to stay with it
 SPECIAL = ["<|end|>", "<|user|>"]
@@ -34,6 +42,16 @@ def gguf_model(**changes: object) -> PreTrainedModel:
     sizes = {"hidden_size": 64, "intermediate_size": 96, "head_dim": 16, "vocab_size": 256 + 5, "rms_norm_eps": 1e-5}
     sizes |= {"max_position_embeddings": 512, "num_hidden_layers": 2, "tie_word_embeddings": True}
     return shake(AutoModelForCausalLM.from_config(dense_config("llama", **{**sizes, **changes})))
+
+
+def gemma_model() -> PreTrainedModel:
+    """A shaken Gemma 3, with what files do not say as its configuration has it by default."""
+    rope = {"full_attention": {"rope_theta": 1e6}, "sliding_attention": {"rope_theta": 1e4}}
+    for kind in rope.values():
+        kind["rope_type"] = "default"
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "head_dim": 16, "vocab_size": 256 + 5, "num_hidden_layers": 6}
+    sizes |= {"rope_parameters": rope, "layer_types": None, "query_pre_attn_scalar": 256}
+    return shake(AutoModelForCausalLM.from_config(dense_config("gemma3_text", **sizes))).eval()
 
 
 def write_gguf(
@@ -49,7 +67,7 @@ def write_gguf(
 
     Args:
         path: File to write.
-        model: From `gguf_model`.
+        model: From `gguf_model` or `gemma_model`.
         quantisation: Type of the matrices; vectors are in F32.
         architecture: What the file says it is.
         splitting: ``tokenizer.ggml.pre``.
@@ -65,7 +83,10 @@ def write_gguf(
     writer.add_head_count(config.num_attention_heads)
     writer.add_head_count_kv(config.num_key_value_heads)
     writer.add_key_length(config.head_dim)
-    writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
+    rope = config.rope_parameters
+    writer.add_rope_freq_base(rope.get("full_attention", rope)["rope_theta"])
+    if architecture == "gemma3":
+        writer.add_sliding_window(config.sliding_window)
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     writer.add_vocab_size(config.vocab_size)
     _add_tokenizer(writer, splitting)
@@ -100,19 +121,25 @@ def _add_tokenizer(writer: gguf.GGUFWriter, splitting: str) -> None:
 
 
 def _stored(model: PreTrainedModel) -> dict[str, torch.Tensor]:
-    """Tensors under llama.cpp's names, queries and keys with the two halves of a head's dimensions interleaved."""
-    found = {}
+    """Tensors under llama.cpp's names, queries and keys with the two halves of a head's dimensions interleaved.
+
+    Gemma's stay in order, and one is added to the weights of its norms, as its norms do.
+    """
+    found, gemma = {}, model.config.model_type == "gemma3_text"
+    names = _NAMES | _GEMMA_NAMES if gemma else _NAMES
     for name, tensor in model.state_dict().items():
         module = name.removesuffix(".weight")
+        if gemma and "norm" in module:
+            tensor = tensor + 1
         if module in _OUTER:
             if module != "lm_head" or not model.config.tie_word_embeddings:
                 found[f"{_OUTER[module]}.weight"] = tensor
             continue
         _, _, layer, kind = module.split(".", 3)
-        if kind in ("self_attn.q_proj", "self_attn.k_proj"):
+        if kind in ("self_attn.q_proj", "self_attn.k_proj") and not gemma:
             heads = tensor.shape[0] // model.config.head_dim
             tensor = tensor.view(heads, 2, -1, tensor.shape[1]).transpose(1, 2).reshape(tensor.shape)
-        found[f"blk.{layer}.{_NAMES[kind]}.weight"] = tensor.contiguous()
+        found[f"blk.{layer}.{names[kind]}.weight"] = tensor.contiguous()
     return {name: tensor.float() for name, tensor in found.items()}
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from safetensors.torch import save_file
 from tiny import VOCABULARY
 from tiny_training import Poison, losses, tiny_data, tiny_model, tiny_run
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from photon_train.config import ConsistencySettings, DistillSettings, RunConfig
 from photon_train.data.packing import PackedDataset
@@ -23,6 +24,7 @@ from photon_train.training.collect import gather_full_model
 from photon_train.training.loop import TrainResult, evaluate, prepare_for_evaluation, train
 from photon_train.training.lora import add_lora
 from photon_train.training.losses import TrainingObjective
+from photon_train.training.shards import empty_model, is_sharded
 
 
 def run_config(name: str, batch_size: int) -> RunConfig:
@@ -61,6 +63,13 @@ def main(output: Path, batch_size: int, names: list[str]) -> None:
         # The vocabulary losses in chunks that are computed again in the backward pass, here with a sharded head.
         heads.CHUNK_ELEMENTS = 16 * VOCABULARY
 
+    def loaded(source: Path) -> PreTrainedModel:
+        if is_sharded(accelerator) and not accelerator.is_main_process:
+            return empty_model(source)
+        model = AutoModelForCausalLM.from_pretrained(source)
+        assert all(parameter.numel() for parameter in model.parameters()), "loaded in shards"
+        return model
+
     def run(name: str, folder: Path = output, resume: bool = False) -> TrainResult:
         config = run_config(name, batch_size)
         config.resume = resume
@@ -69,8 +78,7 @@ def main(output: Path, batch_size: int, names: list[str]) -> None:
         if accelerator.is_main_process and not source.exists():
             tiny_model(name).save_pretrained(source)
         accelerator.wait_for_everyone()
-        model = type(tiny_model(name)).from_pretrained(source)
-        assert all(parameter.numel() for parameter in model.parameters()), "loaded in shards"
+        model = loaded(source)
         config.lora.dropout = 0.2 if folder.name == "dropout" else 0.0
         model = add_lora(model, config.lora, config.seed)
         spoiler = None
@@ -108,7 +116,7 @@ def main(output: Path, batch_size: int, names: list[str]) -> None:
             summary["skipped"] = {r["step"]: r["train/skipped_steps"] for r in poisoned if "train/skipped_steps" in r}
             summary["poisoned"] = losses(poisoned)
             accelerator.free_memory()
-            untrained = prepare_for_evaluation(accelerator, TrainingObjective(tiny_model(name)))
+            untrained = prepare_for_evaluation(accelerator, TrainingObjective(loaded(output / "models" / name)))
             summary["untrained"] = evaluate(accelerator, untrained, sets(name)[1], run_config(name, batch_size))
             summary["largest"] = max(parameter.numel() for parameter in untrained.parameters())
         if accelerator.is_main_process:

@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tiny_dense import SPECIALS
 from tiny_vllm import check, export, generate, metric, prompts
 from vllm import SamplingParams
 
-from photon_train.models.families_photon import CLASS_PREFIXES
+from photon_train.models.families_photon import CLASS_PREFIXES, LLAMA_LIKE
 
 # Kinds of memory and of layers.
 KINDS: dict[str, dict[str, Any]] = {
@@ -26,11 +27,15 @@ KINDS: dict[str, dict[str, Any]] = {
     "full-layer": {"full_attention_layers": [1]},
     "same-heads": {"num_key_value_heads": 4, "memory_cells": {1: [0, 3], 3: [2]}},
 }
+# Families that vLLM runs as transformers has them, or otherwise.
+REFUSED = ["ministral3", "olmo2", "olmo3", "seed_oss", "smollm3"]
+OTHERS = [name for name in CLASS_PREFIXES if name not in (*LLAMA_LIKE, *REFUSED)]
 LOCAL = {"sliding_window": 40, "layer_types": ["full_attention", "sliding_attention"] * 2}
 CASES = {
     **{f"llama-{kind}": ("llama", changes) for kind, changes in KINDS.items()},
     # vLLM's Qwen2 takes the size of heads from that of the model.
-    **{family: (family, {"memory_bits": 4, "hidden_size": 128}) for family in CLASS_PREFIXES if family != "llama"},
+    **{family: (family, {"memory_bits": 4, "hidden_size": 128}) for family in LLAMA_LIKE if family != "llama"},
+    **{family: (family, {**SPECIALS.get(family, {}), "memory_cells": {1: [1], 3: [0, 1]}}) for family in OTHERS},
     "llama-local-layers": ("llama", {**LOCAL, "memory_cells": {0: [1], 2: [0, 1]}}),
 }
 
@@ -55,6 +60,14 @@ def test_greedy_tokens_are_those_of_transformers(case: str, tmp_path: Path, serv
     assert found[-1].num_cached_tokens >= (128 if model.config.memory_cells else 16)
     assert llm.reset_prefix_cache()
     check(model, given[-1:], generate(llm, given[-1:]))
+
+
+@pytest.mark.parametrize("family", REFUSED)
+def test_families_without_a_model_of_vllm_are_refused(family: str, tmp_path: Path, serve: Callable, capfd) -> None:
+    export(tmp_path, family, **SPECIALS.get(family, {}), memory_cells={1: [1], 3: [0, 1]})
+    with pytest.raises(Exception, match=".") as error:
+        serve(tmp_path)
+    assert f"exports of family {family} are served by" in str(error.value) + capfd.readouterr().err
 
 
 def test_a_prefix_that_is_computed_in_the_same_step(tmp_path: Path, serve: Callable) -> None:

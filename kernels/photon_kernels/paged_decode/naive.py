@@ -16,8 +16,13 @@ def paged_decode_attention_naive(
     scale: float,
     rows: Tensor | None = None,
     block_table: Tensor | None = None,
-) -> Tensor:
-    """Output ``[B, Hq, Q, D]``; arguments as in ``paged_decode_attention``."""
+    start: Tensor | None = None,
+    num_sinks: int = 0,
+) -> tuple[Tensor, Tensor]:
+    """Output ``[B, Hq, Q, D]`` and log-sum-exps ``[B, Hq, Q]``; arguments as in ``paged_decode_attention``."""
     k, v = (read_rows(states, rows, block_table, seen.amax(dim=1)) for states in (k, v))
-    visible = torch.arange(k.shape[2], device=k.device) < seen[:, :, None]
-    return masked_attention(q, k, v, visible, scale)[0]
+    element = torch.arange(k.shape[2], device=k.device)
+    visible = element < seen[:, :, None]
+    if start is not None:
+        visible = visible & ((element >= start[:, :, None]) | (element < num_sinks))
+    return masked_attention(q, k, v, visible, scale)

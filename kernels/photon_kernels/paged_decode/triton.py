@@ -25,17 +25,19 @@ from photon_kernels._triton_math import LOG2_E, attend_tile, finish_softmax
 LONG_STORE = 4096
 
 
-@triton.jit(do_not_specialize=["num_elements", "num_splits", "pitch_table"])
+@triton.jit(do_not_specialize=["num_sinks", "num_elements", "num_splits", "pitch_table"])
 def paged_split_kernel(
     q,
     k,
     v,
     seen,
+    start,
     rows,
     block_table,
     out,
     lse,
     scale_log2,
+    num_sinks,
     num_positions,
     num_elements,
     num_splits,
@@ -49,6 +51,7 @@ def paged_split_kernel(
     stride_vh,
     stride_vn,
     pitch_table,
+    HAS_START: tl.constexpr,
     HAS_ROWS: tl.constexpr,
     PER_BLOCK: tl.constexpr,
     GROUP: tl.constexpr,
@@ -83,9 +86,17 @@ def paged_split_kernel(
     count = tl.load(seen + row * num_positions + positions, mask=is_query, other=0).to(tl.int32)
     count = tl.minimum(count, num_elements)
     stop = tl.max(count, 0)
-    per_split = tl.cdiv(tl.cdiv(stop, BLOCK_N), num_splits) * BLOCK_N
+    length = stop
+    if HAS_START:
+        # Of whole tiles, those between the sinks and the first window are left out.
+        low = tl.load(start + row * num_positions + positions, mask=is_query, other=num_elements).to(tl.int32)
+        least = tl.maximum(tl.min(low, 0), 0)
+        sinks_end = tl.cdiv(tl.minimum(num_sinks, stop), BLOCK_N) * BLOCK_N
+        skipped = tl.maximum(least // BLOCK_N * BLOCK_N - sinks_end, 0)
+        length = tl.maximum(stop - skipped, tl.minimum(sinks_end, stop))
+    per_split = tl.cdiv(tl.cdiv(length, BLOCK_N), num_splits) * BLOCK_N
     begin = split * per_split
-    end = tl.minimum(begin + per_split, stop)
+    end = tl.minimum(begin + per_split, length)
 
     peak = tl.full([BLOCK_M], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
@@ -93,9 +104,14 @@ def paged_split_kernel(
     keys_start = k + kv_head * stride_kh
     values_start = v + kv_head * stride_vh
     table_start = block_table + cache_row * pitch_table
-    for first in range(begin, end, BLOCK_N):
+    for tile in range(begin, end, BLOCK_N):
+        first = tile
+        if HAS_START:
+            first += tl.where(tile < sinks_end, 0, skipped)
         elements = first + tl.arange(0, BLOCK_N)
         alive = elements < stop
+        if HAS_START:
+            alive = alive & ((elements >= least) | (elements < num_sinks))
         block, inside = locate(first, elements, alive, table_start, cache_row, PER_BLOCK, BLOCK_N)
         mask = alive[:, None] & in_head[None, :]
         key_rows = keys_start + block * stride_kb + inside * stride_kn
@@ -103,6 +119,8 @@ def paged_split_kernel(
         keys = tl.load(key_rows[:, None] + dims[None, :], mask=mask, other=0.0)
         values = tl.load(value_rows[:, None] + dims[None, :], mask=mask, other=0.0)
         visible = elements[None, :] < count[:, None]
+        if HAS_START:
+            visible = visible & ((elements[None, :] >= low[:, None]) | (elements[None, :] < num_sinks))
         offset = tl.where(visible, 0.0, float("-inf"))
         peak, total, acc = attend_tile(queries, keys, values, offset, scale_log2, peak, total, acc)
 
@@ -121,12 +139,13 @@ def paged_combine_kernel(
     partial_out,
     partial_lse,
     out,
+    lse,
     num_splits,
     HEAD_DIM: tl.constexpr,
     BLOCK_S: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """Program ``i`` joins ``partial_out[i] [S, D]`` by ``partial_lse[i] [S]`` into ``out[i] [D]``."""
+    """Program ``i`` joins ``partial_out[i] [S, D]`` by ``partial_lse[i] [S]`` into ``out[i] [D]`` and ``lse[i]``."""
     row = tl.program_id(0).to(tl.int64)
     splits = tl.arange(0, BLOCK_S)
     dims = tl.arange(0, BLOCK_D)
@@ -145,6 +164,7 @@ def paged_combine_kernel(
     )
     result = tl.sum(weights[:, None] * parts, 0) / divisor
     tl.store(out + row * HEAD_DIM + dims, result.to(out.dtype.element_ty), mask=in_head)
+    tl.store(lse + row, tl.where(total == 0.0, float("-inf"), shift + tl.log(divisor)))
 
 
 def paged_decode_attention_triton(
@@ -156,14 +176,17 @@ def paged_decode_attention_triton(
     rows: Tensor | None = None,
     block_table: Tensor | None = None,
     num_splits: int | None = None,
-) -> Tensor:
-    """Output ``[B, Hq, Q, D]``; arguments as in ``paged_decode_attention``."""
+    start: Tensor | None = None,
+    num_sinks: int = 0,
+) -> tuple[Tensor, Tensor]:
+    """Output ``[B, Hq, Q, D]`` and log-sum-exps ``[B, Hq, Q]``; arguments as in ``paged_decode_attention``."""
     batch, num_heads, num_positions, head_dim = q.shape
     num_kv_heads, slots_per_block = k.shape[1:3]
     group = num_heads // num_kv_heads
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    lse = torch.full(q.shape[:3], float("-inf"), dtype=torch.float32, device=q.device)
     if out.numel() == 0:
-        return out
+        return out, lse
     q, k, v, block_table = (x if x is None else with_dense_rows(x) for x in (q, k, v, block_table))
     num_elements = slots_per_block if block_table is None else block_table.shape[1] * slots_per_block
     queries, size = group * num_positions, k.element_size()
@@ -172,9 +195,9 @@ def paged_decode_attention_triton(
     query_blocks = triton.cdiv(queries, config.block_m)
     if num_splits is None:
         num_splits = choose_num_splits(num_elements, batch * num_kv_heads * query_blocks)
-    partial_lse = torch.empty(*q.shape[:3], num_splits, dtype=torch.float32, device=q.device)
-    partial_out = out
+    partial_out, partial_lse = out, lse
     if num_splits > 1:
+        partial_lse = torch.empty(*q.shape[:3], num_splits, dtype=torch.float32, device=q.device)
         partial_out = torch.empty(*q.shape[:3], num_splits, head_dim, dtype=torch.float32, device=q.device)
     # A kernel wants a pointer even where it reads none.
     with current_device_of(q):
@@ -183,11 +206,13 @@ def paged_decode_attention_triton(
             k,
             v,
             seen.contiguous(),
+            seen if start is None else start.contiguous(),
             seen if rows is None else rows.contiguous(),
             seen if block_table is None else block_table,
             partial_out,
             partial_lse,
             scale * LOG2_E.value,
+            num_sinks,
             num_positions,
             num_elements,
             num_splits,
@@ -195,6 +220,7 @@ def paged_decode_attention_triton(
             *k.stride()[:3],
             *v.stride()[:3],
             0 if block_table is None else block_table.stride(0),
+            HAS_START=start is not None,
             HAS_ROWS=rows is not None,
             PER_BLOCK=0 if block_table is None else slots_per_block,
             GROUP=group,
@@ -210,13 +236,14 @@ def paged_decode_attention_triton(
                 partial_out,
                 partial_lse,
                 out,
+                lse,
                 num_splits,
                 HEAD_DIM=head_dim,
                 BLOCK_S=next_power_of_2(num_splits),
                 BLOCK_D=config.block_d,
                 num_warps=4,
             )
-    return out
+    return out, lse
 
 
 class _Shape(NamedTuple):
@@ -228,6 +255,7 @@ class _Shape(NamedTuple):
     group: int
     head_dim: int
     per_block: int
+    windowed: bool = False
 
 
 COMPILED_SHAPES = [
@@ -239,6 +267,9 @@ COMPILED_SHAPES = [
     _Shape("fp16", 2, 1, 32, 128, per_block=16),
     _Shape("fp32", 4, 1, 4, 128, per_block=16),
     _Shape("fp32", 4, 1, 3, 64, per_block=256),
+    # vLLM's blocks of a window.
+    _Shape("bf16", 2, 1, 3, 64, per_block=16, windowed=True),
+    _Shape("bf16", 2, 1, 4, 128, per_block=16, windowed=True),
 ]
 
 
@@ -249,6 +280,7 @@ def compile_cases() -> Iterator[CompileCase]:
             LONG_STORE, shape.group * shape.num_positions, shape.head_dim, shape.element_size
         )
         layout = f"block={shape.per_block}" if shape.per_block else "contiguous"
+        layout += " window" * shape.windowed
         strides = ("qb", "qh", "qq", "kb", "kh", "kn", "vb", "vh", "vn")
         yield CompileCase(
             name=f"paged_split {shape.dtype} Q={shape.num_positions} group={shape.group} D={shape.head_dim} {layout}",
@@ -256,13 +288,15 @@ def compile_cases() -> Iterator[CompileCase]:
             types={
                 **dict.fromkeys(("q", "k", "v"), f"*{shape.dtype}"),
                 **dict.fromkeys(("out", "lse"), "*fp32"),
-                **dict.fromkeys(("seen", "rows", "block_table"), "*i64"),
+                **dict.fromkeys(("seen", "start", "rows"), "*i64"),
+                "block_table": "*i32" if shape.windowed else "*i64",
                 "scale_log2": "fp32",
-                **dict.fromkeys(("num_positions", "num_elements", "num_splits", "pitch_table"), "i32"),
+                **dict.fromkeys(("num_sinks", "num_positions", "num_elements", "num_splits", "pitch_table"), "i32"),
                 **{f"stride_{name}": "i32" for name in strides},
             },
             constants={
-                "HAS_ROWS": True,
+                "HAS_START": shape.windowed,
+                "HAS_ROWS": not shape.windowed,
                 "PER_BLOCK": shape.per_block,
                 "GROUP": shape.group,
                 "HEAD_DIM": shape.head_dim,
@@ -276,7 +310,7 @@ def compile_cases() -> Iterator[CompileCase]:
     yield CompileCase(
         name=f"paged_combine bf16 splits={MAX_SPLITS} D=128",
         kernel=paged_combine_kernel,
-        types={"partial_out": "*fp32", "partial_lse": "*fp32", "out": "*bf16", "num_splits": "i32"},
+        types={"partial_out": "*fp32", "partial_lse": "*fp32", "out": "*bf16", "lse": "*fp32", "num_splits": "i32"},
         constants={"HEAD_DIM": 128, "BLOCK_S": MAX_SPLITS, "BLOCK_D": 128},
         num_warps=4,
         num_stages=1,

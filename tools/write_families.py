@@ -1,0 +1,59 @@
+"""Write docs/families.md from the registries: what can be converted, how specials are served, and what cannot be, why.
+
+python tools/write_families.py
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from photon_train.conversion.families import FAMILIES
+from photon_train.conversion.unsupported import UNSUPPORTED
+from photon_train.models.families_photon import LLAMA_LIKE
+
+PAGE = Path(__file__).resolve().parents[1] / "docs" / "families.md"
+_HEAD = """# Dense families
+
+Written by `python tools/write_families.py` from the registries; do not edit.
+
+`--model` takes checkpoints whose `config.json` has one of these values of `model_type`. The converted model is the
+family's own class of transformers with its attention replaced: norms, multipliers, MLPs and heads are its code. While
+the window holds the text it gives the dense logits, for every family. Local layers of a family stay as they are, and
+memory stands in its global ones. All of it holds for training, decoding with a cache, packed documents and the paged
+engine; vLLM and the presets `split` and `paper` serve the families that are marked, and refuse the others by name.
+
+| `model_type` | models | specials | vLLM, `split`, `paper` |
+|---|---|---|---|
+"""
+_REFUSED = """
+## Not supported
+
+| `model_type` | models | why | what it would take |
+|---|---|---|---|
+"""
+_NEW = """
+## A new family
+
+It takes three entries: in `photon_train/layouts.py` (norms and biases of a layer, and which linear maps are one), in
+`photon_train/models/families_photon.py` (the prefix of its classes in transformers, and how it rotates heads) and in
+`photon_train/conversion/families.py` (what this page says of it). `tests/models/test_every_family.py` then tests it,
+against the dense model and against loops in float64, where what its attention does its own way needs a line in `rules`;
+`tests/support/tiny_dense.py` has the settings that make that count in a small model.
+"""
+
+
+def page() -> str:
+    """The page's text."""
+    rows = []
+    for name, family in FAMILIES.items():
+        plain = "yes" if (family.layers or name) in LLAMA_LIKE else ""
+        rows.append(f"| `{name}` | `{family.models}` | {family.specials} | {plain} |\n")
+    refused = [
+        f"| `{'`, `'.join(entry.model_types)}` | `{entry.models}` | {entry.reason} | {entry.needs} |\n"
+        for entry in UNSUPPORTED
+    ]
+    return "".join([_HEAD, *rows, _REFUSED, *refused, _NEW])
+
+
+if __name__ == "__main__":
+    PAGE.write_text(page(), encoding="utf-8")
