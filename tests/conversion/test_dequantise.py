@@ -198,6 +198,7 @@ def test_a_plan_says_what_is_dequantised_and_writes_nothing(tmp_path, capsys):
     assert not any(cache.iterdir())
     opened = DenseCheckpoint.open(str(directory))
     assert str(planned.quantised) == str(opened.quantised)
+    assert not hasattr(planned.config, "quantization_config")
     assert {n: (i.shape, i.dtype) for n, i in planned.tensors.items()} == {
         n: (i.shape, i.dtype) for n, i in opened.tensors.items()
     }
