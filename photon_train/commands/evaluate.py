@@ -83,13 +83,12 @@ def _models(options: argparse.Namespace) -> Iterator[tuple[str, Any, Any]]:
 
     import photon_train.models  # noqa: F401  registers PHOTON with the Auto classes
     from photon_train.checkpoints import first_line, read_tokenizer
-    from photon_train.conversion.gguf import cached_checkpoint, find_gguf
+    from photon_train.conversion.source import loadable
     from photon_train.errors import PhotonError
 
     device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
     for name in options.model:
-        gguf = find_gguf(Path(name))
-        source = name if gguf is None else cached_checkpoint(gguf)
+        source = loadable(name)
         try:
             model = AutoModelForCausalLM.from_pretrained(source, dtype=options.dtype).to(device).eval()
             tokenizer = read_tokenizer(source)

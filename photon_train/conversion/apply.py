@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,11 +14,12 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers import GenerationConfig, PretrainedConfig
 
+from photon_train.conversion.layout import INDEX, copy_small_files, shard_name, write_index
 from photon_train.conversion.operators import OPERATORS
 from photon_train.conversion.plan import ConversionPlan, TensorPlan
 from photon_train.conversion.presets import target_of
 from photon_train.conversion.safetensors_io import ShardWriter, check_finite
-from photon_train.conversion.source import INDEX, TEMPLATES, TOKENIZER_FILES, DenseCheckpoint
+from photon_train.conversion.source import DenseCheckpoint
 from photon_train.errors import PhotonError
 from photon_train.files import atomic_directory, atomic_file, check_can_write, parse_size
 from photon_train.manifest import write_manifest
@@ -122,15 +122,14 @@ def _write_weights(
     with Progress(*columns, TimeRemainingColumn(), disable=not progress, transient=True) as bar:
         task = bar.add_task("Converting", total=plan.num_bytes)
         for number, entries in enumerate(shards, start=1):
-            name = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+            name = shard_name(number, len(shards))
             with ShardWriter(directory / name, {entry.target: entry.shape for entry in entries}, dtype) as writer:
                 for entry in entries:
                     streams = [checkpoint.pieces(source) for source in entry.sources]
                     writer.write(entry.target, OPERATORS[entry.operator](entry.shape, entry.arguments, streams))
                     weight_map[entry.target] = name
                     bar.advance(task, math.prod(entry.shape) * dtype.itemsize)
-    index = {"metadata": {"total_size": plan.num_bytes}, "weight_map": weight_map}
-    (directory / INDEX).write_text(json.dumps(index, indent=1) + "\n", encoding="utf-8")
+    write_index(directory, weight_map, plan.num_bytes)
 
 
 def _write_small_files(
@@ -140,11 +139,7 @@ def _write_small_files(
     config.dtype = plan.torch_dtype
     config.save_pretrained(directory)
     (directory / PLAN).write_text(plan.to_json(), encoding="utf-8")
-    for name in (*TOKENIZER_FILES, "generation_config.json"):
-        if (checkpoint.directory / name).is_file():
-            shutil.copyfile(checkpoint.directory / name, directory / name)
-    if (checkpoint.directory / TEMPLATES).is_dir():
-        shutil.copytree(checkpoint.directory / TEMPLATES, directory / TEMPLATES)
+    copy_small_files(checkpoint.directory, directory)
     if not (directory / "generation_config.json").is_file():
         GenerationConfig.from_model_config(config).save_pretrained(directory)
 

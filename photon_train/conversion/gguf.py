@@ -6,7 +6,6 @@ something else is worse than none.
 
 from __future__ import annotations
 
-import hashlib
 import importlib.util
 import json
 from collections import Counter
@@ -17,7 +16,6 @@ from typing import Any
 import numpy as np
 import torch
 import transformers
-from huggingface_hub.utils import WeakFileLock
 from tokenizers import Tokenizer, pre_tokenizers
 from transformers import (
     AutoConfig,
@@ -30,9 +28,10 @@ from transformers import (
 )
 
 from photon_train.checkpoints import refuse_adapter
+from photon_train.conversion.cache import cache_path, write_once
 from photon_train.conversion.families import check_config, family_of
 from photon_train.errors import PhotonError
-from photon_train.files import atomic_directory, check_can_write, default_cache_dir, make_directory
+from photon_train.files import atomic_directory, check_can_write
 
 SUFFIX = ".gguf"
 # Raise it when the code makes something else of a file, so that older caches are not taken for it.
@@ -101,18 +100,9 @@ def cached_checkpoint(file: Path, weights: bool = True) -> Path:
     refuse_adapter(file.parent)
     status = file.stat()
     key = f"{_VERSION} {file.resolve()} {status.st_size} {status.st_mtime_ns}"
-    name = f"{file.stem}-{hashlib.sha256(key.encode()).hexdigest()[:16]}"
-    cache = default_cache_dir() / "gguf"
-    whole, small = cache / name, cache / f"{name}-config"
-    wanted = whole if weights or whole.is_dir() else small
-    try:
-        make_directory(cache)
-        with WeakFileLock(cache / f"{name}.lock"):
-            if not wanted.is_dir():
-                dequantise(file, wanted, weights)
-    except OSError as error:
-        raise PhotonError(f"{wanted} cannot be written ({error}): set PHOTON_TRAIN_CACHE to another place") from error
-    return wanted
+    whole = cache_path("gguf", file.stem, key)
+    wanted = whole if weights or whole.is_dir() else whole.with_name(f"{whole.name}-config")
+    return write_once(wanted, lambda output: dequantise(file, output, weights))
 
 
 def dequantise(file: Path, output: Path, weights: bool = True) -> None:

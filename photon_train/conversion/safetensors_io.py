@@ -29,6 +29,7 @@ DTYPES: dict[str, torch.dtype] = {
     "BF16": torch.bfloat16,
     "F8_E4M3": torch.float8_e4m3fn,
     "F8_E5M2": torch.float8_e5m2,
+    "F8_E8M0": torch.float8_e8m0fnu,
     "I64": torch.int64,
     "I32": torch.int32,
     "I16": torch.int16,
@@ -141,6 +142,16 @@ def read_pieces(info: TensorInfo, piece_bytes: int = PIECE_BYTES) -> Iterator[to
             if file.readinto(buffer) != len(buffer):
                 raise PhotonError(f"{info.file} was shortened while it was read: start again")
             yield torch.frombuffer(buffer, dtype=info.dtype)
+
+
+def join_pieces(info: TensorInfo, pieces: Iterable[torch.Tensor]) -> torch.Tensor:
+    """The whole tensor of `info` from its flat pieces."""
+    result = torch.empty(info.numel, dtype=info.dtype)
+    at = 0
+    for piece in pieces:
+        result[at : at + piece.numel()] = piece
+        at += piece.numel()
+    return result.view(info.shape)
 
 
 def is_finite(tensor: torch.Tensor) -> bool:

@@ -12,28 +12,25 @@ import torch
 from transformers import AutoConfig, PretrainedConfig
 
 from photon_train.checkpoints import refuse_adapter
-from photon_train.conversion.families import check_config, check_rope_type, dense_tensors, family_of
+from photon_train.conversion.cache import cache_path, write_once
+from photon_train.conversion.dequantise.checkpoint import (
+    Quantised,
+    QuantisedCheckpoint,
+    foretell,
+    read_note,
+    sort_tensors,
+)
+from photon_train.conversion.dequantise.interface import Format
+from photon_train.conversion.dequantise.methods import METHODS, format_of, method_of
+from photon_train.conversion.families import FAMILIES, check_config, check_rope_type, dense_tensors, family_of
 from photon_train.conversion.gguf import cached_checkpoint, find_gguf
-from photon_train.conversion.safetensors_io import TensorInfo, is_finite, read_header, read_pieces
+from photon_train.conversion.layout import INDEX, SINGLE, TEMPLATES, TOKENIZER_FILES
+from photon_train.conversion.safetensors_io import TensorInfo, is_finite, join_pieces, read_header, read_pieces
 from photon_train.errors import PhotonError
 from photon_train.manifest import FILE_NAME, hash_file, verify_manifest
 
-INDEX = "model.safetensors.index.json"
-SINGLE = "model.safetensors"
 FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "chat_template.jinja",
-    "chat_template.json",
-    "tokenizer.model",
-    "vocab.json",
-    "merges.txt",
-)
-# Named templates beside the default one, each in a file of its own.
-TEMPLATES = "additional_chat_templates"
+_QUANTISATION = "quantization_config"
 # Everything in folders of the hub (original/, onnx/, ...: other copies of the weights) but the templates.
 _FOLDERS = ("[!a]*/*", "a[!d]*/*")
 _CONVERT_PICKLE = (
@@ -49,12 +46,20 @@ class DenseCheckpoint:
         directory: Where its files lie.
         config: Its configuration (a class of transformers; no remote code).
         tensors: Name -> `TensorInfo` of every stored tensor.
+        quantised: What it was dequantised from, if it was.
     """
 
-    def __init__(self, directory: Path, config: PretrainedConfig, tensors: dict[str, TensorInfo]) -> None:
+    def __init__(
+        self,
+        directory: Path,
+        config: PretrainedConfig,
+        tensors: dict[str, TensorInfo],
+        quantised: Quantised | None = None,
+    ) -> None:
         self.directory = directory
         self.config = config
         self.tensors = tensors
+        self.quantised = quantised
 
     @classmethod
     def open(
@@ -62,8 +67,10 @@ class DenseCheckpoint:
     ) -> DenseCheckpoint:
         """Open a checkpoint and check it as far as headers allow: no tensor is read.
 
+        Quantised weights and GGUF files are dequantised into the cache first, and what lies there is opened.
+
         Args:
-            model: A directory, a hub id, or a GGUF file (or the directory of one), which is dequantised into the cache.
+            model: A directory, a hub id, or a GGUF file (or the directory of one).
             revision: Branch, tag or commit (hub id only).
             token: Access token of the hub; None uses the stored login.
             weights: Whether weights are needed. Without them, of a hub model only the small files are
@@ -76,15 +83,21 @@ class DenseCheckpoint:
         """
         directory, local = _resolve(model, revision, token, weights)
         refuse_adapter(directory)
-        config = _read_config(directory)
+        config, form = _read_config(directory)
         expected = dense_tensors(config)
         if not weights and not (local and _has_weights(directory)):
-            dtype = config.dtype or torch.float32
-            tensors = {name: TensorInfo(shape, dtype, None) for name, shape in expected.items()}
-            return cls(directory, config, tensors)
-        tensors = _read_headers(directory)
-        _check_tensors(directory, tensors, expected)
-        return cls(directory, config, tensors)
+            tensors = _as_if_stored(config, expected)
+            return cls(directory, config, tensors, form and foretell(str(directory), form, expected, config.dtype))
+        stored = _read_headers(directory)
+        if form is None:
+            _check_tensors(directory, stored, expected)
+            return cls(directory, config, stored, read_note(directory))
+        quantised = sort_tensors(directory, form, expected, stored)
+        _check_tensors(directory, stored, quantised.plain)
+        if not weights:
+            tensors = _as_if_stored(config, quantised.weights)
+            return cls(directory, config, tensors, quantised.describe(config.dtype))
+        return cls.open(str(_dequantised(cls(directory, config, stored), quantised)))
 
     @property
     def dtype(self) -> torch.dtype:
@@ -114,13 +127,7 @@ class DenseCheckpoint:
         Raises:
             PhotonError: if a weight is not finite.
         """
-        info = self.tensors[name]
-        result = torch.empty(info.numel, dtype=info.dtype)
-        at = 0
-        for piece in self.pieces(name):
-            result[at : at + piece.numel()] = piece
-            at += piece.numel()
-        return result.view(info.shape)
+        return join_pieces(self.tensors[name], self.pieces(name))
 
     def check_tokenizer(self) -> None:
         """Check that every token id of the tokenizer beside the weights has an embedding.
@@ -158,6 +165,24 @@ class DenseCheckpoint:
             known = file.resolve().name
             if file.is_symlink() and re.fullmatch("[0-9a-f]{64}", known) and hash_file(file) != known:
                 raise PhotonError(f"{file} has a wrong sha256 (known: {known}): delete it and download it again")
+
+
+def loadable(model: str) -> str | Path:
+    """What transformers loads for a model's name: the dequantised copy, where the name is that of a GGUF file or of a
+    directory with weights that are dequantised here; else the name.
+
+    Raises:
+        PhotonError: as `DenseCheckpoint.open`.
+    """
+    path = Path(model)
+    gguf = find_gguf(path)
+    if gguf is not None:
+        return cached_checkpoint(gguf)
+    if (path / "config.json").is_file():
+        content = _read_json(path / "config.json")
+        if content.get("model_type") in FAMILIES and method_of(content.get(_QUANTISATION)) in METHODS:
+            return DenseCheckpoint.open(model).directory
+    return model
 
 
 def _resolve(model: str, revision: str | None, token: str | None, weights: bool) -> tuple[Path, bool]:
@@ -209,7 +234,11 @@ def _read_json(path: Path) -> dict[str, Any]:
     return content
 
 
-def _read_config(directory: Path) -> PretrainedConfig:
+def _read_config(directory: Path) -> tuple[PretrainedConfig, Format | None]:
+    """The configuration without what it says of a quantisation, and the format that this names.
+
+    The type of quantised weights is the one that they are dequantised to: that of the model, bfloat16 if it names none.
+    """
     path = directory / "config.json"
     if not path.is_file():
         raise PhotonError(f"{directory} has no config.json: give the directory of a Hugging Face checkpoint")
@@ -217,19 +246,42 @@ def _read_config(directory: Path) -> PretrainedConfig:
     try:
         family_of(content)
         check_rope_type(content)
+        form = format_of(content[_QUANTISATION]) if content.get(_QUANTISATION) else None
     except PhotonError as error:
         raise PhotonError(f"{path}: {error}") from None
-    if content.get("quantization_config"):
-        raise PhotonError(f"{path}: quantised checkpoints cannot be converted; use the unquantised weights")
     try:
         config = AutoConfig.from_pretrained(directory, trust_remote_code=False)
+        if form is not None:
+            del config.quantization_config
+            config.dtype = config.dtype if config.dtype in FLOATS[1:] else torch.bfloat16
         check_config(config)
     except PhotonError as error:
         raise PhotonError(f"{path}: {error}") from error
     except Exception as error:
         reason = " ".join(str(error).split()) or type(error).__name__
         raise PhotonError(f"{path} cannot be read: {reason}") from error
-    return config
+    return config, form
+
+
+def _as_if_stored(config: PretrainedConfig, weights: dict[str, tuple[int, ...]]) -> dict[str, TensorInfo]:
+    """Tensors that are known by name and shape, not by place."""
+    dtype = config.dtype or torch.float32
+    return {name: TensorInfo(shape, dtype, None) for name, shape in weights.items()}
+
+
+def _dequantised(checkpoint: DenseCheckpoint, quantised: QuantisedCheckpoint) -> Path:
+    """The directory of a quantised checkpoint's weights as ordinary ones, written on first use."""
+    directory, dtype = checkpoint.directory, checkpoint.config.dtype
+    content = _read_json(directory / "config.json")
+    for key in (_QUANTISATION, "torch_dtype"):
+        content.pop(key, None)
+    content["dtype"] = str(dtype).removeprefix("torch.")
+
+    def write(output: Path) -> None:
+        checkpoint.check_hashes()
+        quantised.write(output, content, dtype)
+
+    return write_once(cache_path("dequantised", directory.resolve().name, quantised.key(dtype)), write)
 
 
 def _has_weights(directory: Path) -> bool:

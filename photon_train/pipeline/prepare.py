@@ -145,6 +145,8 @@ def show_conversion(conversion: Conversion) -> None:
     console.print(conversion.plan.table())
     console.print(conversion.estimate.table())
     numbers = conversion.estimate
+    if conversion.checkpoint.quantised is not None:
+        console.print(str(conversion.checkpoint.quantised))
     if cast := _cast_tensors(conversion):
         console.print(
             f"The dense checkpoint is stored in several types, with {cast}: all is written in {conversion.plan.dtype}, "
