@@ -50,7 +50,12 @@ def gemma_model() -> PreTrainedModel:
     for kind in rope.values():
         kind["rope_type"] = "default"
     sizes = {"hidden_size": 64, "intermediate_size": 96, "head_dim": 16, "vocab_size": 256 + 5, "num_hidden_layers": 6}
-    sizes |= {"rope_parameters": rope, "layer_types": None, "query_pre_attn_scalar": 256}
+    sizes |= {
+        "rope_parameters": rope,
+        "layer_types": None,
+        "query_pre_attn_scalar": 256,
+        "final_logit_softcapping": None,
+    }
     return shake(AutoModelForCausalLM.from_config(dense_config("gemma3_text", **sizes))).eval()
 
 
