@@ -14,7 +14,7 @@ from vllm.utils.torch_utils import direct_register_custom_op
 from vllm.v1.attention.backend import AttentionBackend, AttentionMetadataBuilder, CommonAttentionMetadata
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheLayout, KVCacheSpec, SlidingWindowSpec
 
-from photon_train.models.cache_photon import latent_parts
+from photon_train.models.stores_photon import latent_parts
 
 from .memory import RankMemory
 from .specs import SinkWindowSpec

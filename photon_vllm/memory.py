@@ -12,9 +12,9 @@ from vllm.distributed import (
     tensor_model_parallel_all_reduce,
 )
 
-from photon_train.models.cache_photon import KeyValue
 from photon_train.models.configuration_photon import PhotonConfig
 from photon_train.models.memory_photon import LayerMemory, take_heads
+from photon_train.models.stores_photon import KeyValue
 
 
 class RankMemory(LayerMemory):

@@ -10,11 +10,11 @@ from typing import Any
 import torch
 
 from photon_train.models.attention_photon import Segment, load_kernels, unrotate
-from photon_train.models.cache_photon import KeyValue, SlotMapping
 from photon_train.models.configuration_photon import PhotonConfig
 from photon_train.models.families_photon import has_rotation, is_interleaved, rotation_kind
 from photon_train.models.memory_segment_photon import MemorySegment
 from photon_train.models.segments_photon import FullSegment, WindowSegment
+from photon_train.models.stores_photon import KeyValue, SlotMapping
 
 from .stores import PagedElements, PagedPrefix, PagedTokens, PagedUnits, write_tokens
 

@@ -1,4 +1,4 @@
-"""vLLM's blocks as the stores that our segments read and write (`photon_train.models.cache_photon`).
+"""vLLM's blocks as the stores that our segments read and write (`photon_train.models.stores_photon`).
 
 A block of a layer's cache is ``[tokens, heads, C]`` in memory (layout BLNHC), C one token's key and value of a head, or
 one unit's latent. New keys and values are written for a whole step at once (`write_tokens`), before anything is read: a
@@ -13,8 +13,8 @@ from collections.abc import Callable, Mapping
 import torch
 
 from photon_train.models.attention_photon import NewElements
-from photon_train.models.cache_photon import KeyValue, SlotMapping, latent_parts
 from photon_train.models.configuration_photon import PhotonConfig
+from photon_train.models.stores_photon import KeyValue, SlotMapping, latent_parts
 
 # The block that vLLM never gives to a request and nothing writes to.
 NULL_BLOCK = 0

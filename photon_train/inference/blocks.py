@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from photon_train.models.cache_photon import GrowingStore, Part, SlotMapping
+from photon_train.models.stores_photon import GrowingStore, Part, SlotMapping
 
 
 @dataclass(eq=False)

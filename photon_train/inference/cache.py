@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from photon_train import accounting
 from photon_train.errors import PhotonError
 from photon_train.inference.blocks import Allocation, BlockPool, BlockStore, BlockTable, SwappedState
-from photon_train.models.cache_photon import Part
+from photon_train.models.stores_photon import Part
 
 BLOCK_SIZE = 256
 

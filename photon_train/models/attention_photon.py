@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from transformers import AttentionInterface
 
-from .cache_photon import GrowingStore, RingStore, SlotMapping
+from .stores_photon import GrowingStore, RingStore, SlotMapping
 
 ATTENTION_NAME = "photon"
 BACKENDS = ("torch", "triton")

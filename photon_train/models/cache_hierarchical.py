@@ -6,8 +6,9 @@ from collections.abc import Callable
 
 import torch
 
-from .cache_photon import GrowingStore, RingStore, RowCache, key_value_parts
+from .cache_photon import RowCache
 from .configuration_hierarchical import HierarchicalConfig
+from .stores_photon import GrowingStore, RingStore, key_value_parts
 
 PROTOCOLS = ("hiergen", "recgen")
 

@@ -21,10 +21,10 @@ import torch
 from torch import nn
 from transformers import initialization as init
 
-from .cache_photon import KeyValue
 from .configuration_photon import PhotonConfig
 from .quantize_photon import StraightThrough, dequantize, quantize
 from .softmax_photon import capped
+from .stores_photon import KeyValue
 
 
 class PackMap(nn.Linear):

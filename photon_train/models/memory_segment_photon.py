@@ -8,11 +8,11 @@ from functools import cached_property
 import torch
 
 from .attention_photon import NewElements, load_kernels, unrotate
-from .cache_photon import KeyValue, SlotMapping
 from .flex_photon import FlexMask, attend_window, far_ends, window_mask
 from .memory_photon import LayerMemory, put_heads, take_heads, take_heads_back
 from .segments_photon import WindowSegment
 from .softmax_photon import FarKeys, additive, merge
+from .stores_photon import KeyValue, SlotMapping
 
 
 class MemorySegment(WindowSegment):

@@ -8,9 +8,9 @@ from functools import cached_property
 import torch
 
 from .attention_photon import NewElements, load_kernels, sdpa
-from .cache_photon import GrowingStore, KeyValue, RingStore
 from .flex_photon import FlexMask, attend_window, is_usable, window_mask
 from .softmax_photon import FarKeys, NearKeys, additive, attend_set, blockwise_attention
+from .stores_photon import GrowingStore, KeyValue, RingStore
 
 # How windows are attended to in training on a GPU: by one compiled kernel (`flex_photon`), block by block, or the first
 # where it has been found to work.

@@ -10,7 +10,7 @@ from tiny import tokens
 from tiny_hierarchical import HIERARCHIES, hierarchical_config, hierarchical_model
 
 from photon_train.models import HierarchicalCache
-from photon_train.models.cache_photon import GrowingStore
+from photon_train.models.stores_photon import GrowingStore
 
 TOLERANCE = 2e-4
 NAMES = sorted(HIERARCHIES)

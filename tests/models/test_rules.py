@@ -240,7 +240,7 @@ def test_layers_that_the_family_keeps_local_stay_as_they_are():
         ({"memory_cells": {1: [0, 0]}}, r"memory_cells names a head of layer 1 twice: \[0, 0\]"),
         ({"memory_cells": {1: []}}, "memory_cells names no head of layer 1: name one, or drop the layer"),
         ({"attention_dropout": 0.1}, "attention_dropout=0.1 is not supported: set it to 0"),
-        ({"base_model_type": "gpt2"}, "model family 'gpt2' is not supported; supported families: llama"),
+        ({"base_model_type": "gpt2"}, "model family 'gpt2' is not supported; supported families: cohere2"),
         ({"base_config": {}}, r"older photon-train \(base_config\): convert the dense model again"),
         ({"memory_layers": [1]}, r"older photon-train \(memory_layers\): convert the dense model again"),
     ],

@@ -85,7 +85,7 @@ def shrink_vocabulary(directory: Path) -> str:
 def other_family(directory: Path) -> str:
     config = json.loads((directory / "config.json").read_text())
     (directory / "config.json").write_text(json.dumps({**config, "model_type": "gpt2"}))
-    return "llama, mistral, phi3, qwen2, qwen3"
+    return "llama, ministral3, mistral"
 
 
 def widen(directory: Path) -> str:
