@@ -31,10 +31,19 @@ def write_tokens(cache: torch.Tensor, slots: torch.Tensor, key: torch.Tensor, va
     cache[slots // size, :, slots % size] = torch.cat([key, value], dim=-1).to(cache.dtype)
 
 
-def read_blocks(cache: torch.Tensor, blocks: torch.Tensor) -> torch.Tensor:
-    """``cache [B, H, N, C]`` at ``blocks [n, k]``, as ``[n, k * N, H, C]``."""
-    found = cache.permute(0, 2, 1, 3).index_select(0, blocks.flatten())
-    return found.view(blocks.shape[0], -1, *found.shape[2:])
+# By place, memory that is read into again and again: fresh memory costs a page fault every few kilobytes.
+_buffers: dict[tuple, torch.Tensor] = {}
+
+
+def read_blocks(cache: torch.Tensor, blocks: torch.Tensor, place: str) -> torch.Tensor:
+    """``cache [B, H, N, C]`` at ``blocks [n, k]``, as ``[n, k * N, H, C]``, until the next call with this `place`."""
+    source = cache.permute(0, 2, 1, 3)
+    shape, name = (blocks.numel(), *source.shape[1:]), (place, cache.dtype, cache.device)
+    size = math.prod(shape)
+    if name not in _buffers or _buffers[name].numel() < size:
+        _buffers[name] = torch.empty(size, dtype=cache.dtype, device=cache.device)
+    found = torch.index_select(source, 0, blocks.flatten(), out=_buffers[name][:size].view(shape))
+    return found.view(blocks.shape[0], -1, *shape[2:])
 
 
 class PagedTokens:
@@ -73,7 +82,7 @@ class PagedTokens:
         self.index = torch.cat([sink_index, index], dim=1)
         # What earlier requests have left there, were it not finite, would outlive its mask: 0 x NaN is NaN.
         stale = torch.cat([sinks, token], dim=1) >= held
-        self._stale = stale[:, :, None, None] if bool(stale.any()) else None
+        self._stale = stale.nonzero(as_tuple=True)
         self._blocks: dict[int, torch.Tensor] = {}
 
     @property
@@ -90,14 +99,13 @@ class PagedTokens:
         return self.index
 
     def read(self, layer: int, rows: None = None, count: int | None = None) -> KeyValue:
-        """Keys and values, ``[n, Hkv, N, D]``."""
+        """Keys and values, ``[n, Hkv, N, D]``, until another layer's are read."""
         table = self.tables(layer)
         if id(table) not in self._blocks:
             block = self._block.clamp(max=table.shape[1] - 1)
             self._blocks[id(table)] = table.gather(1, block).masked_fill(~self._block_is_used, NULL_BLOCK)
-        found = read_blocks(self.caches[layer], self._blocks[id(table)])
-        if self._stale is not None:
-            found.masked_fill_(self._stale, 0)
+        found = read_blocks(self.caches[layer], self._blocks[id(table)], "tokens")
+        found[self._stale] = 0
         keys, values = found.transpose(1, 2).chunk(2, dim=-1)
         return keys, values
 
@@ -156,7 +164,7 @@ class PagedUnits:
         self._block = torch.arange(columns, device=device).expand(len(counts), -1)
         self._block_is_used = self._block * self.block_units < have
         stale = torch.arange(columns * self.block_units, device=device) >= have
-        self._stale = stale[:, None, :, None]
+        self._stale = stale.nonzero(as_tuple=True)
 
     def reserve(self, count: int) -> None:
         """vLLM has made room."""
@@ -174,9 +182,12 @@ class PagedUnits:
     def read(self, layer: int, rows: None, count: int | None) -> tuple[torch.Tensor, ...]:
         """The first units, ``[n, m, >= count, size]`` of each part."""
         blocks = self.tables(layer).gather(1, self._block).masked_fill(~self._block_is_used, NULL_BLOCK)
-        states = (read_blocks(part, blocks).transpose(1, 2) for part in self.parts(layer))
-        # Codes of any bits are finite; latents and scales need not be.
-        return tuple(each.masked_fill(self._stale, 0) if each.is_floating_point() else each for each in states)
+        found = []
+        for index, part in enumerate(self.parts(layer)):
+            found.append(read_blocks(part, blocks, f"units {index}"))
+            if part.is_floating_point():  # codes of any bits are finite
+                found[-1][self._stale] = 0
+        return tuple(states.transpose(1, 2) for states in found)
 
     def operands(self, layer: int) -> tuple[torch.Tensor, ...]:
         """What a kernel reads in place: the parts, and the block table."""

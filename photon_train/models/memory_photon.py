@@ -195,13 +195,20 @@ class LayerMemory(nn.Module):
         Returns:
             Output ``[n, H, 1, D]`` and log-sum-exp ``[n, H, 1]``, -inf where nothing is seen.
         """
-        parts = join_heads(*latents).chunk(self.num_latents, dim=-1)
         folded, bias = self.fold_queries(content)
-        scores = (torch.einsum("nhsc,nuc->nhus", folded, parts[0]) + bias[:, :, None]).flatten(2).float() * scale
-        scores = capped(scores, softcap).masked_fill(~visible[:, None], -torch.inf)
-        lse = scores.logsumexp(dim=-1)
-        weights = (scores - lse[..., None]).exp().nan_to_num(0.0).to(content.dtype).unflatten(-1, (-1, self.chunk_size))
-        out = self.unfold_values(torch.einsum("nhus,nuc->nhsc", weights, parts[-1]), weights.sum(2))
+        # Head by head of the latents as they lie: what is as long as the text is never moved.
+        pieces = [half[:, head] for half in latents for head in range(self.heads)]
+        reads, mixes = (pieces, pieces) if self.num_latents == 1 else (pieces[: self.heads], pieces[self.heads :])
+        queries = folded.flatten(1, 2).split(self.head_dim, dim=-1)
+        scores = sum(query @ states.transpose(1, 2) for query, states in zip(queries, reads, strict=True))
+        scores = (scores.unflatten(1, bias.shape[1:]) + bias[..., None]).float() * scale
+        # ``[n, S, U]``, as the scores of each head.
+        hidden = ~visible.unflatten(-1, (-1, self.chunk_size)).transpose(1, 2)
+        scores = capped(scores, softcap).masked_fill_(hidden[:, None], -torch.inf)
+        lse = scores.flatten(2).logsumexp(dim=-1)
+        weights = (scores - lse[..., None, None]).exp_().nan_to_num_(0.0).to(content.dtype)
+        mixed = torch.cat([weights.flatten(1, 2) @ states for states in mixes], dim=-1)
+        out = self.unfold_values(mixed.unflatten(1, bias.shape[1:]), weights.sum(-1))
         return out[:, :, None], lse[..., None]
 
 

@@ -34,7 +34,9 @@ def dequantize(codes: torch.Tensor, scales: torch.Tensor, bits: int, dtype: torc
     """The numbers that codes stand for, ``[..., D]``; see `quantize`."""
     if bits == 4:
         codes = torch.cat([codes & 15, codes >> 4], dim=-1)
-    return ((codes.float() - (2**bits - 1) / 2) * scales.float()).to(dtype)
+    scales = scales.float()
+    # Exact in fp32, and fewer passes over the numbers than code by code.
+    return torch.addcmul(scales * (0.5 - 2 ** (bits - 1)), codes.float(), scales).to(dtype)
 
 
 class StraightThrough(torch.autograd.Function):
