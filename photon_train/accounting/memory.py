@@ -141,7 +141,7 @@ def _layer_bytes(costs: Any, setup: TrainingSetup) -> float:
     shape, targets, stream = costs.shape, set(setup.target_modules), setup.stream_bytes
     if not setup.rank:
         targets = set(shape.linears)
-    inner, queries, keys = shape.linears["up_proj"][0], shape.linears["q_proj"][0], shape.kv // 2
+    inner, queries, keys = shape.inner, shape.linears["q_proj"][0], shape.kv // 2
     compute = setup.compute_bytes
 
     def inputs(names: set[str]) -> int:
@@ -177,7 +177,7 @@ def activation_bytes(photon: Any, setup: TrainingSetup) -> int:
     """
     costs, tokens = costs_of(photon), setup.tokens
     shape, stream, compute = costs.shape, setup.stream_bytes, setup.compute_bytes
-    hidden, inner = shape.hidden, shape.linears["up_proj"][0]
+    hidden, inner = shape.hidden, shape.inner
     # What the first layers read, the final norm's fp32 input and its output.
     kept = tokens * hidden * (costs.inputs * stream + 4 + (compute if setup.autocast else 0))
     cast_layers, cast_others = _cast_weights(photon, costs, setup)
