@@ -23,6 +23,7 @@ class Layout:
         biases: Linear maps that always have a bias.
         biases_by_key: Linear maps that have a bias when the named key of the configuration is true.
         fused: Linear maps that are stored as one (names of `FUSED`).
+        experts: Whether every layer has experts in place of one MLP.
     """
 
     norms: tuple[str, ...] = _BEFORE
@@ -30,6 +31,7 @@ class Layout:
     biases: tuple[str, ...] = ()
     biases_by_key: Mapping[str, tuple[str, ...]] = field(default_factory=lambda: MappingProxyType({}))
     fused: tuple[str, ...] = ()
+    experts: bool = False
 
     def vectors(
         self, linears: Mapping[str, tuple[int, int]], hidden: int, head_dim: int, is_set: Callable[[str], bool]
@@ -77,4 +79,8 @@ LAYOUTS: dict[str, Layout] = {
         fused=("gate_up_proj",),
     ),
     "ministral3": Layout(),
+    "granitemoe": Layout(biases_by_key=_BIASED_ATTENTION, experts=True),
+    "mixtral": Layout(experts=True),
+    "olmoe": Layout(query_norms="layer", biases_by_key=_BIASED_ATTENTION, experts=True),
+    "qwen3_moe": Layout(query_norms="head", biases_by_key=_BIASED_ATTENTION, experts=True),
 }

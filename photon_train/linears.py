@@ -5,3 +5,5 @@ MLP = ("gate_proj", "up_proj", "down_proj")
 LINEARS = (*ATTENTION, *MLP)
 # Linear maps that some families store as one, in order of their rows.
 FUSED = {"qkv_proj": ATTENTION[:3], "gate_up_proj": MLP[:2]}
+# What stands for the experts of all layers among the names of linear layers that get an adapter.
+EXPERTS = "experts"

@@ -15,13 +15,25 @@ from tiny_dense import dense_config
 from photon_train import accounting
 from photon_train.accounting import TrainingSetup, find_fit, training_memory
 from photon_train.accounting.fit import USABLE
-from photon_train.config import RunConfig
+from photon_train.config import LoraSettings, RunConfig
 from photon_train.conversion import presets
 from photon_train.pipeline.prepare import estimate_training, training_setup
 from photon_train.training import heads
 
 ROOT = Path(__file__).resolve().parents[1]
 SPECIFICATION = importlib.util.spec_from_file_location("measure_memory", ROOT / "tools" / "measure_memory.py")
+EXPERTS = {
+    "model_type": "qwen3_moe",
+    "hidden_size": 64,
+    "moe_intermediate_size": 64,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "vocab_size": 2048,
+    "num_experts": 8,
+    "num_experts_per_tok": 2,
+}
 LARGE = {"hidden_size": 2048, "intermediate_size": 8192, "num_attention_heads": 32, "num_key_value_heads": 8}
 
 
@@ -52,6 +64,8 @@ def tool():
         {"weights": "bfloat16"},  # trained in fp32, as there is no mixed precision
         {"memory": "cells"},
         {"memory": "cells", "gradient_checkpointing": True, "seq_len": 2048},
+        {"shape": "experts"},
+        {"shape": "experts", "gradient_checkpointing": True},
     ],
 )
 def test_a_measured_step_takes_what_the_formula_says(tool, changes, tmp_path, monkeypatch):
@@ -61,6 +75,12 @@ def test_a_measured_step_takes_what_the_formula_says(tool, changes, tmp_path, mo
         "tiny",
         {**tool.SHAPES["llama-2m"], "hidden_size": 64, "intermediate_size": 256, "num_hidden_layers": 3},
     )
+    monkeypatch.setitem(tool.SHAPES, "experts", EXPERTS)
+    if "shape" in changes:  # which have no adapters by default
+        run_config, targets = tool.run_config, ["q_proj", "k_proj", "v_proj", "o_proj", "experts"]
+        monkeypatch.setattr(
+            tool, "run_config", lambda point: replace(run_config(point), lora=LoraSettings(target_modules=targets))
+        )
     row = tool.measure(tool.Point(**{"shape": "tiny", "zero_stage": 0, "seq_len": 1024, **changes}), tmp_path)
     assert row["predicted_bytes"] == pytest.approx(row["measured_bytes"], rel=0.15)
 

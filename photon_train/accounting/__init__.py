@@ -15,7 +15,7 @@ from photon_train.accounting.model import (
     photon_parameters,
     trainable_parameters,
 )
-from photon_train.accounting.shape import Shape, dense_cache_bytes, dense_flops, dense_parameters
+from photon_train.accounting.shape import Shape, active_parameters, dense_cache_bytes, dense_flops, dense_parameters
 
 __all__ = [
     "CacheBytes",
@@ -26,6 +26,7 @@ __all__ = [
     "TrainingMemory",
     "TrainingSetup",
     "activation_bytes",
+    "active_parameters",
     "cache_bytes",
     "costs_of",
     "dense_cache_bytes",

@@ -19,7 +19,7 @@ from photon_train.accounting.model import (
     photon_parameters,
     trainable_parameters,
 )
-from photon_train.accounting.shape import Shape, dense_cache_bytes, dense_flops, dense_parameters
+from photon_train.accounting.shape import Shape, active_parameters, dense_cache_bytes, dense_flops, dense_parameters
 
 
 @dataclass(frozen=True)
@@ -28,6 +28,7 @@ class Estimate:
 
     Attributes:
         dense_parameters, photon_parameters, new_parameters, trainable_parameters: Counts.
+        dense_active, photon_active: Parameters that a token goes through; fewer where layers have experts.
         dtype_bytes: Bytes of one weight and one cache element.
         context: Tokens at which the caches and FLOPs below are taken.
         dense_kv_per_token: Bytes that each token adds to the dense model's cache.
@@ -46,6 +47,8 @@ class Estimate:
     photon_parameters: int
     new_parameters: int
     trainable_parameters: int
+    dense_active: int
+    photon_active: int
     dtype_bytes: int
     context: int
     dense_kv_per_token: float
@@ -96,6 +99,8 @@ class Estimate:
 
         at = f"at {self.context:,} tokens"
         compare("Parameters", self.dense_parameters, self.photon_parameters, "{:,}".format)
+        if self.dense_active != self.dense_parameters:
+            compare("  active", self.dense_active, self.photon_active, "{:,}".format)
         single("  added", f"{self.added_parameters:,}")
         single("  trainable", f"{self.trainable_parameters:,}")
         compare("Cache per token", self.dense_kv_per_token, self.photon_kv_per_token, format_bytes)
@@ -129,11 +134,14 @@ def estimate(dense: Any, photon: Any, setup: TrainingSetup, gpu_bytes: int | Non
     """
     shape, seq_len, dtype_bytes = Shape.of(dense), setup.seq_len, setup.weight_bytes
     at_context = cache_bytes(photon, seq_len, dtype_bytes)
+    in_dense, in_photon = dense_parameters(dense), photon_parameters(photon)
     return Estimate(
-        dense_parameters=dense_parameters(dense),
-        photon_parameters=photon_parameters(photon),
+        dense_parameters=in_dense,
+        photon_parameters=in_photon,
         new_parameters=new_parameters(photon),
         trainable_parameters=trainable_parameters(photon, setup.rank, setup.target_modules),
+        dense_active=active_parameters(dense, in_dense),
+        photon_active=active_parameters(dense, in_photon),
         dtype_bytes=dtype_bytes,
         context=seq_len,
         dense_kv_per_token=sum(window is None for window in shape.windows) * shape.kv * dtype_bytes,
@@ -145,7 +153,7 @@ def estimate(dense: Any, photon: Any, setup: TrainingSetup, gpu_bytes: int | Non
         photon_layer_positions=layer_positions(photon),
         dense_flops=dense_flops(dense, seq_len),
         photon_flops=photon_flops(photon, seq_len),
-        conversion_bytes=photon_parameters(photon) * dtype_bytes + costs_of(photon).fit_bytes,
+        conversion_bytes=in_photon * dtype_bytes + costs_of(photon).fit_bytes,
         memory=training_memory(photon, setup),
         setup=setup,
         fit=None if gpu_bytes is None else find_fit(photon, setup, gpu_bytes),

@@ -132,7 +132,7 @@ class Graft:
         once per token.
         """
         config, shape, chunk = self.config, self.shape, self.config.chunk_size
-        weights = self.num_layers * shape.layer_matrices + shape.vocab * shape.hidden
+        weights = self.num_layers * shape.active_matrices + shape.vocab * shape.hidden
         longest = config.window + (chunk - 1 if self._heads else 0)
         keys = self._full * context + sum(min(context, own) for own in self._local)
         keys += self._windowed * min(context, config.num_sinks + longest)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from photon_train.accounting.model import costs_of, photon_parameters, trainable_parameters
-from photon_train.linears import FUSED, LINEARS
+from photon_train.linears import EXPERTS, FUSED
 
 ZERO_STAGES = (0, 1, 2, 3)
 # Elements of the logits that a loss takes at a time (`photon_train.training.heads`).
@@ -30,7 +30,7 @@ class TrainingSetup:
         seq_len: Tokens per sequence.
         batch_size: Sequences per process and micro-step.
         rank: LoRA rank; 0 trains everything.
-        target_modules: Linear layers with adapters.
+        target_modules: Linear layers with adapters, and ``experts``; None: all linear layers.
         weight_bytes: Bytes of one weight as it is loaded.
         precision: ``bf16``, ``fp16`` or ``no``: autocast, or under ZeRO the type of all weights.
         zero_stage: 0 (no sharding), 1 (optimiser states), 2 (and gradients), 3 (and weights).
@@ -48,7 +48,7 @@ class TrainingSetup:
     seq_len: int
     batch_size: int = 1
     rank: int = 16
-    target_modules: tuple[str, ...] = LINEARS
+    target_modules: tuple[str, ...] | None = None
     weight_bytes: int = 2
     precision: str = "bf16"
     zero_stage: int = 0
@@ -131,6 +131,12 @@ class TrainingMemory:
         return self.weights + self.optimizer + self.buffers + max(backward, self.gradients + self.step)
 
 
+def _targets(costs: Any, setup: TrainingSetup) -> set[str]:
+    """Linear layers that are trained or have adapters, and `EXPERTS` where these are named."""
+    named = setup.target_modules if setup.rank else None
+    return set(costs.shape.linears if named is None else named)
+
+
 def _layer_bytes(costs: Any, setup: TrainingSetup) -> float:
     """Bytes that autograd keeps of a decoder layer per position.
 
@@ -138,10 +144,8 @@ def _layer_bytes(costs: Any, setup: TrainingSetup) -> float:
     attention's output and log-sum-exp; three inner states of the MLP and their product. Without autocast adapters share
     one input; under autocast each keeps a cast of its own.
     """
-    shape, targets, stream = costs.shape, set(setup.target_modules), setup.stream_bytes
-    if not setup.rank:
-        targets = set(shape.linears)
-    inner, queries, keys = shape.linears["up_proj"][0], shape.linears["q_proj"][0], shape.kv // 2
+    shape, targets, stream = costs.shape, _targets(costs, setup), setup.stream_bytes
+    inner, queries, keys = shape.inner, shape.linears["q_proj"][0], shape.kv // 2
     compute = setup.compute_bytes
 
     def inputs(names: set[str]) -> int:
@@ -156,7 +160,19 @@ def _layer_bytes(costs: Any, setup: TrainingSetup) -> float:
     if not setup.rank:  # trained norms keep what they scale
         kept += 2 * stream * shape.hidden
     kept += compute * (2 * queries + 2 * keys + 3 * inner + ("down_proj" in targets) * inner)
+    if shape.mixture is not None:
+        # Each expert's share of a token: its input, and its output before and after the router's weight.
+        kept += 3 * shape.mixture.active * shape.hidden * compute
+        kept += (not setup.rank or EXPERTS in targets) * inner * compute
     return kept + 4 * shape.heads + compute * setup.rank * len(targets & set(shape.linears))
+
+
+def _adapted_experts(costs: Any, setup: TrainingSetup) -> int:
+    """Bytes of the experts with their adapters' change, which exist while a layer runs and for its backward pass."""
+    mixture = costs.shape.mixture
+    if not setup.rank or mixture is None or EXPERTS not in _targets(costs, setup):
+        return 0
+    return mixture.count * mixture.expert * setup.frozen_bytes
 
 
 def _cast_weights(photon: Any, costs: Any, setup: TrainingSetup) -> tuple[int, int]:
@@ -177,7 +193,7 @@ def activation_bytes(photon: Any, setup: TrainingSetup) -> int:
     """
     costs, tokens = costs_of(photon), setup.tokens
     shape, stream, compute = costs.shape, setup.stream_bytes, setup.compute_bytes
-    hidden, inner = shape.hidden, shape.linears["up_proj"][0]
+    hidden, inner = shape.hidden, shape.inner
     # What the first layers read, the final norm's fp32 input and its output.
     kept = tokens * hidden * (costs.inputs * stream + 4 + (compute if setup.autocast else 0))
     cast_layers, cast_others = _cast_weights(photon, costs, setup)
@@ -187,14 +203,15 @@ def activation_bytes(photon: Any, setup: TrainingSetup) -> int:
     positions, layer = tokens * costs.layer_positions, _layer_bytes(costs, setup)
     widest = tokens * costs.widest
     backward = widest * (3 * inner * compute + 2 * hidden * stream)
+    experts = _adapted_experts(costs, setup)
     memory, widest_memory = (tokens * compute * states for states in costs.memory_states)
     if setup.gradient_checkpointing:
         kept += positions * hidden * stream
         backward += widest_memory
         shared = 4 * hidden if stream == 4 else 0  # the layer's input is the first norm's
-        backward += widest * (layer - shared) + cast_layers // costs.num_layers
+        backward += widest * (layer - shared) + cast_layers // costs.num_layers + experts
     else:
-        kept += positions * layer + memory + cast_layers
+        kept += positions * layer + memory + cast_layers + costs.num_layers * experts
     return int(kept + cast_others + max(head, backward))
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from photon_train.accounting.graft import Graft
 from photon_train.accounting.hierarchical import Hierarchical
-from photon_train.linears import FUSED, LINEARS
+from photon_train.linears import EXPERTS, FUSED
 
 # By the configuration's model_type.
 _COSTS = {"photon": Graft, "photon_hierarchical": Hierarchical}
@@ -51,17 +51,23 @@ def photon_parameters(photon: Any) -> int:
     return costs.shape.shared + costs.num_layers * costs.shape.layer + costs.new_parameters
 
 
-def lora_parameters(photon: Any, rank: int, target_modules: Iterable[str] = LINEARS) -> int:
-    """Parameters of rank-`rank` adapters on the named linear layers of all stacks (``lm_head`` counts if named)."""
-    costs, targets = costs_of(photon), set(target_modules)
+def lora_parameters(photon: Any, rank: int, target_modules: Iterable[str] | None = None) -> int:
+    """Parameters of rank-`rank` adapters on the named linear layers of all stacks.
+
+    None names every layer's; ``lm_head`` and ``experts`` count if named.
+    """
+    costs = costs_of(photon)
+    targets = set(costs.shape.linears if target_modules is None else target_modules)
     held = costs.shape.modules
     targets |= {whole for whole, parts in FUSED.items() if targets & set(parts)}  # one adapter for all that is stacked
     per_layer = sum(sum(sizes) for name, sizes in held.items() if name in targets)
+    if EXPERTS in targets:
+        per_layer += sum(count * (rows + columns) for count, rows, columns in costs.shape.mixture.held.values())
     head = costs.shape.vocab + costs.shape.hidden if "lm_head" in targets else 0
     return rank * (costs.num_layers * per_layer + head)
 
 
-def trainable_parameters(photon: Any, rank: int, target_modules: Iterable[str] = LINEARS) -> int:
+def trainable_parameters(photon: Any, rank: int, target_modules: Iterable[str] | None = None) -> int:
     """Parameters that fine-tuning changes: adapters and new modules, or everything at rank 0."""
     if rank == 0:
         return photon_parameters(photon)

@@ -19,6 +19,40 @@ def _get(config: Any, key: str, default: Any = None) -> Any:
 
 
 @dataclass(frozen=True)
+class Mixture:
+    """Sizes of the experts that a layer holds in place of one MLP.
+
+    Attributes:
+        count: Experts of a layer; active: those that a token goes through.
+        inner: Width of one.
+        hidden: Width of the residual stream.
+    """
+
+    count: int
+    active: int
+    inner: int
+    hidden: int
+
+    @property
+    def held(self) -> dict[str, tuple[int, int, int]]:
+        """Name -> shape of the experts' weights as the layer holds them."""
+        return {
+            "gate_up_proj": (self.count, 2 * self.inner, self.hidden),
+            "down_proj": (self.count, self.hidden, self.inner),
+        }
+
+    @property
+    def router(self) -> int:
+        """Weights of the router, which every token goes through."""
+        return self.count * self.hidden
+
+    @property
+    def expert(self) -> int:
+        """Weights of one expert."""
+        return 3 * self.inner * self.hidden
+
+
+@dataclass(frozen=True)
 class Shape:
     """Sizes of a dense family's model.
 
@@ -27,7 +61,8 @@ class Shape:
         layers: Decoder layers of the dense model.
         vocab: Rows of the embedding.
         heads, kv_heads, head_dim: Attention heads, key-value heads, dimension of one.
-        linears: Name -> (outputs, inputs) of a layer's linear maps.
+        linears: Name -> (outputs, inputs) of a layer's linear maps; those of experts are not among them.
+        mixture: The experts of each layer; None where it has one MLP.
         vectors: Name -> elements of a layer's biases and norm weights.
         fused: Linear maps of `FUSED` that the layer holds as one.
         head_norms: Whether queries and keys are normalised.
@@ -42,6 +77,7 @@ class Shape:
     kv_heads: int
     head_dim: int
     linears: dict[str, tuple[int, int]]
+    mixture: Mixture | None
     vectors: dict[str, int]
     fused: tuple[str, ...]
     head_norms: bool
@@ -55,21 +91,24 @@ class Shape:
         Of a dict only what it says is read: where its family has defaults, make it an object first.
         """
         hidden, inner = _get(config, "hidden_size"), _get(config, "intermediate_size")
+        model_type = _get(config, "base_model_type", _get(config, "model_type"))
+        layout, mixture = LAYOUTS[model_type], None
         heads = _get(config, "num_attention_heads")
         kv_heads = _get(config, "num_key_value_heads", heads)
         head_dim = _get(config, "head_dim", hidden // heads)
-        model_type = _get(config, "base_model_type", _get(config, "model_type"))
         queries, keys = heads * head_dim, kv_heads * head_dim
         linears = {
             "q_proj": (queries, hidden),
             "k_proj": (keys, hidden),
             "v_proj": (keys, hidden),
             "o_proj": (hidden, queries),
-            "gate_proj": (inner, hidden),
-            "up_proj": (inner, hidden),
-            "down_proj": (hidden, inner),
         }
-        layout = LAYOUTS[model_type]
+        if not layout.experts:
+            linears |= {"gate_proj": (inner, hidden), "up_proj": (inner, hidden), "down_proj": (hidden, inner)}
+        else:
+            width = _get(config, "moe_intermediate_size", inner)  # some families' intermediate_size is of an expert
+            count = _get(config, "num_experts") or _get(config, "num_local_experts")  # a dict has one of the names
+            mixture = Mixture(count, _get(config, "num_experts_per_tok"), width, hidden)
         layers = _get(config, "num_hidden_layers")
         # Qwen's config.json states a window also where it is switched off.
         window = _get(config, "sliding_window") if _get(config, "use_sliding_window", True) else None
@@ -82,6 +121,7 @@ class Shape:
             kv_heads=kv_heads,
             head_dim=head_dim,
             linears=linears,
+            mixture=mixture,
             vectors=layout.vectors(linears, hidden, head_dim, lambda key: bool(_get(config, key, False))),
             fused=layout.fused,
             head_norms=layout.query_norms is not None,
@@ -103,9 +143,23 @@ class Shape:
         return sum(self.vectors.values())
 
     @property
+    def inner(self) -> int:
+        """Inner states of a token's MLP, of all its experts together."""
+        return self.linears["up_proj"][0] if self.mixture is None else self.mixture.active * self.mixture.inner
+
+    def _matrices(self, experts: int) -> int:
+        own = sum(outputs * inputs for outputs, inputs in self.linears.values())
+        return own if self.mixture is None else own + self.mixture.router + experts * self.mixture.expert
+
+    @property
     def layer_matrices(self) -> int:
-        """Weights of one layer's linear maps."""
-        return sum(outputs * inputs for outputs, inputs in self.linears.values())
+        """Weights of one layer's linear maps, all experts included."""
+        return self._matrices(0 if self.mixture is None else self.mixture.count)
+
+    @property
+    def active_matrices(self) -> int:
+        """Weights of one layer's linear maps that a token goes through."""
+        return self._matrices(0 if self.mixture is None else self.mixture.active)
 
     @property
     def layer(self) -> int:
@@ -133,6 +187,17 @@ def dense_parameters(config: Any) -> int:
     return shape.shared + shape.layers * shape.layer
 
 
+def active_parameters(config: Any, total: int) -> int:
+    """Parameters that a token goes through.
+
+    Args:
+        config: A dense configuration, or a `PhotonConfig`.
+        total: The model's parameters (`dense_parameters` or `photon_parameters`).
+    """
+    shape = Shape.of(config)
+    return total - shape.layers * (shape.layer_matrices - shape.active_matrices)
+
+
 def dense_cache_bytes(config: Any, tokens: int, dtype_bytes: int = 2) -> int:
     """Bytes of the dense model's keys and values for one sequence of `tokens`; sliding layers keep their window."""
     shape = Shape.of(config)
@@ -144,4 +209,4 @@ def dense_flops(config: Any, context: int) -> float:
     """Forward FLOPs of the token after `context` tokens: 2 per weight, 4 per key seen and query dimension."""
     shape = Shape.of(config)
     keys = sum(context if window is None else min(context, window) for window in shape.windows)
-    return shape.flops(shape.layers * shape.layer_matrices + shape.vocab * shape.hidden, keys)
+    return shape.flops(shape.layers * shape.active_matrices + shape.vocab * shape.hidden, keys)

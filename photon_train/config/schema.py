@@ -16,7 +16,6 @@ from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, Strict,
 from pydantic.dataclasses import dataclass
 
 from photon_train.files import expand_path, parse_size
-from photon_train.linears import LINEARS
 
 
 def _number(value: Any) -> Any:
@@ -241,8 +240,9 @@ class LoraSettings:
     """Scale numerator; the update is multiplied by alpha / rank."""
     dropout: Annotated[float, Strict(), Ge(0), Lt(1), _NUMBER] = 0.0
     """Dropout on the adapter's input."""
-    target_modules: list[str] = Field(default_factory=lambda: list(LINEARS))
-    """Linear layers that get an adapter."""
+    target_modules: list[str] | None = None
+    """Linear layers that get an adapter; unset: all. ``experts`` names those of a mixture, which get none by default.
+    """
 
 
 @dataclass(config=_CHECKED)

@@ -18,6 +18,7 @@ from photon_train.accounting.shape import Shape
 from photon_train.conversion.unsupported import refusal
 from photon_train.errors import PhotonError
 from photon_train.linears import ATTENTION, FUSED
+from photon_train.models.experts_photon import EXPERTS
 
 # Of config.json: what describes the dense checkpoint as an object, not its architecture.
 _BOOKKEEPING = ("architectures", "transformers_version", "_name_or_path", "dtype", "torch_dtype", "auto_map")
@@ -90,6 +91,14 @@ FAMILIES: dict[str, Family] = {
             "gate and up projection are one",
         ),
         Family("ministral3", "Ministral 3", specials="queries grow with their position (llama_4_scaling_beta)"),
+        Family("granitemoe", "Granite 3.x MoE 1B-A400M, 3B-A800M", specials="as `granite`; experts in every layer"),
+        Family("mixtral", "Mixtral 8x7B, 8x22B", specials="experts in every layer; sliding_window as `mistral`"),
+        Family("olmoe", "OLMoE 1B-7B", specials="experts in every layer; norms of all queries and keys; clip_qkv"),
+        Family(
+            "qwen3_moe",
+            "Qwen 3 30B-A3B, 235B-A22B, Coder",
+            specials="experts in every layer (mlp_only_layers is refused); norms of queries and keys by head",
+        ),
     )
 }
 
@@ -174,6 +183,13 @@ def layer_config(config: PretrainedConfig, seq_len: int) -> dict[str, Any]:
         settings = {key: getattr(config, key) for key in known if hasattr(config, key)}
         settings["model_type"] = family.layers
     settings = {key: value for key, value in settings.items() if key not in _BOOKKEEPING}
+    if getattr(config, "mlp_only_layers", None) or getattr(config, "decoder_sparse_step", 1) != 1:
+        raise PhotonError(
+            f"config.json: mlp_only_layers={config.mlp_only_layers} and decoder_sparse_step="
+            f"{config.decoder_sparse_step}: only models with experts in every layer ([] and 1) can be converted"
+        )
+    if "output_router_logits" in settings:
+        settings["output_router_logits"] = False  # of the load-balancing loss of pretraining, which is not computed
     if getattr(config, "use_bidirectional_attention", None):
         raise PhotonError("config.json: use_bidirectional_attention: PHOTON models are causal: take another checkpoint")
     if family.model_type == "seed_oss":
@@ -238,6 +254,13 @@ def dense_tensors(config: Any) -> dict[str, tuple[int, ...]]:
     layer: dict[str, tuple[int, ...]] = {name: (size,) for name, size in sizes.vectors.items()}
     for name, shape in sizes.modules.items():
         layer[f"{'self_attn' if name in (*ATTENTION, 'qkv_proj') else 'mlp'}.{name}.weight"] = shape
+    if sizes.mixture is not None:
+        experts = EXPERTS[config.model_type]
+        held = {experts.router: (sizes.mixture.count, *hidden)}
+        held |= {f"experts.{name}": shape for name, shape in sizes.mixture.held.items()}
+        for name, shape in held.items():
+            stored = experts.stored(f"layer.{experts.block}.{name}", shape)
+            layer.update({each.removeprefix("layer."): size for each, size in stored.items()})
     tensors: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (sizes.vocab, *hidden)}
     for index in range(sizes.layers):
         tensors.update({f"model.layers.{index}.{name}": shape for name, shape in layer.items()})

@@ -12,6 +12,7 @@ from photon_train.conversion.plan import ConversionPlan, Dropped
 from photon_train.conversion.source import DenseCheckpoint
 from photon_train.conversion.target import Target
 from photon_train.errors import PhotonError
+from photon_train.models.experts_photon import stored_tensors
 
 PRESETS: dict[str, Target] = {"graft": GRAFT, "split": HIERARCHICAL, "paper": HIERARCHICAL}
 _BY_MODEL_TYPE = {target.model.config_class.model_type: target for target in PRESETS.values()}
@@ -41,7 +42,7 @@ def target_tensors(config: PretrainedConfig) -> dict[str, tuple[int, ...]]:
     shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     if config.tie_word_embeddings:
         shapes.pop("lm_head.weight", None)
-    return shapes
+    return stored_tensors(getattr(config, "base_model_type", ""), shapes)
 
 
 def resolve_dtype(checkpoint: DenseCheckpoint, dtype: str) -> torch.dtype:

@@ -27,6 +27,10 @@ CLASS_PREFIXES = {
     "olmo3": "Olmo3",
     "seed_oss": "SeedOss",
     "smollm3": "SmolLM3",
+    "granitemoe": "GraniteMoe",
+    "mixtral": "Mixtral",
+    "olmoe": "Olmoe",
+    "qwen3_moe": "Qwen3Moe",
 }
 # Families whose layers are Llama's but for biases and norms of heads: what takes layers apart knows no others.
 LLAMA_LIKE = ("llama", "mistral", "qwen2", "qwen3")

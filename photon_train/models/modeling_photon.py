@@ -18,6 +18,7 @@ from .base_photon import BasePreTrainedModel, PhotonGenerationMixin
 from .cache_photon import PhotonCache
 from .configuration_photon import PhotonConfig
 from .documents_photon import in_documents
+from .experts_photon import saving_conversions
 from .families_photon import family, has_rotation, is_interleaved, rotation_kind, softcap
 from .memory_photon import LayerMemory, initialize
 from .memory_segment_photon import MemorySegment
@@ -97,10 +98,12 @@ class PhotonModel(PhotonPreTrainedModel):
 
         Raises:
             ValueError: for no tokens, a row without any, a mask that is not 2-D, other position_ids, a cache of another
-                kind, `output_attentions`, and `as_dense` or packed documents with a cache.
+                kind, `output_attentions`, `output_router_logits`, and `as_dense` or packed documents with a cache.
         """
         if kwargs.get("output_attentions"):
             raise ValueError("PHOTON never holds attention weights: leave output_attentions out")
+        if kwargs.get("output_router_logits"):
+            raise ValueError("PHOTON gives no router logits: leave output_router_logits out")
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give either input_ids or inputs_embeds")
         embeds = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
@@ -295,6 +298,7 @@ def _restore(model_type: str, ours: str) -> PreTrainedModel:
 
 def _of_family(name: str, model_type: str, ours: type, theirs: type) -> type:
     members = {"__init__": ours.__init__, "__module__": __name__, "__qualname__": f"{name}[{model_type}]"}
+    members["_weight_conversions"] = saving_conversions(model_type)
     # transformers finds a class that was saved by its name, and what it records of outputs by its qualified name.
     return type(name, (ours, theirs), members)
 

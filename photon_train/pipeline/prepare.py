@@ -112,7 +112,7 @@ def training_setup(config: RunConfig, num_processes: int, weight_bytes: int, pre
         seq_len=config.train.seq_len,
         batch_size=config.train.batch_size,
         rank=config.lora.rank,
-        target_modules=tuple(config.lora.target_modules),
+        target_modules=None if config.lora.target_modules is None else tuple(config.lora.target_modules),
         weight_bytes=weight_bytes,
         precision=resolve_precision(precision),
         zero_stage=stage,

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 import torch
 from accelerate import Accelerator
-from peft.tuners.lora import LoraLayer
+from peft.tuners.lora import LoraLayer, ParamWrapper
 from peft.utils import ModulesToSaveWrapper
 from torch import nn
 
@@ -32,6 +32,9 @@ def _merged_tensors(module: nn.Module, prefix: str) -> Iterator[tuple[str, torch
     """Entries of the state dict that `module` would have after merging, one gathered layer at a time."""
     if isinstance(module, ModulesToSaveWrapper):
         yield from _merged_tensors(module.modules_to_save[module.active_adapters[0]], prefix)
+    elif isinstance(module, ParamWrapper):
+        with _gathered(module.parameters()):
+            yield from _merged_parameters(module, prefix)
     elif isinstance(module, LoraLayer):
         with _gathered(module.parameters()):
             base = module.get_base_layer()
@@ -50,6 +53,16 @@ def _merged_tensors(module: nn.Module, prefix: str) -> Iterator[tuple[str, torch
         for name, child in module._modules.items():
             if child is not None:
                 yield from _merged_tensors(child, f"{prefix}{name}.")
+
+
+def _merged_parameters(module: ParamWrapper, prefix: str) -> Iterator[tuple[str, torch.Tensor]]:
+    """Of a layer whose parameters have adapters, each parameter; wrappers stand around each other, one for each."""
+    deltas, layer = {}, module
+    while isinstance(layer, ParamWrapper):
+        deltas[layer.parameter_name] = [layer.get_delta_weight(adapter).float() for adapter in layer.active_adapters]
+        layer = layer.base_layer
+    for name, parameter in layer._parameters.items():
+        yield f"{prefix}{name}", sum(deltas.pop(name, ()), parameter.float()).to(parameter.dtype)
 
 
 @torch.no_grad()

@@ -13,7 +13,8 @@ from transformers import PreTrainedModel
 from photon_train.accounting.shape import Shape
 from photon_train.config import LoraSettings, TrainSettings
 from photon_train.errors import PhotonError
-from photon_train.linears import FUSED
+from photon_train.linears import EXPERTS, FUSED, LINEARS
+from photon_train.models.experts_photon import HELD
 
 
 def base_model(model: nn.Module) -> nn.Module:
@@ -40,9 +41,12 @@ def check_targets(settings: LoraSettings, dense: Any) -> None:
     """
     if not settings.rank:
         return
-    shape = Shape.of(dense)
-    _check_names(settings.target_modules, {*shape.linears, "lm_head"}, "the model")
-    _check_head(settings.target_modules, shape.tied)
+    shape, targets = Shape.of(dense), settings.target_modules
+    if targets is not None:
+        experts = [EXPERTS] if shape.mixture else []
+        _check_names(targets, {*shape.linears, *experts, "lm_head"}, "the model")
+        _check_head(targets, shape.tied)
+        _check_experts(settings)
 
 
 def _check_names(targets: Collection[str], found: Collection[str], model: str) -> None:
@@ -63,13 +67,28 @@ def _check_head(targets: Collection[str], tied: bool) -> None:
         )
 
 
+def _check_experts(settings: LoraSettings) -> None:
+    """The adapters of experts change their weights, not what goes through them: there is no input to drop."""
+    if settings.dropout and EXPERTS in settings.target_modules:
+        raise PhotonError(
+            f"lora.dropout={settings.dropout} cannot be had on experts: set it to 0, or leave experts out of "
+            "lora.target_modules"
+        )
+
+
+def _expert_parameters(model: nn.Module) -> list[str]:
+    """Full names of the parameters that hold experts."""
+    names = tuple(f".{name}" for name in HELD)
+    return [name for name, _ in model.named_parameters() if name.endswith(names)]
+
+
 def lora_targets(model: nn.Module, settings: LoraSettings) -> list[str]:
     """Full names of the linear layers that get an adapter: the named ones, or what they are stacked in, outside the
     new modules.
 
     Raises:
         PhotonError: if one of `lora.target_modules` names no linear layer of the model, or a head that is the
-            embedding.
+            embedding; for dropout on experts, which are parameters and not in the result.
     """
     new = new_module_names(model)
     linears = [
@@ -78,9 +97,14 @@ def lora_targets(model: nn.Module, settings: LoraSettings) -> list[str]:
     found = {name.rpartition(".")[2] for name in linears}
     # A dense model may hold linear layers stacked; its PHOTON model holds them apart.
     fused = {part: whole for whole, parts in FUSED.items() if whole in found for part in parts}
-    wanted = {fused.get(target, target) for target in settings.target_modules}
-    _check_names(wanted, found, type(model).__name__)
-    _check_head(wanted, getattr(model.config, "tie_word_embeddings", False))
+    if settings.target_modules is None:
+        wanted = {fused.get(target, target) for target in LINEARS} & found
+    else:
+        wanted = {fused.get(target, target) for target in settings.target_modules}
+        experts = [EXPERTS] if _expert_parameters(model) else []
+        _check_names(wanted, {*found, *experts}, type(model).__name__)
+        _check_head(wanted, getattr(model.config, "tie_word_embeddings", False))
+        _check_experts(settings)
     return [name for name in linears if name.rpartition(".")[2] in wanted]
 
 
@@ -106,6 +130,7 @@ def add_lora(model: PreTrainedModel, settings: LoraSettings, seed: int = 0) -> P
         lora_alpha=settings.alpha,
         lora_dropout=settings.dropout,
         target_modules=lora_targets(model, settings),
+        target_parameters=_expert_parameters(model) if EXPERTS in (settings.target_modules or ()) else None,
         modules_to_save=new_module_names(model) or None,
     )
     with torch.random.fork_rng(devices=range(torch.cuda.device_count())):

@@ -12,6 +12,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from tiny import photon_model, tokens
+from tiny_dense import SPECIALS
 
 from photon_train.config import ExportSettings
 from photon_train.export.save import export_model
@@ -19,12 +20,12 @@ from photon_train.export.save import export_model
 ROOT = Path(__file__).resolve().parents[2]
 
 
-@pytest.fixture(scope="module")
-def exported(tmp_path_factory: pytest.TempPathFactory, tokenizer) -> tuple[Path, Path]:
+@pytest.fixture(scope="module", params=["qwen3", "mixtral"])
+def exported(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, tokenizer) -> tuple[Path, Path]:
     """An export, and the tokens, logits and generated text of its model."""
     folder = tmp_path_factory.mktemp("exported")
     # Two levels of memory, sinks and branches: most of the shipped code runs.
-    model = photon_model("memory-apart", "qwen3")
+    model = photon_model("memory-apart", request.param, **SPECIALS.get(request.param, {}))
     directory = export_model(model, tokenizer, folder / "my-model.v1", settings=ExportSettings(), card="")
     ids = tokens(2, 31)
     padded = torch.tensor([[5, 6, 7, 8, 9], [2, 2, 2, 11, 12]])

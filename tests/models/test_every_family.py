@@ -202,11 +202,11 @@ def rules(config, layer: int) -> Rules:
     if "full_attention" in rope:
         rope = rope[kinds[layer]]
     found = Rules(rope["rope_theta"], slower=rope.get("factor", 1.0), window=config.sliding_window if local else None)
-    if name in ("olmo2", "olmo3"):
+    if name in ("olmo2", "olmo3", "olmoe"):
         found.norms = _rms(config.rms_norm_eps, whole=True)
-    if name in ("exaone4", "qwen3"):
+    if name in ("exaone4", "qwen3", "qwen3_moe"):
         found.norms = _rms(config.rms_norm_eps)
-    if name == "granite":
+    if name in ("granite", "granitemoe"):
         found.scale = config.attention_multiplier
     if name == "smollm3" and not config.no_rope_layers[layer]:
         found.rotated = 0
@@ -232,6 +232,7 @@ def rules(config, layer: int) -> Rules:
 PLAIN = {
     "olmo3": {"rope_parameters": {kind: {"rope_type": "default", "rope_theta": theta} for kind, theta in (
         ("full_attention", 300.0), ("sliding_attention", 20.0))}},
+    "olmoe": {"clip_qkv": None},  # which is met above, by the dense logits
     "ministral3": _plain(1e4, llama_4_scaling_beta=0.3, original_max_position_embeddings=16),
 }  # fmt: skip
 BY_KEY = {"seed_oss": {"attention_bias": True, "attention_out_bias": True}, "granite": {"attention_bias": True}}
@@ -265,6 +266,7 @@ def weights(model, layer: int) -> dict[str, torch.Tensor]:
 def test_each_layers_attention_is_what_the_family_defines(name, tmp_path):
     """In a whole pass and token by token; layers 0 and 1 are of both kinds, where there are two."""
     model = converted_plain(name, tmp_path).double()
+    model.config._experts_implementation = "eager"  # the default one knows no float64
     config, ids = model.config, IDS[:1, :22]
     seen = watch(model)
     model(ids, use_cache=False)

@@ -53,6 +53,17 @@ SPECIALS: dict[str, dict[str, Any]] = {
     },
     "cohere2": {**_LOCAL_LAYERS, "logit_scale": 0.4},
     "exaone4": _LOCAL_LAYERS,
+    "granitemoe": {
+        "attention_multiplier": 0.2,
+        "embedding_multiplier": 3.0,
+        "residual_multiplier": 0.6,
+        "logits_scaling": 2.5,
+        "num_local_experts": 5,
+        "num_experts_per_tok": 2,
+    },
+    "mixtral": {"num_local_experts": 5, "num_experts_per_tok": 2},
+    "olmoe": {"num_experts": 5, "num_experts_per_tok": 2, "clip_qkv": 1.0},
+    "qwen3_moe": {"num_experts": 5, "num_experts_per_tok": 2, "moe_intermediate_size": 24, "norm_topk_prob": True},
     "ministral3": {
         "rope_parameters": {
             "rope_type": "yarn",

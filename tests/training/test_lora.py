@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM
 
 from photon_train.config import LoraSettings, TrainSettings
 from photon_train.errors import PhotonError
+from photon_train.linears import LINEARS
 from photon_train.training.collect import gather_full_model
 from photon_train.training.lora import (
     add_lora,
@@ -48,7 +49,7 @@ def test_only_adapters_and_new_modules_are_trained(name):
     new = new_module_names(model)
     new_weights = sum(p.numel() for module in new for p in model.get_submodule(module).parameters())
     assert bool(new) == (name != "llama")
-    linears = sum(1 for key in dict(model.named_modules()) if key.rpartition(".")[2] in SETTINGS.target_modules)
+    linears = sum(1 for key in dict(model.named_modules()) if key.rpartition(".")[2] in LINEARS)
     trained = {key: p for key, p in add_lora(model, SETTINGS).named_parameters() if p.requires_grad}
     assert sum(".lora_A." in key for key in trained) == sum(".lora_B." in key for key in trained) == linears
     assert sum(p.numel() for key, p in trained.items() if ".modules_to_save." in key) == new_weights
