@@ -4,6 +4,20 @@ from __future__ import annotations
 
 # What the plugin calls of vLLM's internals was tested with these releases.
 TESTED = ("0.32.0",)
+# Families whose graft on vLLM writes what `generate()` writes. Of the others vLLM has no model of its own (it runs them
+# as transformers has them, with an attention that knows no blocks), or one with other logits.
+FAMILIES = (
+    "llama",
+    "mistral",
+    "qwen2",
+    "qwen3",
+    "cohere2",
+    "exaone4",
+    "gemma2",
+    "gemma3_text",
+    "glm4",
+    "granite",
+)
 
 
 def register() -> None:

@@ -15,12 +15,10 @@ from photon_train.models.configuration_photon import PhotonConfig
 from photon_train.models.families_photon import CLASS_PREFIXES, family
 from photon_train.models.modeling_photon import rotation
 
+from . import FAMILIES
 from .attention import SPLITTING_OP, PhotonAttention, UnitsCache
 from .memory import RankMemory
 from .steps import Layout
-
-# Families whose model in vLLM gives other logits than transformers' (tests/vllm/test_greedy.py).
-DIFFERENT = ("ministral3",)
 
 
 class PhotonForCausalLM(LlamaForCausalLM):
@@ -49,14 +47,12 @@ class _Grafted:
 
 @functools.cache
 def _of_family(model_type: str) -> type[nn.Module]:
-    name = f"{CLASS_PREFIXES[model_type]}ForCausalLM"
-    theirs = ModelRegistry._try_load_model_cls(name)
-    # What vLLM runs as transformers has it calls transformers' attention, which knows no blocks.
-    if theirs is None or ".transformers" in theirs.__module__ or model_type in DIFFERENT:
+    if model_type not in FAMILIES:
         raise ValueError(
-            f"this vLLM has no model of its own that computes {name}: exports of family {model_type} are served by "
-            "`photon-train serve`"
+            f"exports of family {model_type} are served by `photon-train serve`: this plugin was tested with families "
+            f"{', '.join(FAMILIES)}"
         )
+    theirs = ModelRegistry._try_load_model_cls(f"{CLASS_PREFIXES[model_type]}ForCausalLM")
     return type("PhotonForCausalLM", (_Grafted, theirs), {"__module__": __name__})
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from photon_train.conversion.families import FAMILIES
 from photon_train.conversion.unsupported import UNSUPPORTED
 from photon_train.models.families_photon import LLAMA_LIKE
+from photon_vllm import FAMILIES as SERVED
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "families.md"
 _HEAD = """# Dense families
@@ -20,10 +21,11 @@ Written by `python tools/write_families.py` from the registries; do not edit.
 family's own class of transformers with its attention replaced: norms, multipliers, MLPs and heads are its code. While
 the window holds the text it gives the dense logits, for every family. Local layers of a family stay as they are, and
 memory stands in its global ones. All of it holds for training, decoding with a cache, packed documents and the paged
-engine; vLLM and the presets `split` and `paper` serve the families that are marked, and refuse the others by name.
+engine; [vLLM](serving.md) and the presets `split` and `paper` take the families that are marked, and refuse the others
+by name.
 
-| `model_type` | models | specials | vLLM, `split`, `paper` |
-|---|---|---|---|
+| `model_type` | models | specials | vLLM | `split`, `paper` |
+|---|---|---|---|---|
 """
 _REFUSED = """
 ## Not supported
@@ -46,8 +48,8 @@ def page() -> str:
     """The page's text."""
     rows = []
     for name, family in FAMILIES.items():
-        plain = "yes" if (family.layers or name) in LLAMA_LIKE else ""
-        rows.append(f"| `{name}` | `{family.models}` | {family.specials} | {plain} |\n")
+        marks = ("yes" if (family.layers or name) in taken else "" for taken in (SERVED, LLAMA_LIKE))
+        rows.append(f"| `{name}` | `{family.models}` | {family.specials} | {' | '.join(marks)} |\n")
     refused = [
         f"| `{'`, `'.join(entry.model_types)}` | `{entry.models}` | {entry.reason} | {entry.needs} |\n"
         for entry in UNSUPPORTED

@@ -13,6 +13,7 @@ from tiny_vllm import check, export, generate, metric, prompts
 from vllm import SamplingParams
 
 from photon_train.models.families_photon import CLASS_PREFIXES, LLAMA_LIKE
+from photon_vllm import FAMILIES
 
 # Kinds of memory and of layers.
 KINDS: dict[str, dict[str, Any]] = {
@@ -27,9 +28,8 @@ KINDS: dict[str, dict[str, Any]] = {
     "full-layer": {"full_attention_layers": [1]},
     "same-heads": {"num_key_value_heads": 4, "memory_cells": {1: [0, 3], 3: [2]}},
 }
-# Families that vLLM runs as transformers has them, or otherwise.
-REFUSED = ["ministral3", "olmo2", "olmo3", "seed_oss", "smollm3"]
-OTHERS = [name for name in CLASS_PREFIXES if name not in (*LLAMA_LIKE, *REFUSED)]
+OTHERS = [name for name in FAMILIES if name not in LLAMA_LIKE]
+REFUSED = sorted(set(CLASS_PREFIXES) - set(FAMILIES))
 LOCAL = {"sliding_window": 40, "layer_types": ["full_attention", "sliding_attention"] * 2}
 CASES = {
     **{f"llama-{kind}": ("llama", changes) for kind, changes in KINDS.items()},
