@@ -205,6 +205,7 @@ def create_app(engine: Engine, name: str, max_waiting: int = 1024, api_key: str 
 
     @app.exception_handler(PhotonError)
     async def refused(_: Request, error: PhotonError) -> JSONResponse:
+        worker.metrics.requests["refused"] += 1
         if isinstance(error, Busy):
             headers = {"Retry-After": str(RETRY_AFTER_S)}
             return JSONResponse(error_body(str(error), "rate_limit_error"), 429, headers)

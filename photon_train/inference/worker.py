@@ -143,7 +143,6 @@ class Worker:
             if not self._serving:
                 raise NotServing("the server does not take requests: it is shutting down, or its engine has ended")
             if self.num_waiting + asked > self.max_waiting:
-                self.metrics.requests["refused"] += len(tickets)
                 raise Busy(f"{self.num_waiting} continuations wait, of at most {self.max_waiting}: try again later")
             self._new.extend(tickets)
             self._wake.notify()
@@ -210,7 +209,6 @@ class Worker:
             number = self.engine.add(ticket.prompt, ticket.params)
         except Exception as error:
             self._new.popleft()
-            self.metrics.requests["refused"] += 1
             ticket.accepted.set_exception(error)
             return
         ticket.open = ticket.params.n

@@ -193,7 +193,7 @@ def test_bounded_cost_a_long_sequence_holds_no_dense_mask():
         ({"levels": [{"encoder_window": 0}]}, "levels.0.encoder_window=0 .*or null for unbounded"),
         ({"levels": [{"chunk_size": 1}]}, "must multiply to at least 2"),
         ({"base_config": {"hidden_size": 8}}, "base_config has no `model_type`"),
-        ({"base_config": {"model_type": "gpt2"}}, "model family 'gpt2' is not supported"),
+        ({"base_config": {"model_type": "gpt2"}}, "base_config.model_type='gpt2' is not one of llama"),
         ({"base_config": {"model_type": "llama", "attention_dropout": 0.1}}, "attention_dropout=0.1 is not supported"),
     ],
 )

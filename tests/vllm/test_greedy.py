@@ -99,16 +99,6 @@ def test_preempted_requests_go_on(tmp_path: Path, serve: Callable) -> None:
     check(model, given, [found[str(number)] for number in range(len(given))], count)
 
 
-def test_drafts_from_the_prompt_are_taken_back(tmp_path: Path, serve: Callable) -> None:
-    model = export(tmp_path, memory_bits=4)
-    drafts = {"method": "ngram", "num_speculative_tokens": 4, "prompt_lookup_max": 3, "prompt_lookup_min": 1}
-    llm = serve(tmp_path, speculative_config=drafts, max_num_batched_tokens=48)
-    given = [prompt * 3 for prompt in prompts((9, 40))] + prompts()
-    check(model, given, generate(llm, given, 60), 60)
-    accepted = metric(llm, "spec_decode_num_accepted_tokens")
-    assert 0 < accepted < metric(llm, "spec_decode_num_draft_tokens")
-
-
 def test_compiled(tmp_path: Path, serve: Callable) -> None:
     """Attention is one operation of the graph that vLLM compiles."""
     model = export(tmp_path, memory_bits=4)
