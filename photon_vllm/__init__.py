@@ -17,6 +17,10 @@ FAMILIES = (
     "gemma3_text",
     "glm4",
     "granite",
+    "granitemoe",
+    "mixtral",
+    "olmoe",
+    "qwen3_moe",
 )
 
 

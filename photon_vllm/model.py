@@ -72,6 +72,12 @@ def check(vllm_config: VllmConfig) -> None:
     }
     if names := [name for name, is_set in refused.items() if is_set]:
         raise ValueError(f"{', '.join(names)}: not supported for a PHOTON model, leave it out")
+    bound = getattr(vllm_config.model_config.hf_config, "clip_qkv", None)
+    if bound is not None:
+        raise ValueError(
+            f"vLLM's model of this family does not clip queries, keys and values (clip_qkv={bound} in config.json): "
+            "serve the export with `photon-train serve`"
+        )
     speculative = vllm_config.speculative_config
     if speculative is not None and speculative.method != "ngram":
         raise ValueError(

@@ -25,14 +25,14 @@ SPECIFICATION = importlib.util.spec_from_file_location("measure_memory", ROOT / 
 EXPERTS = {
     "model_type": "qwen3_moe",
     "hidden_size": 64,
-    "moe_intermediate_size": 64,
+    "moe_intermediate_size": 32,
     "num_hidden_layers": 3,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
     "head_dim": 16,
     "vocab_size": 2048,
-    "num_experts": 8,
-    "num_experts_per_tok": 2,
+    "num_experts": 128,
+    "num_experts_per_tok": 8,
 }
 LARGE = {"hidden_size": 2048, "intermediate_size": 8192, "num_attention_heads": 32, "num_key_value_heads": 8}
 
@@ -65,7 +65,7 @@ def tool():
         {"memory": "cells"},
         {"memory": "cells", "gradient_checkpointing": True, "seq_len": 2048},
         {"shape": "experts"},
-        {"shape": "experts", "gradient_checkpointing": True},
+        {"shape": "experts", "seq_len": 256},
     ],
 )
 def test_a_measured_step_takes_what_the_formula_says(tool, changes, tmp_path, monkeypatch):

@@ -24,6 +24,10 @@ memory stands in its global ones. All of it holds for training, decoding with a 
 engine; [vLLM](serving.md) and the presets `split` and `paper` take the families that are marked, and refuse the others
 by name.
 
+Families with experts keep these as they are: `--lora.target_modules` puts no adapters on them unless it names
+`experts`, checkpoints have the names that the family was published with, and estimates count all parameters and those
+that a token goes through.
+
 | `model_type` | models | specials | vLLM | `split`, `paper` |
 |---|---|---|---|---|
 """

@@ -36,7 +36,7 @@ class Experts:
     stacked: tuple[str, str] | None = None
 
     def stored(self, name: str, shape: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
-        """Name -> shape of the tensors that a checkpoint holds for one of the model's, in order of its elements.
+        """Name -> shape of the tensors that a checkpoint holds for one of the model's.
 
         Args:
             name: A parameter's name in memory; those that are no part of a mixture are stored as they are.

@@ -30,12 +30,17 @@ KINDS: dict[str, dict[str, Any]] = {
 }
 OTHERS = [name for name in FAMILIES if name not in LLAMA_LIKE]
 REFUSED = sorted(set(CLASS_PREFIXES) - set(FAMILIES))
+# As Qwen2, below.
+WIDE = {"granitemoe": {"hidden_size": 128}, "olmoe": {"hidden_size": 128, "clip_qkv": None}}
 LOCAL = {"sliding_window": 40, "layer_types": ["full_attention", "sliding_attention"] * 2}
 CASES = {
     **{f"llama-{kind}": ("llama", changes) for kind, changes in KINDS.items()},
     # vLLM's Qwen2 takes the size of heads from that of the model.
     **{family: (family, {"memory_bits": 4, "hidden_size": 128}) for family in LLAMA_LIKE if family != "llama"},
-    **{family: (family, {**SPECIALS.get(family, {}), "memory_cells": {1: [1], 3: [0, 1]}}) for family in OTHERS},
+    **{
+        family: (family, {**SPECIALS.get(family, {}), "memory_cells": {1: [1], 3: [0, 1]}, **WIDE.get(family, {})})
+        for family in OTHERS
+    },
     "llama-local-layers": ("llama", {**LOCAL, "memory_cells": {0: [1], 2: [0, 1]}}),
 }
 
@@ -68,6 +73,13 @@ def test_families_without_a_model_of_vllm_are_refused(family: str, tmp_path: Pat
     with pytest.raises(Exception, match=".") as error:
         serve(tmp_path)
     assert f"exports of family {family} are served by" in str(error.value) + capfd.readouterr().err
+
+
+def test_what_vllm_leaves_out_of_olmoe_is_refused(tmp_path: Path, serve: Callable, capfd) -> None:
+    export(tmp_path, "olmoe", **{**SPECIALS["olmoe"], **WIDE["olmoe"], "clip_qkv": 8.0})
+    with pytest.raises(Exception, match=".") as error:
+        serve(tmp_path)
+    assert "clip_qkv=8.0" in str(error.value) + capfd.readouterr().err
 
 
 def test_a_prefix_that_is_computed_in_the_same_step(tmp_path: Path, serve: Callable) -> None:
