@@ -20,7 +20,7 @@ from transformers import AutoTokenizer
 
 from photon_train.models import PhotonForCausalLM
 
-EXPORT = Path(os.environ.get("PHOTON_EXPORT", ".venv-vllm/smollm2/export"))
+EXPORT = Path(os.environ.get("PHOTON_EXPORT", ".venv-vllm/smollm2/export")).resolve()
 STREAMS = 16
 SENTENCE = "The keeper of the harbour wrote the weather of that day into a book, as he had done for years. "
 
@@ -141,7 +141,7 @@ def test_lm_evaluation_harness_scores_through_the_server(url: str, tmp_path: Pat
     script = tmp_path / "score.py"
     script.write_text(SCORE)
     done = subprocess.run(
-        [sys.executable, str(script), str(documents), str(EXPORT.resolve()), url],
+        [sys.executable, str(script), str(documents), str(EXPORT), url],
         capture_output=True,
         text=True,
         timeout=600,
