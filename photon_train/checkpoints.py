@@ -5,7 +5,7 @@ from __future__ import annotations
 from importlib.util import find_spec
 from pathlib import Path
 
-from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from photon_train.errors import PhotonError
 
@@ -56,6 +56,16 @@ def read_tokenizer(source: str | Path) -> PreTrainedTokenizerBase:
                 f"{source}: tokenizer.model is read with the package sentencepiece: pip install sentencepiece, or {fix}"
             ) from error
         raise PhotonError(f"{source}: no tokenizer could be read ({first_line(error)}): {fix}") from error
+
+
+def with_softcap(model: PreTrainedModel) -> PreTrainedModel:
+    """`model`, which computes the soft cap of its attention scores if its family has one.
+
+    By itself transformers 5.17 runs Gemma 2 with `sdpa`, which leaves the cap out without a word; 5.18 takes `eager`.
+    """
+    if model.config.model_type == "gemma2" and model.config._attn_implementation == "sdpa":
+        model.set_attn_implementation("eager")
+    return model
 
 
 def refuse_adapter(directory: Path) -> None:

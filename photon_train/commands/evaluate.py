@@ -82,7 +82,7 @@ def _models(options: argparse.Namespace) -> Iterator[tuple[str, Any, Any]]:
     from transformers import AutoModelForCausalLM
 
     import photon_train.models  # noqa: F401  registers PHOTON with the Auto classes
-    from photon_train.checkpoints import first_line, read_tokenizer
+    from photon_train.checkpoints import first_line, read_tokenizer, with_softcap
     from photon_train.conversion.source import loadable
     from photon_train.errors import PhotonError
 
@@ -90,7 +90,7 @@ def _models(options: argparse.Namespace) -> Iterator[tuple[str, Any, Any]]:
     for name in options.model:
         source = loadable(name)
         try:
-            model = AutoModelForCausalLM.from_pretrained(source, dtype=options.dtype).to(device).eval()
+            model = with_softcap(AutoModelForCausalLM.from_pretrained(source, dtype=options.dtype)).to(device).eval()
             tokenizer = read_tokenizer(source)
         except (ValueError, OSError) as error:
             raise PhotonError(f"--model {name}: {first_line(error)}") from error

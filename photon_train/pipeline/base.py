@@ -14,6 +14,7 @@ from accelerate import Accelerator
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from photon_train.accounting import Estimate
+from photon_train.checkpoints import with_softcap
 from photon_train.config import RunConfig, to_dict
 from photon_train.errors import PhotonError
 from photon_train.evaluation.plots import plot_losses
@@ -124,7 +125,7 @@ class TrainingRun:
             PhotonError: if the checkpoint lacks a weight, for which transformers would draw numbers.
         """
         if is_trained and is_sharded(self.accelerator) and not self.is_main:
-            return self.main_first(lambda: empty_model(directory))
+            return with_softcap(self.main_first(lambda: empty_model(directory)))
         model, found = self.main_first(
             lambda: AutoModelForCausalLM.from_pretrained(directory, dtype="auto", output_loading_info=True)
         )
@@ -132,7 +133,7 @@ class TrainingRun:
             raise PhotonError(
                 f"{directory} lacks tensor {missing[0]} ({len(missing)} in all), which its config.json calls for"
             )
-        return model
+        return with_softcap(model)
 
     def train(self, model: PreTrainedModel, config: RunConfig, text: Text, **settings: Any) -> TrainResult:
         """Fine-tune `model` with `config`."""

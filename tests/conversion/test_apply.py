@@ -15,6 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from lib.baselines import window_mask
 from lib.verify import verify_preserves
+from photon_train.checkpoints import with_softcap
 from photon_train.config import LevelOverrides, PhotonSettings, RunConfig
 from photon_train.conversion.apply import convert, rewrite_new_tensors
 from photon_train.conversion.calibrate import calibrate_directory
@@ -128,7 +129,7 @@ def test_graft_holds_the_dense_model(tmp_path, model_type):
     dense = save_dense(tmp_path / "dense", model_type)
     run_conversion(dense, tmp_path / "photon", RunConfig(photon=PhotonSettings(window=8)))
     with torch.no_grad():
-        expected = AutoModelForCausalLM.from_pretrained(dense).eval()(TOKENS).logits
+        expected = with_softcap(AutoModelForCausalLM.from_pretrained(dense)).eval()(TOKENS).logits
         model = load(tmp_path / "photon")
         assert (model(TOKENS, as_dense=True).logits - expected).abs().max() <= 1e-4
         assert (model(TOKENS).logits - expected).abs().max() > 1e-2

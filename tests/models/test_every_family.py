@@ -13,6 +13,7 @@ from tiny import shake
 from tiny_dense import FAMILY_NAMES, save_dense
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from photon_train.checkpoints import with_softcap
 from photon_train.config import PhotonSettings, RunConfig
 from photon_train.conversion import latents
 from photon_train.conversion.apply import convert
@@ -64,7 +65,7 @@ def model(dense):
 def test_a_window_over_the_text_gives_the_dense_logits(dense, tmp_path):
     family_window = getattr(AutoConfig.from_pretrained(dense), "sliding_window", None)
     found = converted(dense, tmp_path / "photon", window=max(LENGTH, family_window or 0))(IDS).logits
-    expected = AutoModelForCausalLM.from_pretrained(dense).eval()(IDS).logits
+    expected = with_softcap(AutoModelForCausalLM.from_pretrained(dense)).eval()(IDS).logits
     assert expected.std() > 0.1  # else any two models agree
     torch.testing.assert_close(found, expected, atol=1e-4, rtol=0)
 
@@ -72,7 +73,7 @@ def test_a_window_over_the_text_gives_the_dense_logits(dense, tmp_path):
 @torch.no_grad()
 def test_the_probe_of_cells_runs_the_dense_model(dense):
     """As it is, and with every cell's gate open."""
-    expected = AutoModelForCausalLM.from_pretrained(dense).eval()(IDS).logits
+    expected = with_softcap(AutoModelForCausalLM.from_pretrained(dense)).eval()(IDS).logits
     model, attention = (
         AutoModelForCausalLM.from_pretrained(dense, attn_implementation="photon").eval(),
         DenseAttention(IDS),

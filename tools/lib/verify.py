@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM
 
-from photon_train.checkpoints import read_config
+from photon_train.checkpoints import read_config, with_softcap
 
 
 @torch.no_grad()
@@ -23,7 +23,7 @@ def verify_preserves(checkpoint_dir: Path, photon_dir: Path, length: int = 64, s
         length: Tokens of the two random sequences that are compared.
         seed: Seed of the tokens.
     """
-    dense = AutoModelForCausalLM.from_pretrained(checkpoint_dir, dtype=torch.float32).eval()
+    dense = with_softcap(AutoModelForCausalLM.from_pretrained(checkpoint_dir, dtype=torch.float32)).eval()
     config = read_config(photon_dir)
     if config.window is not None:
         config.window = max(length, config.window)
