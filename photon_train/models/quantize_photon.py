@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 
 SCALE_TYPE = torch.bfloat16  # the range of fp32; codes are made with the rounded scale
@@ -30,13 +32,65 @@ def quantize(states: torch.Tensor, bits: int) -> tuple[torch.Tensor, torch.Tenso
     return codes, scales
 
 
-def dequantize(codes: torch.Tensor, scales: torch.Tensor, bits: int, dtype: torch.dtype) -> torch.Tensor:
-    """The numbers that codes stand for, ``[..., D]``; see `quantize`."""
+def levels(codes: torch.Tensor, bits: int, dtype: torch.dtype) -> torch.Tensor:
+    """What codes stand for in units of their scale, ``[..., D]``: exact in every floating-point type."""
     if bits == 4:
         codes = torch.cat([codes & 15, codes >> 4], dim=-1)
-    scales = scales.float()
-    # Exact in fp32, and fewer passes over the numbers than code by code.
-    return torch.addcmul(scales * (0.5 - 2 ** (bits - 1)), codes.float(), scales).to(dtype)
+    return codes.to(dtype).sub_(2 ** (bits - 1) - 0.5)
+
+
+def dequantize(codes: torch.Tensor, scales: torch.Tensor, bits: int, dtype: torch.dtype) -> torch.Tensor:
+    """The numbers that codes stand for, ``[..., D]``; see `quantize`."""
+    return levels(codes, bits, torch.float32).mul_(scales.float()).to(dtype)
+
+
+# Numbers of a stored operand that are made at a time: they stay in a processor's cache until they are used.
+PIECE = 2**20
+
+
+class StoredVectors:
+    """Vectors of some heads as the cache stores them, an operand of products that never dequantises them as a whole.
+
+    A product is taken with the levels of codes and scaled afterwards, which is exact in every type.
+
+    Args:
+        states: Codes or, of 16 bits, the vectors, ``[n, m, U, size]``.
+        scales: ``[n, m, U, 1]``; None: of 16 bits.
+        bits: Of a number.
+        dtype: Of the products' other operand.
+    """
+
+    def __init__(self, states: torch.Tensor, scales: torch.Tensor | None, bits: int, dtype: torch.dtype) -> None:
+        self.states, self.bits, self.dtype = states, bits, dtype
+        self.scales = None if scales is None else scales.squeeze(-1).float()
+
+    def _pieces(self) -> Iterator[slice]:
+        rows, _, count, size = self.states.shape
+        step = count if self.bits == 16 else max(PIECE // (rows * size * 8 // self.bits), 64)
+        return (slice(begin, begin + step) for begin in range(0, count, step))
+
+    def _numbers(self, head: int, piece: slice) -> torch.Tensor:
+        states = self.states[:, head, piece]
+        return states if self.bits == 16 else levels(states, self.bits, self.dtype)
+
+    def _scaled(self, products: torch.Tensor, head: int) -> torch.Tensor:
+        return products if self.scales is None else products * self.scales[:, head, None]
+
+    def dot(self, queries: torch.Tensor) -> torch.Tensor:
+        """Products of ``queries [n, Q, m * D]`` with all heads' vectors, ``[n, Q, U]`` (fp32)."""
+        heads, found = queries.chunk(self.states.shape[1], dim=-1), 0
+        for head, query in enumerate(heads):
+            parts = [query @ self._numbers(head, piece).transpose(1, 2) for piece in self._pieces()]
+            found = found + self._scaled(torch.cat(parts, dim=-1).float(), head)
+        return found
+
+    def mix(self, weights: torch.Tensor) -> torch.Tensor:
+        """Sums of all heads' vectors under ``weights [n, Q, U]`` (fp32), ``[n, Q, m * D]``."""
+        found = []
+        for head in range(self.states.shape[1]):
+            scaled = self._scaled(weights, head).to(self.dtype)
+            found.append(sum((scaled[..., piece] @ self._numbers(head, piece)).float() for piece in self._pieces()))
+        return torch.cat(found, dim=-1).to(self.dtype)
 
 
 class StraightThrough(torch.autograd.Function):
