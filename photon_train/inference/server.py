@@ -219,6 +219,7 @@ def create_app(engine: Engine, name: str, max_waiting: int = 1024, api_key: str 
 
     @app.exception_handler(RequestValidationError)
     async def malformed(_: Request, error: RequestValidationError) -> JSONResponse:
+        worker.metrics.requests["refused"] += 1
         message, param = describe(error.errors())
         return JSONResponse(error_body(message, param=param), 400)
 

@@ -27,6 +27,8 @@ def test_metrics_count_what_was_done():
         for _ in range(2):
             client.post("/v1/completions", json={"prompt": [5, 6, 7], "max_tokens": 4, "n": 2})
         client.post("/v1/completions", json={"prompt": [61]})  # no such token
+        client.post("/v1/completions", json={"prompt": [5], "tools": [{}]})  # not done here
+        client.post("/v1/completions", json={"prompt": [5], "max_tokens": "many"})  # not a number
         decode, engine.runner.decode = engine.runner.decode, lambda work: 1 / 0
         client.post("/v1/completions", json={"prompt": [8], "max_tokens": 4})
         engine.runner.decode = decode
@@ -36,7 +38,7 @@ def test_metrics_count_what_was_done():
     assert all(re.fullmatch(r"[a-z_]+(\{[a-z]+=\"[^\"]+\"\})? [0-9.e+-]+", line) for line in lines)
     values = {name: float(value) for name, value in (line.rsplit(" ", 1) for line in lines)}
     outcomes = ("answered", "failed", "refused", "dropped")
-    assert [values[f'photon_requests_total{{outcome="{name}"}}'] for name in outcomes] == [2, 1, 1, 0]
+    assert [values[f'photon_requests_total{{outcome="{name}"}}'] for name in outcomes] == [2, 1, 3, 0]
     assert values["photon_prompt_tokens_total"] == 3 + 3 + 1
     assert values["photon_generated_tokens_total"] == 2 * 2 * 4 + 1
     assert values["photon_prefix_hit_tokens_total"] == 3 * 3  # all but the first continuation

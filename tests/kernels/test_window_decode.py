@@ -162,6 +162,16 @@ def test_a_query_that_sees_nothing_gets_zero_and_minus_infinity(backend: str, de
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+def test_sinks_are_the_first_slots_whatever_they_hold(backend: str, device: torch.device) -> None:
+    """An element of a sink's number that lies in another slot is too old; one of another number in a sink's is seen."""
+    inputs = make_inputs(device, num_sinks=2)
+    inputs.index[:, :2], inputs.index[:, 5:7] = torch.tensor([3, 2]), torch.tensor([0, 1])
+    inputs.first_visible[:] = 20
+    inputs.k, inputs.v = (states.nan_to_num(9.0) for states in (inputs.k, inputs.v))
+    assert_matches_reference(inputs, backend)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_reads_the_given_cache_rows(backend: str, device: torch.device) -> None:
     inputs = make_inputs(device, batch=3, cache_rows=7)
     assert_matches_reference(inputs, backend)
