@@ -91,6 +91,18 @@ def test_ends_are_transformers_own_windows(family: str) -> None:
         assert loss == pytest.approx(wanted, abs=1e-5)
 
 
+def test_a_bound_of_the_logits_is_in_the_losses() -> None:
+    """Gemma 2's, which the probe's pieces of logits have to get: against transformers' own logits."""
+    model = sharp_dense("gemma2")
+    text = own_text(model)
+    found = probe(model, text, layers=[1]).losses["text"]
+    model.set_attn_implementation("eager")
+    logits = model(input_ids=text.tokens, use_cache=False).logits[:, WINDOW:-1]
+    assert 1 < logits.abs().max() < model.config.final_logit_softcapping
+    wanted = F.cross_entropy(logits.flatten(0, 1), text.tokens[:, WINDOW + 1 :].flatten()).item()
+    assert found.dense == pytest.approx(wanted, abs=1e-5)
+
+
 @pytest.mark.parametrize("loud", [(0, 1), (1, 0), (2, 1)])
 def test_the_cell_that_carries_far_attention_comes_first(loud: tuple[int, int]) -> None:
     model = sharp_dense()
@@ -128,6 +140,17 @@ def test_the_probe_runs_in_the_models_type_and_leaves_it_as_it_was() -> None:
     assert model.training and not any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
     learned = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
     assert learned == {"lm_head.weight"} and all(parameter.grad is None for parameter in model.parameters())
+
+
+@torch.no_grad()
+def test_the_losses_of_a_model_in_16_bits_have_all_digits() -> None:
+    model = sharp_dense(dtype=torch.bfloat16)
+    text = own_text(model)
+    found = summed_loss(model, text.tokens, text.targets, (segments := DenseAttention(text.tokens).dense(model.config)))
+    logits = model(input_ids=text.tokens, use_cache=False, photon_segments=segments).logits
+    chosen, wanted = logits[:, :-1][text.targets[:, 1:]], text.tokens[:, 1:][text.targets[:, 1:]]
+    assert logits.dtype == torch.bfloat16
+    assert found == pytest.approx(F.cross_entropy(chosen.double(), wanted, reduction="sum").item(), rel=1e-5)
 
 
 def test_memory_is_bounded(monkeypatch) -> None:

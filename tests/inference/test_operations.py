@@ -10,6 +10,7 @@ from tiny_tokenizer import word_tokenizer
 
 from photon_train.errors import PhotonError
 from photon_train.inference.engine import Engine, EngineSettings
+from photon_train.inference.metrics import Histogram
 
 TestClient = pytest.importorskip("fastapi.testclient").TestClient
 create_app = pytest.importorskip("photon_train.inference.server").create_app
@@ -48,6 +49,16 @@ def test_metrics_count_what_was_done():
         assert values[f"{name}_count"] == values[f'{name}_bucket{{le="+Inf"}}'] == count and values[f"{name}_sum"] > 0
         buckets = [value for key, value in values.items() if key.startswith(f"{name}_bucket")]
         assert buckets == sorted(buckets)
+
+
+def test_a_bucket_counts_what_took_no_longer_than_its_bound():
+    histogram = Histogram()
+    for seconds in (0.01, 0.02, 300.0, 301.0):
+        histogram.observe(seconds)
+    counts = dict(line.rsplit(" ", 1) for line in histogram.lines("a"))
+    found = [counts[f'a_bucket{{le="{bound}"}}'] for bound in (0.01, 0.025, 120.0, 300.0, "+Inf")]
+    assert found == ["1", "2", "2", "3", "4"]
+    assert counts["a_count"] == "4" and float(counts["a_sum"]) == pytest.approx(601.03)
 
 
 @pytest.mark.parametrize(

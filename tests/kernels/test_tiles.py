@@ -15,6 +15,7 @@ from photon_kernels import (
     paged_decode_attention,
     window_decode_attention,
 )
+from photon_kernels._attention_config import choose_num_splits
 
 
 @pytest.fixture
@@ -29,6 +30,12 @@ def table(tmp_path, monkeypatch) -> Iterator:
     yield write
     monkeypatch.undo()
     tables._read.cache_clear()
+
+
+def test_splits_fill_the_gpu_unless_they_would_be_short():
+    """Two programs a multiprocessor (264) are wanted, of 256 elements at least and of 64 splits at most."""
+    assert [choose_num_splits(count, 1) for count in (0, 511, 512, 1023, 10**6)] == [1, 1, 2, 3, 64]
+    assert [choose_num_splits(10**6, programs) for programs in (5, 8, 132, 200, 264, 999)] == [53, 33, 2, 2, 1, 1]
 
 
 def random(*shape: int) -> torch.Tensor:

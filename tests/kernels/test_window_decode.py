@@ -171,6 +171,20 @@ def test_sinks_are_the_first_slots_whatever_they_hold(backend: str, device: torc
     assert_matches_reference(inputs, backend)
 
 
+def test_what_no_query_sees_reaches_no_gradient(device: torch.device) -> None:
+    """The torch backend's gradients of queries, keys and values, where unseen slots hold NaN, are those of zeros."""
+    found = []
+    for filled in (float("nan"), 0.0):
+        inputs = make_inputs(device, num_heads=4, num_kv_heads=2)
+        leaves = [inputs.q, *(states.nan_to_num(filled) for states in (inputs.k, inputs.v))]
+        inputs.q, inputs.k, inputs.v = (states.requires_grad_() for states in leaves)
+        out, lse = inputs.run("torch")
+        found.append(torch.autograd.grad(out.square().sum() + lse.sum(), leaves))
+    for gradient, expected in zip(*found, strict=True):
+        assert expected.any()
+        torch.testing.assert_close(gradient, expected)
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_reads_the_given_cache_rows(backend: str, device: torch.device) -> None:
     inputs = make_inputs(device, batch=3, cache_rows=7)

@@ -63,6 +63,13 @@ def test_the_last_step_is_evaluated_and_saved_in_any_case(tmp_path):
     assert result.checkpoint == latest_checkpoint(result.checkpoint.parent) and result.checkpoint.name == "step_000002"
 
 
+def test_the_rate_that_is_logged_is_the_steps_own(tmp_path):
+    """Half of the way up, the peak, half of the way down."""
+    config = tiny_run(max_steps=3, warmup_steps=1, log_every=1, eval_every=0, save_every=0)
+    rates = losses(run(config, tmp_path).history, "train/learning_rate")
+    assert rates == pytest.approx([config.train.learning_rate * factor for factor in (0.5, 1.0, 0.55)])
+
+
 @pytest.mark.parametrize("norm", [0.25, 1e6])
 def test_gradients_are_clipped_to_the_norm_that_is_set(norm, tmp_path, monkeypatch):
     config, seen = tiny_run(max_steps=1, max_grad_norm=norm, save_every=0, eval_every=0), []

@@ -99,6 +99,24 @@ def test_kl_and_its_gradient_equal_the_formula(temperature, chunks):
     assert torch.allclose(student.grad, gradient, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.bfloat16, None), (torch.float32, 1.5)])
+def test_losses_are_those_of_the_logits_in_double(dtype, bound):
+    """Of logits in 16 bits, which are summed up more finely, and of bounded ones (Gemma 2), the teacher's too."""
+    batch, generator = _example(3), torch.Generator().manual_seed(2)
+    heads_of = [nn.Linear(8, VOCABULARY, bias=False).to(dtype) for _ in range(2)]
+    states = torch.randn(2, 3, 24, 8, generator=generator).to(dtype) * 4
+    ce, kl = vocabulary_losses(heads_of[0], states[0], batch["labels"], (heads_of[1], states[1]), 2.0, bound=bound)
+    logits = [head(each).double() for head, each in zip(heads_of, states, strict=True)]
+    if bound is not None:
+        assert all(each.abs().max() > bound for each in logits)
+        logits = [bound * (each / bound).tanh() for each in logits]
+    student, teacher = logits
+    expected = F.cross_entropy(student[:, :-1].flatten(0, 1), batch["labels"][:, 1:].flatten(), reduction="sum")
+    assert ce.dtype == kl.dtype == torch.float32
+    assert ce.item() == pytest.approx(expected.item(), rel=1e-5)
+    assert kl.item() == pytest.approx(_plain_kl(student, teacher, batch["labels"], 2.0).item(), rel=1e-4)
+
+
 @pytest.mark.parametrize("trained", [False, True])
 @pytest.mark.parametrize("chunks", [1, 7])
 def test_cross_entropy_in_chunks_has_the_gradients_of_one_piece(trained, chunks):
