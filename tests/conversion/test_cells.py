@@ -195,6 +195,13 @@ def test_losses_that_the_window_does_not_touch_have_no_say() -> None:
         nothing.best_cells(1)
 
 
+def test_the_first_token_of_a_sequence_is_never_predicted() -> None:
+    model = sharp_dense()
+    text = own_text(model, count=2)
+    marked = ProbeText(text.name, text.tokens, text.targets | (torch.arange(40) == 0))
+    assert probe(model, marked) == probe(model, text)
+
+
 def test_a_cost_within_its_noise_does_not_count() -> None:
     cases = {(0.1, 0.04): True, (0.1, 0.06): False, (0.1, 0.0): True, (-0.1, 0.0): False}
     for (cost, error), counts in cases.items():

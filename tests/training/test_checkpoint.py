@@ -5,12 +5,15 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
 from accelerate import Accelerator
+from accelerate.utils import set_seed
 
 from photon_train.errors import PhotonError
 from photon_train.files import hidden_sibling
 from photon_train.manifest import write_manifest
-from photon_train.training.checkpoint import latest_checkpoint, usable_checkpoint
+from photon_train.training import checkpoint
+from photon_train.training.checkpoint import TrainingState, latest_checkpoint, load_checkpoint, usable_checkpoint
 
 
 def checkpoints(directory: Path, *steps: int) -> list[Path]:
@@ -57,3 +60,19 @@ def test_without_a_whole_one_a_run_does_not_silently_start_anew(tmp_path):
         (path / "state").unlink()
     with pytest.raises(PhotonError, match="no checkpoint in .* is whole: .*step_000001/state is missing; remove"):
         usable_checkpoint(Accelerator(), tmp_path, keep=1)
+
+
+def test_other_processes_go_on_with_random_numbers_of_their_own(tmp_path, monkeypatch):
+    """Set apart by seed and step, and from those that the run began with; as many processes keep the stored ones."""
+    monkeypatch.setattr(checkpoint, "_load_state", lambda accelerator, path: None)
+
+    def drawn(step: int, seed: int, num_processes: int = 2) -> float:
+        set_seed(seed, device_specific=True)
+        load_checkpoint(Accelerator(), tmp_path, TrainingState(step=step, num_processes=num_processes), seed)
+        return torch.rand(()).item()
+
+    set_seed(0, device_specific=True)
+    began = torch.rand(()).item()
+    assert drawn(3, 0, num_processes=1) == began
+    assert drawn(3, 0) == drawn(3, 0)
+    assert len({began, drawn(0, 0), drawn(3, 0), drawn(4, 0), drawn(3, 1)}) == 5
