@@ -137,6 +137,19 @@ def test_too_many_are_told_to_try_again(worker):
     asyncio.run(ask())
 
 
+def test_if_one_of_several_prompts_is_refused_all_are_forgotten(worker):
+    """Wherever it stands among them, long before the others could end."""
+    for prompts in ([[61], [5], [6]], [[5], [61], [6]]):
+        before = worker.metrics.requests["dropped"]
+        with pytest.raises(PhotonError, match="token 61 is outside"):
+            asyncio.run(worker.submit(prompts, SamplingParams(max_new_tokens=50, ignore_eos=True)))
+        deadline = time.monotonic() + 10
+        while worker.num_open and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert worker.metrics.requests["dropped"] == before + 2 and worker.metrics.requests["answered"] == 0
+    assert_all_free(worker.engine)
+
+
 def test_who_comes_while_the_server_ends_is_refused():
     worker = Worker(make_engine())
     worker.start()

@@ -22,6 +22,7 @@ from photon_train.inference.sampler import (
     gumbel,
     penalise,
     sample,
+    score,
     stream_key,
     warp,
 )
@@ -169,6 +170,19 @@ def test_logprobs_are_the_models_whatever_the_settings():
             assert choice.logprob == pytest.approx(float(expected[index, choice.token]), abs=1e-6)
             assert list(choice.top) == expected[index].topk(3).indices.tolist()
             assert list(choice.top.values()) == pytest.approx(expected[index].topk(3).values.tolist())
+
+
+def test_given_tokens_of_logits_in_16_bits_are_scored_with_all_digits(monkeypatch):
+    """Whatever pieces they come in; the most probable of them has rank 1, and equals do not count."""
+    monkeypatch.setattr("photon_train.inference.sampler.SCORED_AT_ONCE", 100)
+    rows = logits(5).bfloat16()
+    rows[0, 7] = rows[0, 8] = 20.0
+    given = [7, 8, *rows[2:].argmin(dim=-1).tolist()]
+    expected = rows.double().log_softmax(-1)
+    for found, token, row in zip(score(rows, given, 2), given, expected, strict=True):
+        assert found.token == token and found.logprob == pytest.approx(row[token].item(), abs=1e-5)
+        assert found.rank == 1 + int((row > row[token]).sum())
+        assert list(found.top.values()) == pytest.approx(row.topk(2).values.tolist(), abs=1e-5)
 
 
 def test_each_row_reports_as_many_of_the_most_probable_as_it_asked_for():

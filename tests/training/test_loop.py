@@ -179,12 +179,12 @@ def test_a_damaged_checkpoint_is_passed_over_with_a_warning(tmp_path, caplog):
 
 
 def test_the_best_score_is_restored(tmp_path):
-    config = tiny_run(max_steps=6, eval_every=1)
+    config = tiny_run(max_steps=6, eval_every=1, learning_rate=1.0, new_modules_learning_rate=1.0)
     run(config, tmp_path)
     path = checkpoint_dir(tmp_path, "photon") / "step_000006"
     state = json.loads((path / "training_state.json").read_text())
     scores = {r["step"]: r["eval/ce"] for r in map(json.loads, open(tmp_path / "metrics.jsonl")) if "eval/ce" in r}
-    assert state["best_ce"] == min(scores.values()) == scores[state["best_step"]]
+    assert state["best_ce"] == min(scores.values()) == scores[state["best_step"]] < scores[6]
 
 
 def test_a_full_disk_is_one_error_and_costs_no_checkpoint(tmp_path, monkeypatch):

@@ -277,6 +277,15 @@ def test_the_hidden_error_is_relative_and_has_the_gradient_of_the_formula():
     assert torch.allclose(scaled, found, rtol=1e-4)
 
 
+def test_the_hidden_error_of_states_in_16_bits_has_all_digits():
+    labels = _example(3)["labels"]
+    student, teacher = torch.randn(2, 3, 24, 8, generator=torch.Generator().manual_seed(5)).bfloat16()
+    difference = (student - teacher).double()
+    expected = _plain_hidden(teacher.double() + difference, teacher, labels)
+    found = hidden_error(student, teacher, labels)
+    assert found.dtype == torch.float32 and found.item() == pytest.approx(expected.item(), rel=1e-5)
+
+
 @pytest.mark.parametrize("weight", [0.0, 0.3])
 def test_the_dense_models_last_hidden_states_teach(weight):
     """With and without its logits; the teacher is the dense function with adapters off."""
