@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from photon_train.conversion.apply import _shards, rewrite_new_tensors
 from photon_train.conversion.plan import ConversionPlan, TensorPlan
+from photon_train.conversion.safetensors_io import ShardWriter
 from photon_train.conversion.source import INDEX
 from photon_train.errors import PhotonError
 
@@ -51,3 +52,13 @@ def test_rewritten_tensors_keep_their_type_and_the_others_their_values(tmp_path)
     for name, value in (("new", torch.zeros(2)), ("old", torch.zeros(2)), ("neither", torch.zeros(2))):
         with pytest.raises(PhotonError, match=f"holds no tensor {name} of shape"):
             rewrite_new_tensors(tmp_path, {name: value})
+
+
+def test_data_starts_on_a_multiple_of_8_bytes_whatever_the_names(tmp_path):
+    """The format asks for it."""
+    for length in range(1, 9):
+        path = tmp_path / f"{length}.safetensors"
+        with ShardWriter(path, {"a" * length: (2,)}, torch.float32) as writer:
+            writer.write("a" * length, [torch.ones(2)])
+        assert int.from_bytes(path.read_bytes()[:8], "little") % 8 == 0
+        assert load_file(path)["a" * length].tolist() == [1, 1]

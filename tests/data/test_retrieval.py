@@ -114,6 +114,15 @@ def test_spans_come_again() -> None:
     assert torch.equal(only.ids, sample.ids) and torch.equal(only.learned, sample.answers)
 
 
+@pytest.mark.parametrize("seed", range(8))
+def test_a_span_has_been_read_whole_before_it_comes_again(seed: int) -> None:
+    """In a text without any other repetition."""
+    sample = span_sample(torch.arange(10_000, 11_000), TOKENIZER, 512, seeded(seed), spans=1)
+    first, last = (int(place) for place in sample.answers.nonzero()[[0, -1], 0])
+    span = sample.ids[first - 4 : last + 1]
+    assert len(span) >= 16 and set(span.tolist()) <= set(sample.ids[: first - 4].tolist())
+
+
 def test_in_a_conversation_the_user_gives_the_text_and_the_assistant_answers() -> None:
     tokenizer = chat_tokenizer()
     sample = needle_sample(TEXT, tokenizer, 768, seeded(), needles=2, chat=True)

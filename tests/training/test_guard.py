@@ -68,6 +68,13 @@ def test_the_ripples_of_a_very_steady_run_are_no_spikes():
     assert step(guard, 2.41, 1.0) and step(guard, 2.0, 1.21)
 
 
+def test_deviations_are_those_of_the_steps_as_they_are():
+    """Mean 2, deviation 1: not of a larger number of steps that these were drawn from."""
+    for loss, skipped in ((5.9, False), (6.1, True)):
+        guard = SpikeGuard(TrainSettings(spike_window=4, spike_sigma=4.0), GuardState(losses=[1.0, 3.0, 1.0, 3.0]))
+        assert (step(guard, loss, 1.0) is not None) == skipped
+
+
 def test_only_the_latest_steps_say_what_is_usual():
     guard = SpikeGuard(TrainSettings(spike_window=4), GuardState())
     for value in (9.0, 9.0, 9.0, 9.0, 5.0, 4.0, 3.0, 2.0):
