@@ -67,7 +67,7 @@ def test_parameters_of_every_graft(name):
     assert (new > 0) == ("memory" in name)
 
 
-@pytest.mark.parametrize("target_modules", [["q_proj", "down_proj"], list(LINEARS), ["v_proj", "lm_head"]])
+@pytest.mark.parametrize("target_modules", [["q_proj", "up_proj"], list(LINEARS), ["v_proj", "lm_head"]])
 @pytest.mark.parametrize(("preset", "family"), [*((preset, "llama") for preset in PRESETS), ("graft", "glm4")])
 def test_what_lora_trains(target_modules, preset, family):
     """GLM-4 holds two linear maps as one, which gets one adapter."""
