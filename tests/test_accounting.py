@@ -230,6 +230,35 @@ def test_what_grows_and_is_computed_with_cells(bits, half):
     assert grown == 2 * (32 * 32 - 16 * 16 + 2 * 4 * 8 * (4 * 32 - 2 * 16))
 
 
+def test_flops_of_what_is_near_grow_up_to_the_longest_window():
+    """3 layers, each of 4 heads of dimension 8; windows of 5 that reach back to a multiple of 3, beside 2 sinks."""
+    config = photon_config("memory")
+    flops = [accounting.photon_flops(config, length) for length in range(12)]
+    assert [after - before for before, after in zip(flops[7:], flops[8:], strict=False)][1:3] == [4 * 3 * 32, 0]
+    local = {"use_sliding_window": True, "sliding_window": 16, "max_window_layers": 1}
+    config = photon_config("memory", "qwen2", memory_cells={0: [0, 1]}, **local)
+    flops = [accounting.photon_flops(config, length) for length in (5, 6, 15, 16, 17)]
+    assert flops[1] - flops[0] == 4 * 3 * 32, "layers that the family keeps local see what there is"
+
+
+def test_what_autograd_keeps_of_a_memory():
+    """Per cell and token 16 numbers of queries, 16 each of what is packed and unpacked, and a quarter latent."""
+    config = converted(dense_config(num_hidden_layers=8), memory_cells=["1:1", "6:0", "6:1"], chunk_size=4)
+    assert accounting.costs_of(config).memory_states == (3 * (16 + 16 + 16 + 4), 2 * (16 + 16 + 16 + 4))
+
+
+def test_a_window_that_is_switched_off_is_none():
+    """As Qwen's config.json states it."""
+    content = {
+        **dense_config("qwen2").to_dict(),
+        "sliding_window": 16,
+        "use_sliding_window": False,
+        "layer_types": None,
+    }
+    assert set(accounting.Shape.of(content).windows) == {None}
+    assert set(accounting.Shape.of({**content, "use_sliding_window": True}).windows) == {16}
+
+
 def test_flops_of_layers_at_full_attention():
     dense = dense_config(num_hidden_layers=8)
     config = converted(dense, memory_cells=["7:0"], full_attention_layers=[0, 1])
@@ -289,6 +318,13 @@ def test_the_estimate_is_shown_and_saved():
         assert words in shown
     for words in ("Fits 2 GPUs of 1.00 GiB", "zero3_offload", "--config_file accelerate_configs/zero2.yaml"):
         assert words in shown
+
+
+def test_the_estimate_counts_the_adapters_that_are_asked_for():
+    dense = dense_config(num_hidden_layers=8)
+    setup = accounting.TrainingSetup(64, rank=3, target_modules=("q_proj",))
+    config = converted(dense, memory_cells=[])
+    assert accounting.estimate(dense, config, setup).trainable_parameters == 3 * 8 * (32 + 32)
 
 
 def test_without_a_gpu_nothing_is_recommended():

@@ -109,3 +109,11 @@ def test_a_folder_as_input_counts_by_names_and_contents(tmp_path: Path) -> None:
         write_manifest(tmp_path, "stage", {}, {"data": folder})
         hashes.add(read_manifest(tmp_path)["inputs"]["data"]["sha256"])
     assert len(hashes) == 3
+
+
+def test_a_file_that_has_grown_is_told_by_its_size(stage: Path) -> None:
+    name, entry = next(iter(read_manifest(stage)["files"].items()))
+    with open(stage / name, "ab") as file:
+        file.write(b"more")
+    with pytest.raises(PhotonError, match=f"has {entry['size'] + 4} bytes instead of {entry['size']}"):
+        verify_manifest(stage)

@@ -13,7 +13,7 @@ from tiny import photon_config
 from tiny_dense import dense_config
 
 from photon_train import accounting
-from photon_train.accounting import TrainingSetup, find_fit, training_memory
+from photon_train.accounting import TrainingMemory, TrainingSetup, find_fit, training_memory
 from photon_train.accounting.fit import USABLE
 from photon_train.config import LoraSettings, RunConfig
 from photon_train.conversion import presets
@@ -49,6 +49,22 @@ def tool():
     sys.modules[SPECIFICATION.name] = module  # dataclasses look their module up
     SPECIFICATION.loader.exec_module(module)
     return module
+
+
+def test_the_peak_is_in_the_backward_pass_or_in_the_step():
+    parts = {"weights": 100, "optimizer": 20, "buffers": 3, "host": 10**9}
+    memory = TrainingMemory(**parts, gradients=50, activations=60, step=9, accumulates=False)
+    assert memory.device == 123 + 60
+    assert replace(memory, accumulates=True).device == 123 + 110
+    assert replace(memory, step=90).device == 123 + 140
+
+
+@pytest.mark.parametrize(("stage", "precision", "each"), [(1, "no", 12), (2, "no", 12), (3, "no", 8), (3, "bf16", 12)])
+def test_what_the_optimiser_holds_of_a_trained_weight(stage, precision, each):
+    """Two moments in fp32, and a master weight unless stage 3 trains in fp32 itself."""
+    config = photon_config("memory")
+    setup = TrainingSetup(64, precision=precision, weight_bytes=4, zero_stage=stage)
+    assert training_memory(config, setup).optimizer == each * accounting.trainable_parameters(config, setup.rank)
 
 
 # --- the formula against measurements ---

@@ -181,6 +181,7 @@ def _compressed(group: object = GROUP, **settings: object) -> dict[str, object]:
         (_compressed(None), ["config_groups.group_0.weights"]),
         (_compressed({**GROUP, "num_bits": 4}), ["config_groups.group_0.weights is 4 bits"]),
         (_compressed({**GROUP, "type": "int"}), ["8 bits, int"]),
+        (_compressed({**GROUP, "symmetric": False}), ["config_groups.group_0.weights is 8 bits, float"]),
         (_compressed({**GROUP, "strategy": "tensor_group"}), ["strategy is tensor_group"]),
         (_compressed({**GROUP, "strategy": "block"}), ["block_structure is None"]),
         (_compressed({**GROUP, "strategy": "group"}), ["group_size is [1, None]"]),

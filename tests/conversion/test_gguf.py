@@ -49,6 +49,11 @@ def test_a_file_of_gemma_is_the_model_itself(tmp_path):
     torch.testing.assert_close(read(TOKENS).logits, model(TOKENS).logits, atol=1e-4, rtol=1e-4)
 
 
+def test_a_part_of_several_is_refused(tmp_path):
+    file = write_gguf(tmp_path / "tiny.gguf", gguf_model(), fields={"split.count": 2})
+    refuses(file, "tiny.gguf is one of 2 parts", "llama-gguf-split --merge")
+
+
 def test_a_scale_that_no_file_says_is_refused(tmp_path):
     file = write_gguf(tmp_path / "tiny.gguf", gguf_model(num_hidden_layers=46), architecture="gemma2")
     refuses(file, "tiny.gguf", "query_pre_attn_scalar", "safetensors")

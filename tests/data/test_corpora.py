@@ -71,6 +71,10 @@ def test_half_a_surrogate_pair_does_not_end_a_run(tmp_path: Path) -> None:
     chats.write_text('{"messages": [{"role": "user", "content": "\\udc00 x"}]}\n')
     (chat,) = read_documents(str(chats), DataSettings(messages_field="messages"))
     assert chat.messages == ({"role": "user", "content": "\ufffd x"},) and chat.text == "\ufffd x"
+    turn = '{"role": "user", "content": "x"}'
+    chats.write_text(f'{{"messages": [{turn}], "tools": [{{"name": "a", "\\ud83d": ["\\ud83d"]}}]}}\n')
+    (chat,) = read_documents(str(chats), DataSettings(messages_field="messages"))
+    assert chat.tools == ({"name": "a", "\ufffd": ["\ufffd"]},)
 
 
 def test_a_byte_order_mark_is_no_text(tmp_path: Path) -> None:

@@ -38,6 +38,12 @@ def test_every_beginning_has_the_proportions_and_nothing_is_lost(sizes: list[int
         assert (counts - target).abs().max() <= 1 + len(sizes)
 
 
+def test_proportions_of_the_sizes_read_everything_once() -> None:
+    """However their shares are rounded: 0.3 / 0.4 of 4 is not 3."""
+    mixture = Mixture([numbered(0, 1), numbered(1, 3)], [0.1, 0.3])
+    assert len(mixture) == 4 and (mixture.source == 1).sum() == 3
+
+
 def test_a_mixture_goes_through_the_loader() -> None:
     mixture = Mixture([numbered(0, 10), numbered(1, 40, filled=0.5)], [3.0, 1.0])
     assert len(mixture) == 160 and mixture.packing_efficiency == pytest.approx(0.875)

@@ -68,6 +68,14 @@ def test_needles_stand_at_all_depths_but_the_last_eighth() -> None:
     assert counts.min() >= 200 / 7 / 2.5, counts
 
 
+def test_no_needle_of_a_long_text_is_near_its_end() -> None:
+    """Where the questions are short beside the last eighth."""
+    ids, _ = needle_sequences(TEXT, TOKENIZER, 40, 2048, seeded(1))
+    for text in map(TOKENIZER.decode, ids):
+        (value,) = stated(text).values()
+        assert len(TOKENIZER(text[: text.index(value)])["input_ids"]) < 7 / 8 * 2048 + 30
+
+
 def test_the_rest_is_real_text_without_special_tokens() -> None:
     end = TOKENIZER.eos_token_id
     broken = torch.cat([TEXT[:500], torch.tensor([end]), TEXT[500:], torch.tensor([end, end])])

@@ -84,6 +84,11 @@ def test_the_share_is_spread_evenly_and_all_text_is_read(part: float) -> None:
     assert plain == sequence_indices(3, len(dataset), 60, 0).tolist()[: len(plain)], "text keeps its order"
 
 
+def test_the_share_is_exact_however_long_a_training_is() -> None:
+    positions = torch.tensor([10**8 - 1, 10**8, 10**8 + 1, 10**12 + 7])
+    assert share(0.1, isolate=False).before(positions).tolist() == [10**7 - 1, 10**7, 10**7, 10**11]
+
+
 def isolated_text() -> PackedDataset:
     dataset = text()
     dataset.starts = torch.zeros_like(dataset.tokens, dtype=torch.bool)

@@ -7,6 +7,7 @@ import os
 import signal
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -81,6 +82,18 @@ def test_tokens_stay_on_disk_in_the_smallest_type(source, tmp_path: Path, monkey
     assert is_corpus(str(tmp_path / "corpus")) and not is_corpus(source) and not is_corpus(None)
     monkeypatch.setenv("HOME", str(tmp_path))
     assert is_corpus("~/corpus")
+
+
+@pytest.mark.parametrize(("largest", "dtype"), [(2**16 - 1, "uint16"), (2**16, "uint32")])
+def test_sixteen_bits_hold_ids_up_to_65535(largest: int, dtype: str, monkeypatch) -> None:
+    monkeypatch.setattr(tokenised, "largest_id", lambda tokenizer: largest)
+    assert tokenised._dtype(TOKENIZER) == dtype
+
+
+def test_documents_beyond_the_last_whole_sequence_count_nothing() -> None:
+    """Of 6, 5 and 3 tokens a sequence of 8 holds the first and 2 of the second."""
+    dataset = CorpusDataset(SimpleNamespace(lengths=np.array([6, 5, 3])), np.arange(3), 8, 1, END)
+    assert (len(dataset), dataset.num_tokens, dataset.packing_efficiency) == (1, 8, 1.0)
 
 
 def test_few_tokens_with_large_ids_are_kept(source, tmp_path: Path) -> None:

@@ -49,8 +49,11 @@ def test_says_what_the_preset_does(preset, said, unsupported) -> None:
     assert said in card and unsupported in card and f"preset:{preset}" in front_matter(card)["tags"]
 
 
-def test_a_directory_is_no_base_model(tmp_path) -> None:
-    for model in (str(tmp_path), "./local/model", None):
+def test_a_directory_is_no_base_model(tmp_path, monkeypatch) -> None:
+    """Be it called like one of the hub's."""
+    (tmp_path / "owner" / "model").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    for model in (str(tmp_path), "./local/model", "owner/model", None):
         assert "base_model" not in front_matter(model_card({"model": model}))
 
 

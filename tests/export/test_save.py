@@ -154,6 +154,9 @@ def test_keeps_the_generation_settings(tmp_path, tokenizer) -> None:
     found = json.loads((directory / "generation_config.json").read_text())
     assert (found["temperature"], found["max_length"], found["eos_token_id"]) == (0.6, 77, [1, 5])
     assert PhotonForCausalLM.from_pretrained(directory).generation_config.max_length == 77
+    model.generation_config.repetition_penalty = 1.25  # the model's own, where none is given
+    directory = export(model, tokenizer, tmp_path / "own")
+    assert json.loads((directory / "generation_config.json").read_text())["repetition_penalty"] == 1.25
 
 
 def test_refuses_a_directory_that_is_not_empty(tmp_path, tokenizer) -> None:
@@ -194,6 +197,10 @@ def test_refuses_weights_of_another_model(tmp_path, tokenizer) -> None:
     weights = model.state_dict()
     weights["model.norm.weight"] = torch.empty(0)
     with pytest.raises(PhotonError, match=r"model\.norm\.weight has shape \[0\] instead of \[32\]"):
+        export(model, tokenizer, tmp_path / "export", state_dict=weights)
+    weights = model.state_dict()
+    weights["model.layers.0.self_attn.k_proj.weight"] = torch.zeros(32, 16)  # as many, turned
+    with pytest.raises(PhotonError, match=r"k_proj\.weight has shape \[32, 16\] instead of \[16, 32\]"):
         export(model, tokenizer, tmp_path / "export", state_dict=weights)
     weights = model.state_dict()
     del weights["model.norm.weight"]

@@ -253,6 +253,7 @@ def test_end_tokens_and_abort():
         ("text", {}, "needs a tokenizer"),
         ([3], {"stop": "x"}, "stop needs a tokenizer"),
         ([3] * 40, {"max_new_tokens": 300}, "up to 300 new ones exceed the 258 tokens"),
+        ([3] * 40, {"max_new_tokens": 219}, "up to 219 new ones exceed the 258 tokens"),
     ],
 )
 def test_bad_requests_are_refused(prompt, params, message):
@@ -260,6 +261,12 @@ def test_bad_requests_are_refused(prompt, params, message):
     with pytest.raises(PhotonError, match=message):
         engine.generate([[5, 6], prompt], SamplingParams(**params))
     assert not engine.has_work and not engine.scheduler.waiting
+
+
+def test_a_request_may_fill_the_memory():
+    engine = Engine(tiny_model("memory"), settings=EngineSettings(max_length=64, max_sequences=1, max_prefixes=0))
+    ((found,),) = engine.generate([[3] * 256], SamplingParams(max_new_tokens=2, ignore_eos=True))
+    assert engine.longest == 258 and len(found.tokens) == 2
 
 
 def test_a_gpus_free_memory_also_holds_the_weights_of_latents(monkeypatch):

@@ -64,6 +64,15 @@ def test_without_room_nothing_is_kept(num_rows, num_blocks):
     assert kept(prefixes, range(2)) == [0]
 
 
+def test_what_is_forgotten_gives_its_row_and_blocks_back():
+    cache = FakeCache(num_rows=4, num_blocks=4)
+    prefixes = PrefixCache(cache, max_prefixes=4)
+    for name in range(3):
+        prefixes.keep(key(name), slot_of())
+    prefixes.forget([(STRIDE, key(name)) for name in (0, 2, 9)])
+    assert kept(prefixes, range(3)) == [1] and len(cache.free_rows) == cache.free_blocks == 3
+
+
 def test_zero_keeps_none():
     cache = FakeCache(num_rows=9, num_blocks=9)
     prefixes = PrefixCache(cache, max_prefixes=0)

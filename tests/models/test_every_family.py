@@ -9,7 +9,7 @@ import brute_force
 import pytest
 import torch
 from brute_force import Rules
-from tiny import shake
+from tiny import photon_model, shake, tokens
 from tiny_dense import FAMILY_NAMES, save_dense
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -315,3 +315,23 @@ def test_the_fit_meets_keys_as_far_queries_do(name, tmp_path, monkeypatch):
         mean = torch.stack(turned).view(3, -1, config.head_dim).mean(1)
         torch.testing.assert_close(far_keys[0, 0], mean, atol=2e-2, rtol=2e-2)
         torch.testing.assert_close(far_values, values, atol=2e-2, rtol=2e-2)
+
+
+@torch.no_grad()
+def test_windows_of_local_layers_hold_beyond_a_block_of_queries():
+    """As the dense model: against transformers, on a text of several blocks."""
+    local = {"use_sliding_window": True, "sliding_window": 16, "max_window_layers": 1}
+    model = photon_model("memory", "qwen2", memory_cells={0: [0, 1]}, **local)
+    dense = AutoModelForCausalLM.from_config(model.config.dense_config()).eval()
+    assert not dense.load_state_dict(model.state_dict(), strict=False).missing_keys
+    ids = tokens(1, 300)
+    torch.testing.assert_close(model(ids, as_dense=True).logits, dense(ids).logits, atol=1e-4, rtol=1e-4)
+
+
+def test_without_windows_exaone_rotates_every_layer():
+    """EXAONE 4 1.2B has none; with some, its global layers know no position."""
+    kinds = {"layer_types": ["full_attention"] * 3}
+    whole = photon_model("memory", "exaone4", sliding_window=None, **kinds)
+    assert all(whole.model.rotation(torch.arange(5)[None], layer)[0].shape[-1] == 8 for layer in range(3))
+    mixed = photon_model("memory", "exaone4", sliding_window=16, **kinds)
+    assert mixed.model.rotation(torch.arange(5)[None], 0)[0].shape[-1] == 0

@@ -169,6 +169,40 @@ def test_crop_takes_tokens_back_where_the_window_allows_it(name):
         cache.crop(3)
 
 
+@pytest.mark.parametrize("name", ["memory", "memory-no-sinks", "memory-full"])
+@torch.no_grad()
+def test_what_crop_allows_goes_on_as_a_text_of_its_own(name):
+    """At every length, whether its window begins at a unit or within one; and the fewest can be taken back."""
+    model, ids, other = photon_model(name), tokens(1, 40), tokens(1, 8, seed=9)
+    for fed in range(20, 20 + 2 * model.config.chunk_size):
+        allowed = 0
+        for removed in range(1, 2 * model.config.chunk_size + 2):
+            cache = model.new_cache()
+            model(ids[:, :fed], past_key_values=cache)
+            try:
+                cache.crop(-removed)
+            except ValueError:
+                continue
+            allowed, left = allowed + 1, fed - removed
+            logits = [model(other[:, i : i + 1], past_key_values=cache).logits for i in range(8)]
+            expected = model(torch.cat([ids[:, :left], other], dim=1)).logits[:, left:]
+            torch.testing.assert_close(torch.cat(logits, 1), expected, atol=2e-4, rtol=0)
+        assert allowed
+
+
+@torch.no_grad()
+def test_rows_of_several_lengths_change_places(model):
+    mask = torch.ones(2, 12, dtype=torch.long)
+    mask[1, :5] = 0
+    ids, new = tokens(2, 12), tokens(2, 1, seed=9)
+    cache = model(ids, attention_mask=mask, use_cache=True).past_key_values
+    cache.batch_select_indices(torch.tensor([1, 0]))
+    found = model(new, past_key_values=cache).logits
+    rows = ((ids[1:, 5:], new[:1]), (ids[:1], new[1:]))
+    expected = [model(torch.cat(row, dim=1)).logits[:, -1:] for row in rows]
+    torch.testing.assert_close(found, torch.cat(expected), atol=2e-4, rtol=0)
+
+
 def test_what_cannot_work_says_so(model):
     prompt = tokens(1, 6)
     with pytest.raises(NotImplementedError, match="continuous batching"):

@@ -154,6 +154,7 @@ def test_products_with_stored_vectors(bits, dtype, monkeypatch):
         exact = dequantize(codes, scales, bits, torch.float64)
     stored = StoredVectors(codes, scales, bits, dtype)
     joined = exact.transpose(1, 2).flatten(2)
+    assert stored.dot(queries).dtype == torch.float32 and stored.mix(weights).dtype == dtype
     tolerance = {"atol": 6e-2, "rtol": 2e-2} if dtype == torch.bfloat16 else {"atol": 1e-5, "rtol": 1e-5}
     torch.testing.assert_close(stored.dot(queries).double(), queries.double() @ joined.transpose(1, 2), **tolerance)
     torch.testing.assert_close(stored.mix(weights).double(), weights.double() @ joined, **tolerance)

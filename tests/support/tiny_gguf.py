@@ -65,7 +65,7 @@ def write_gguf(
     quantisation: str = "F32",
     architecture: str = "llama",
     splitting: str = "smollm",
-    fields: dict[str, object] | None = None,
+    fields: dict[str, str | int] | None = None,
     leave_out: str | None = None,
 ) -> Path:
     """Write `model` with a byte-level tokenizer.
@@ -76,7 +76,7 @@ def write_gguf(
         quantisation: Type of the matrices; vectors are in F32.
         architecture: What the file says it is.
         splitting: ``tokenizer.ggml.pre``.
-        fields: Further text fields.
+        fields: Further fields, of text or small numbers.
         leave_out: Name of a tensor that is not written.
     """
     config = model.config
@@ -96,7 +96,7 @@ def write_gguf(
     writer.add_vocab_size(config.vocab_size)
     _add_tokenizer(writer, splitting)
     for key, value in (fields or {}).items():
-        writer.add_string(key, value)
+        (writer.add_uint16 if isinstance(value, int) else writer.add_string)(key, value)
     kind = gguf.GGMLQuantizationType[quantisation]
     for name, tensor in _stored(model).items():
         if name == leave_out:

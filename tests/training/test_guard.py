@@ -12,7 +12,7 @@ from tiny_training import Poison, tiny_data, tiny_model, tiny_run
 from photon_train.config import RunConfig, TrainSettings
 from photon_train.errors import PhotonError
 from photon_train.training.accelerator import make_accelerator
-from photon_train.training.guard import GuardState, SpikeGuard
+from photon_train.training.guard import GuardState, SpikeGuard, _whole
 from photon_train.training.loop import TrainResult, train
 from photon_train.training.lora import add_lora
 
@@ -87,6 +87,12 @@ def test_under_fp16_an_infinite_gradient_is_left_to_the_scaler():
     for norm in (math.inf, math.nan):
         assert step(guard, 1.0, norm) is None and guard.state.norms == []
     assert step(guard, math.nan, 1.0) == "loss nan"
+
+
+def test_the_norm_of_several_groups_is_that_of_all_their_gradients():
+    """Before DeepSpeed's loss scale is divided out; it writes -1 for one that is not finite."""
+    assert _whole([3.0, 4.0], 2.0) == 2.5 and _whole([6.0], 1.0) == 6.0
+    assert math.isnan(_whole([3.0, -1.0], 1.0))
 
 
 def test_too_many_in_a_row_or_in_all_end_the_run():

@@ -70,6 +70,12 @@ def test_the_rate_that_is_logged_is_the_steps_own(tmp_path):
     assert rates == pytest.approx([config.train.learning_rate * factor for factor in (0.5, 1.0, 0.55)])
 
 
+def test_the_tokens_of_all_micro_batches_count(tmp_path):
+    config = tiny_run(max_steps=2, batch_size=1, gradient_accumulation_steps=3, eval_every=0, save_every=0)
+    result = run(config, tmp_path)
+    assert result.tokens == result.metrics["train/tokens"] == 2 * 3 * config.train.seq_len
+
+
 @pytest.mark.parametrize("norm", [0.25, 1e6])
 def test_gradients_are_clipped_to_the_norm_that_is_set(norm, tmp_path, monkeypatch):
     config, seen = tiny_run(max_steps=1, max_grad_norm=norm, save_every=0, eval_every=0), []
