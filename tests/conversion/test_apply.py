@@ -320,6 +320,20 @@ def test_calibration_gives_units_the_norm_of_what_they_summarise(dense, tmp_path
     assert medians[0] == pytest.approx(medians[1], rel=0.1)
 
 
+def test_a_decoder_reads_tokens_as_long_as_its_slots_but_for_the_first_group(dense, tmp_path):
+    """Whose slots come from a start state of zeros; of a text of few groups it would count."""
+    run_conversion(dense, tmp_path / "photon", RunConfig(preset="split"))
+    model, batch, seen = load(tmp_path / "photon"), text()[0][:1, :32], []
+    calibrate(model, [batch])
+    for module in (model.model.levels[1].converter, model.model.levels[1].decoder.input_scale):
+        module.register_forward_hook(lambda module, inputs, output: seen.append(output[0].norm(dim=-1)))
+    with torch.no_grad():
+        model.model(batch, use_cache=False)
+    slots, units = seen[0][:2], seen[1][:8]  # groups of 16 tokens, each of 4 units
+    assert abs(slots[0] - slots[1]).max() > 0.01
+    assert units.median().item() == pytest.approx(slots[1:].median().item(), rel=1e-4)
+
+
 def test_a_conversion_on_text_sets_the_scales_in_the_checkpoint(dense, tmp_path):
     settings, names = RunConfig(preset="split"), []
     written = tmp_path / "photon"

@@ -15,7 +15,7 @@ from photon_kernels import (
     paged_decode_attention,
     window_decode_attention,
 )
-from photon_kernels._attention_config import choose_num_splits
+from photon_kernels._attention_config import AttentionConfig, choose_num_splits
 
 
 @pytest.fixture
@@ -79,6 +79,13 @@ def test_other_tiles_give_the_same(kernel, device):
     for change in changes[:3]:
         with tables.trial({case: change}):
             torch.testing.assert_close(run("triton"), expected, atol=2e-5, rtol=2e-5)
+
+
+def test_what_is_tried_is_possible_and_another_than_what_is_there():
+    default = AttentionConfig(block_n=16, block_m=32, block_d=64, num_warps=4, num_stages=3)
+    changes = list(tables.candidates(default))
+    assert len(changes) == 2 * 2 * 3 - 1 and {change["block_n"] for change in changes} == {16, 32}
+    assert all(default._replace(**change) != default for change in changes)
 
 
 def test_a_launch_uses_the_table_of_its_device(table, monkeypatch, device):
