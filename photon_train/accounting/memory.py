@@ -6,6 +6,7 @@ fragmentation come on top.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -134,18 +135,20 @@ class TrainingMemory:
 def _targets(costs: Any, setup: TrainingSetup) -> set[str]:
     """Linear layers that are trained or have adapters, and `EXPERTS` where these are named."""
     named = setup.target_modules if setup.rank else None
-    return set(costs.shape.linears if named is None else named)
+    return set(costs.shape.linear_names if named is None else named)
 
 
-def _layer_bytes(costs: Any, setup: TrainingSetup) -> float:
-    """Bytes that autograd keeps of a decoder layer per position.
+def _layer_bytes(costs: Any, setup: TrainingSetup) -> tuple[float, float]:
+    """Bytes that autograd keeps of a decoder layer per position: in the mean over the layers, and at the most.
 
     The inputs of the norms in fp32; what the projections' adapters read; queries, keys and values after rotation, the
     attention's output and log-sum-exp; three inner states of the MLP and their product. Without autocast adapters share
-    one input; under autocast each keeps a cast of its own.
+    one input; under autocast each keeps a cast of its own. What a recurrent layer has in place of attention keeps what
+    its linear maps put out, once more after the convolution, and what the last of them reads.
     """
     shape, targets, stream = costs.shape, _targets(costs, setup), setup.stream_bytes
     inner, queries, keys = shape.inner, shape.linears["q_proj"][0], shape.kv // 2
+    gate_up, down = {shape.names[name] for name in FUSED["gate_up_proj"]}, shape.names["down_proj"]
     compute = setup.compute_bytes
 
     def inputs(names: set[str]) -> int:
@@ -154,17 +157,26 @@ def _layer_bytes(costs: Any, setup: TrainingSetup) -> float:
             return count * shape.hidden * compute
         return min(count, 1) * shape.hidden * stream
 
-    kept = 2 * 4 * shape.hidden + inputs(set(FUSED["qkv_proj"])) + inputs(set(FUSED["gate_up_proj"]))
-    if shape.head_norms:
-        kept += 4 * (queries + keys)
+    def adapters(names: Iterable[str]) -> int:
+        return compute * setup.rank * len(targets & set(names))
+
+    kept = 2 * 4 * shape.hidden + inputs(gate_up)
     if not setup.rank:  # trained norms keep what they scale
         kept += 2 * stream * shape.hidden
-    kept += compute * (2 * queries + 2 * keys + 3 * inner + ("down_proj" in targets) * inner)
+    kept += compute * (3 * inner + (down in targets) * inner) + adapters({*shape.linears} - {*shape.attention})
     if shape.mixture is not None:
         # Each expert's share of a token: its input, and its output before and after the router's weight.
         kept += 3 * shape.mixture.active * shape.hidden * compute
         kept += (not setup.rank or EXPERTS in targets) * inner * compute
-    return kept + 4 * shape.heads + compute * setup.rank * len(targets & set(shape.linears))
+    attention = inputs(set(FUSED["qkv_proj"])) + 4 * (queries + keys) * shape.head_norms
+    attention += compute * (2 * queries + 2 * keys) + 4 * shape.heads + adapters(shape.attention)
+    if shape.mixer is None:
+        return kept + attention, kept + attention
+    *first, (_, read) = shape.mixer.linears.values()
+    mixer = inputs({*list(shape.mixer.linears)[:-1]}) + compute * (2 * sum(outputs for outputs, _ in first) + read)
+    mixer += adapters(shape.mixer.linears)
+    share = len(shape.recurrent) / shape.layers
+    return kept + share * mixer + (1 - share) * attention, kept + max(mixer, attention)
 
 
 def _adapted_experts(costs: Any, setup: TrainingSetup) -> int:
@@ -182,7 +194,8 @@ def _cast_weights(photon: Any, costs: Any, setup: TrainingSetup) -> tuple[int, i
     shape, trained = costs.shape, trainable_parameters(photon, setup.rank, setup.target_modules)
     if setup.weight_bytes < 4 and setup.rank:
         return 0, 2 * trained
-    return 2 * costs.num_layers * shape.layer_matrices, 2 * (shape.vocab * shape.hidden + trained * bool(setup.rank))
+    layers = costs.num_layers * shape.layer_matrices + shape.all_matrices - shape.layers * shape.active_matrices
+    return 2 * layers, 2 * (shape.vocab * shape.hidden + trained * bool(setup.rank))
 
 
 def activation_bytes(photon: Any, setup: TrainingSetup) -> int:
@@ -200,7 +213,7 @@ def activation_bytes(photon: Any, setup: TrainingSetup) -> int:
     head = min(tokens * shape.vocab, LOGIT_CHUNK) * (_DISTILLATION if setup.distill else _CROSS_ENTROPY)
     if setup.distill or setup.distill_hidden:  # the dense model's states, and the student's difference from them
         kept += tokens * hidden * stream * (2 if setup.distill_hidden else 1)
-    positions, layer = tokens * costs.layer_positions, _layer_bytes(costs, setup)
+    positions, (layer, largest) = tokens * costs.layer_positions, _layer_bytes(costs, setup)
     widest = tokens * costs.widest
     backward = widest * (3 * inner * compute + 2 * hidden * stream)
     experts = _adapted_experts(costs, setup)
@@ -209,7 +222,7 @@ def activation_bytes(photon: Any, setup: TrainingSetup) -> int:
         kept += positions * hidden * stream
         backward += widest_memory
         shared = 4 * hidden if stream == 4 else 0  # the layer's input is the first norm's
-        backward += widest * (layer - shared) + cast_layers // costs.num_layers + experts
+        backward += widest * (largest - shared) + cast_layers // costs.num_layers + experts
     else:
         kept += positions * layer + memory + cast_layers + costs.num_layers * experts
     return int(kept + cast_others + max(head, backward))

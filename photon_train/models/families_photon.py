@@ -31,7 +31,11 @@ CLASS_PREFIXES = {
     "mixtral": "Mixtral",
     "olmoe": "Olmoe",
     "qwen3_moe": "Qwen3Moe",
+    "lfm2": "Lfm2",
+    "qwen3_5_text": "Qwen3_5",
 }
+# What `layer_types` calls layers that have a state of constant size in place of attention.
+RECURRENT = ("conv", "linear_attention")
 # Families whose layers are Llama's but for biases and norms of heads: what takes layers apart knows no others.
 LLAMA_LIKE = ("llama", "mistral", "qwen2", "qwen3")
 # Families that rotate neighbouring dimensions (2i, 2i + 1) together; the others rotate i and i + D / 2.
@@ -105,7 +109,7 @@ def family(model_type: str) -> Family:
         causal_lm=getattr(module, f"{prefix}ForCausalLM"),
         layer=getattr(module, f"{prefix}DecoderLayer"),
         norm=getattr(module, f"{prefix}RMSNorm", None) or getattr(module, f"{prefix}LayerNorm"),
-        rotary=getattr(module, f"{prefix}RotaryEmbedding"),
+        rotary=getattr(module, f"{prefix}RotaryEmbedding", None) or getattr(module, f"{text}RotaryEmbedding"),
     )
 
 

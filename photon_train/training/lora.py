@@ -13,7 +13,8 @@ from transformers import PreTrainedModel
 from photon_train.accounting.shape import Shape
 from photon_train.config import LoraSettings, TrainSettings
 from photon_train.errors import PhotonError
-from photon_train.linears import EXPERTS, FUSED, LINEARS
+from photon_train.layouts import LAYOUTS
+from photon_train.linears import EXPERTS, FUSED
 from photon_train.models.experts_photon import HELD
 
 
@@ -44,7 +45,7 @@ def check_targets(settings: LoraSettings, dense: Any) -> None:
     shape, targets = Shape.of(dense), settings.target_modules
     if targets is not None:
         experts = [EXPERTS] if shape.mixture else []
-        _check_names(targets, {*shape.linears, *experts, "lm_head"}, "the model")
+        _check_names(targets, {*shape.linear_names, *experts, "lm_head"}, "the model")
         _check_head(targets, shape.tied)
         _check_experts(settings)
 
@@ -98,7 +99,9 @@ def lora_targets(model: nn.Module, settings: LoraSettings) -> list[str]:
     # A dense model may hold linear layers stacked; its PHOTON model holds them apart.
     fused = {part: whole for whole, parts in FUSED.items() if whole in found for part in parts}
     if settings.target_modules is None:
-        wanted = {fused.get(target, target) for target in LINEARS} & found
+        # Only the PHOTON models' families have a layout; any other dense model is taken for a Llama.
+        layout = LAYOUTS.get(getattr(model.config, "base_model_type", model.config.model_type), LAYOUTS["llama"])
+        wanted = {fused.get(target, target) for target in layout.linears} & found
     else:
         wanted = {fused.get(target, target) for target in settings.target_modules}
         experts = [EXPERTS] if _expert_parameters(model) else []
