@@ -9,17 +9,20 @@ import pytest
 import torch
 from tiny import GRAFTS, VOCABULARY, photon_model, tokens
 from tiny_hierarchical import HIERARCHIES, hierarchical_model
+from tiny_hybrid import HYBRIDS, hybrid_model
 from transformers import LlamaForCausalLM
 
 from photon_train.models import documents_photon
 
-MODELS = [*sorted(GRAFTS), *sorted(HIERARCHIES)]
+MODELS = [*sorted(GRAFTS), *sorted(HYBRIDS), *sorted(HIERARCHIES)]
 # One token, shorter than a unit and than a window, odd, and longer than several windows; the rows divide differently.
 LENGTHS = [[1, 2, 23, 4, 13, 31], [40, 34], [74], [3] * 20 + [14]]
 COLUMNS = 74
 
 
 def model_of(name: str):
+    if name in HYBRIDS:
+        return hybrid_model(name)
     return photon_model(name) if name in GRAFTS else hierarchical_model(name)
 
 
