@@ -29,7 +29,13 @@ class PhotonForCausalLM(LlamaForCausalLM):
     """
 
     def __new__(cls, *, vllm_config: VllmConfig, prefix: str = "") -> nn.Module:
-        return _of_family(vllm_config.model_config.hf_config.base_model_type)(vllm_config=vllm_config, prefix=prefix)
+        config = vllm_config.model_config.hf_config
+        if config.recurrent_layers:
+            raise ValueError(
+                f"exports of family {config.base_model_type} are hybrids, and this plugin has no pool of the states of "
+                "recurrent layers: use generate()"
+            )
+        return _of_family(config.base_model_type)(vllm_config=vllm_config, prefix=prefix)
 
 
 class _Grafted:

@@ -115,8 +115,8 @@ class Graft:
     def cache(self, tokens: int, dtype_bytes: int) -> tuple[int, int]:
         """Bytes of `PhotonCache` for one sequence of `tokens`: those that grow with the text, and the others.
 
-        Recurrent layers hold their states. Layers at full attention grow by each token, memory layers by each unit that has left the window. A windowed
-        layer always holds its sinks and its ring, a local one its own window.
+        Layers at full attention grow by each token, memory layers by each unit that has left the window. A windowed
+        layer always holds its sinks and its ring, a local one its own window, a recurrent one its states.
         """
         config = self.config
         growing = self._full * tokens * self.shape.kv * dtype_bytes

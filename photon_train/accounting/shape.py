@@ -165,7 +165,9 @@ class Shape:
     @property
     def inner(self) -> int:
         """Inner states of a token's MLP, of all its experts together."""
-        return self.linears[self.names["up_proj"]][0] if self.mixture is None else self.mixture.active * self.mixture.inner
+        if self.mixture is not None:
+            return self.mixture.active * self.mixture.inner
+        return self.linears[self.names["up_proj"]][0]
 
     def _matrices(self, experts: int) -> int:
         own = sum(outputs * inputs for outputs, inputs in self.linears.values())

@@ -138,8 +138,8 @@ class PhotonCache(RowCache):
     """Cache of `PhotonForCausalLM`.
 
     Grows with the text: memory layers (one latent per unit that has left the window) and full-attention layers (one key
-    and value per token). Everything else is constant, such as the states of recurrent layers, which are transformers' own.
-    `accounting` has the formula.
+    and value per token). Everything else is constant, such as the states of recurrent layers, which transformers' own
+    cache layers hold. `accounting` has the formula.
 
     Args:
         config: The model's.
@@ -224,7 +224,8 @@ class PhotonCache(RowCache):
 
         Raises:
             ValueError: for a positive number, more tokens than a row has, recurrent layers, and where windowed layers
-                have overwritten what the shorter sequence sees. A cache made with `rollback` takes that many back at any length.
+                have overwritten what the shorter sequence sees. A cache made with `rollback` takes that many back at
+                any length.
         """
         if tokens_to_remove > 0:
             raise ValueError(f"crop({tokens_to_remove}): give the tokens to take back as a negative number")

@@ -68,7 +68,8 @@ def check_padding(config: PhotonConfig, mask: torch.Tensor | None, rows: Rows) -
         )
     if getattr(config, "conv_bias", False):
         raise ValueError(
-            "a convolution with conv_bias=True reads padding into the cache: give rows of one length, or use_cache=False"
+            "a convolution with conv_bias=True reads padding into the cache: give rows of one length, or "
+            "use_cache=False"
         )
 
 

@@ -152,7 +152,8 @@ def test_hidden_states_of_packed_documents_are_their_own(model, as_dense):
     ids, lengths = tokens(1, 30), (17, 1, 12)
     position, settings = torch.cat([torch.arange(n) for n in lengths])[None], {"output_hidden_states": True}
     packed = model(ids, position_ids=position, as_dense=as_dense, use_cache=False, **settings).hidden_states
-    alone = [model(part, as_dense=as_dense, use_cache=False, **settings).hidden_states for part in ids.split(lengths, 1)]
+    parts = ids.split(lengths, dim=1)
+    alone = [model(part, as_dense=as_dense, use_cache=False, **settings).hidden_states for part in parts]
     assert len(packed) == 5
     for layer, states in enumerate(packed):
         expected = torch.cat([each[layer] for each in alone], dim=1)
