@@ -87,6 +87,11 @@ class PhotonConfig(PretrainedConfig):
         # The class of a family's instance is made at run time and has no importable name.
         return _restore, (self.base_model_type,), self.__dict__
 
+    @classmethod
+    def is_custom_code(cls) -> bool:
+        """No: transformers 5.17 renames the layers of custom code, and its LFM2 knows its own by the old name only."""
+        return False
+
     @property
     def memory_layers(self) -> list[int]:
         """Layers with memory, in order."""

@@ -90,7 +90,7 @@ def test_a_neighbour_changes_nothing(name: str, as_dense: bool) -> None:
         assert torch.equal(one, other)
 
 
-@pytest.mark.parametrize("name", ["window", "memory", "memory-full", "block-2", "stream-2-slots"])
+@pytest.mark.parametrize("name", ["window", "memory", "memory-full", *HYBRIDS, "block-2", "stream-2-slots"])
 @torch.no_grad()
 def test_not_even_a_neighbour_that_is_no_number_changes_anything(name: str) -> None:
     """What fills a row up is never another document: a weight of zero would let it through."""
@@ -118,7 +118,7 @@ def test_gradients_are_the_sum_of_those_of_the_documents(name: str) -> None:
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
-@pytest.mark.parametrize("name", ["memory", "memory-full", "block-2", "stream-2-slots"])
+@pytest.mark.parametrize("name", ["memory", "memory-full", "delta-nets", "block-2", "stream-2-slots"])
 def test_gradient_checkpointing_changes_no_gradient(name: str, reentrant: bool) -> None:
     ids, gradients = tokens(len(LENGTHS), COLUMNS), []
     for checkpointing in (False, True):

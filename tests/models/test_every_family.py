@@ -184,7 +184,9 @@ def test_rotations_are_undone_but_for_their_length(model):
             continue
         kind = rotation_kind(config, layer)
         kinds = () if kind is None else (kind,)
-        rotated = apply(states, states, *model.model.rotary_emb(states, position, *kinds))[0]
+        # Qwen 3.5 counts time, height and width.
+        given = position.expand(3, -1, -1) if config.base_model_type == "qwen3_5_text" else position
+        rotated = apply(states, states, *model.model.rotary_emb(states, given, *kinds))[0]
         assert (rotated[:, :, 1:] - states[:, :, 1:]).abs().amax(-1).min() > 1e-3
         factor = 1.0
         if config.rope_parameters.get(kind, config.rope_parameters)["rope_type"] == "yarn":
