@@ -28,6 +28,8 @@ class MixerSizes:
         others: Name -> shape of its other parameters.
         conv_state: Elements of its convolution's state, which has the type of the layer's input.
         recurrent_state: Elements of its recurrent state, which is held in fp32.
+        kept: Numbers in fp32 that autograd keeps of a token's recurrence in transformers' reference code; kernels of
+            flash-linear-attention keep fewer.
     """
 
     block: str
@@ -35,6 +37,7 @@ class MixerSizes:
     others: Mapping[str, tuple[int, ...]]
     conv_state: int
     recurrent_state: int = 0
+    kept: int = 0
 
     @property
     def matrices(self) -> int:
@@ -63,6 +66,9 @@ def short_convolution(get: Callable[[str], Any]) -> MixerSizes:
     )
 
 
+_CHUNK = 64  # tokens that the gated delta rule computes together
+
+
 def gated_delta_net(get: Callable[[str], Any]) -> MixerSizes:
     """Qwen 3.5's: linear attention by the gated delta rule, its inputs convolved. `get` as above."""
     hidden, kernel = get("hidden_size"), get("linear_conv_kernel_dim")
@@ -76,6 +82,9 @@ def gated_delta_net(get: Callable[[str], Any]) -> MixerSizes:
         {"conv1d.weight": (convolved, 1, kernel), "dt_bias": (heads,), "A_log": (heads,), "norm.weight": (size,)},
         convolved * kernel,
         heads * key_size * size,
+        # Queries and keys (raw, normalised, decayed, times beta, solved), values likewise, five rows of a token with
+        # all others of its chunk, and a chunk's state three times.
+        heads * (9 * key_size + 5 * size + 5 * _CHUNK + 3 * key_size * size // _CHUNK),
     )
 
 

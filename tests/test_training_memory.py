@@ -34,6 +34,21 @@ EXPERTS = {
     "num_experts": 128,
     "num_experts_per_tok": 8,
 }
+_SMALL = {"hidden_size": 128, "intermediate_size": 448, "num_hidden_layers": 3, "num_attention_heads": 4}
+_SMALL |= {"num_key_value_heads": 2, "vocab_size": 2048, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+HYBRIDS = {
+    "convolutions": {"model_type": "lfm2", **_SMALL, "layer_types": ["conv", "conv", "full_attention"]},
+    "delta nets": {
+        "model_type": "qwen3_5_text",
+        **_SMALL,
+        "head_dim": 32,
+        "layer_types": ["linear_attention", "linear_attention", "full_attention"],
+        "linear_num_key_heads": 2,
+        "linear_num_value_heads": 4,
+        "linear_key_head_dim": 64,
+        "linear_value_head_dim": 32,
+    },
+}
 LARGE = {"hidden_size": 2048, "intermediate_size": 8192, "num_attention_heads": 32, "num_key_value_heads": 8}
 
 
@@ -66,6 +81,11 @@ def tool():
         {"memory": "cells", "gradient_checkpointing": True, "seq_len": 2048},
         {"shape": "experts"},
         {"shape": "experts", "seq_len": 256},
+        *(
+            {"shape": name, "memory": "cells", "seq_len": 512, "gradient_checkpointing": checkpointing}
+            for name in HYBRIDS
+            for checkpointing in (False, True)
+        ),
     ],
 )
 def test_a_measured_step_takes_what_the_formula_says(tool, changes, tmp_path, monkeypatch):
@@ -75,8 +95,9 @@ def test_a_measured_step_takes_what_the_formula_says(tool, changes, tmp_path, mo
         "tiny",
         {**tool.SHAPES["llama-2m"], "hidden_size": 64, "intermediate_size": 256, "num_hidden_layers": 3},
     )
-    monkeypatch.setitem(tool.SHAPES, "experts", EXPERTS)
-    if "shape" in changes:  # which have no adapters by default
+    for name, shape in {"experts": EXPERTS, **HYBRIDS}.items():
+        monkeypatch.setitem(tool.SHAPES, name, shape)
+    if changes.get("shape") == "experts":  # which have no adapters by default
         run_config, targets = tool.run_config, ["q_proj", "k_proj", "v_proj", "o_proj", "experts"]
         monkeypatch.setattr(
             tool, "run_config", lambda point: replace(run_config(point), lora=LoraSettings(target_modules=targets))

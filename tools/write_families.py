@@ -27,9 +27,11 @@ by name.
 Of hybrids the attention layers alone are converted. Their recurrent layers (short convolutions, gated delta nets) stay
 the family's own, their states of constant size lie in the same cache, and estimates count them. `generate()` takes
 prompts of several lengths where they are padded on the left, as these families do everywhere; packed documents become
-rows of their own in every layer. A state cannot take tokens back: assisted decoding, prompt lookup and `crop` are
-refused in one line, and so are the paged engine and vLLM, whose memory has no pool of states. Without the packages
-`causal-conv1d` and `flash-linear-attention` transformers computes these layers by its slower reference code.
+rows of their own in every layer (of the dense baseline that a run compares with, in its attention layers alone: there
+transformers' recurrent layers read on). A state cannot take tokens back: assisted decoding, prompt lookup and `crop`
+are refused in one line, and so are GGUF files, the paged engine and vLLM, whose memory has no pool of states. Without
+the packages `causal-conv1d` and `flash-linear-attention` transformers computes these layers by its slower reference
+code, for which the training memory is estimated.
 
 Families with experts keep these as they are: `--lora.target_modules` puts no adapters on them unless it names
 `experts`, checkpoints have the names that the family was published with, and estimates count all parameters and those

@@ -144,7 +144,7 @@ def _layer_bytes(costs: Any, setup: TrainingSetup) -> tuple[float, float]:
     The inputs of the norms in fp32; what the projections' adapters read; queries, keys and values after rotation, the
     attention's output and log-sum-exp; three inner states of the MLP and their product. Without autocast adapters share
     one input; under autocast each keeps a cast of its own. What a recurrent layer has in place of attention keeps what
-    its linear maps put out, once more after the convolution, and what the last of them reads.
+    its linear maps put out, once more after the convolution, what the last of them reads, and its recurrence.
     """
     shape, targets, stream = costs.shape, _targets(costs, setup), setup.stream_bytes
     inner, queries, keys = shape.inner, shape.linears["q_proj"][0], shape.kv // 2
@@ -174,7 +174,7 @@ def _layer_bytes(costs: Any, setup: TrainingSetup) -> tuple[float, float]:
         return kept + attention, kept + attention
     *first, (_, read) = shape.mixer.linears.values()
     mixer = inputs({*list(shape.mixer.linears)[:-1]}) + compute * (2 * sum(outputs for outputs, _ in first) + read)
-    mixer += adapters(shape.mixer.linears)
+    mixer += adapters(shape.mixer.linears) + 4 * shape.mixer.kept
     share = len(shape.recurrent) / shape.layers
     return kept + share * mixer + (1 - share) * attention, kept + max(mixer, attention)
 
