@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import builtins
+import json
+import os
+import subprocess
+import sys
 from dataclasses import replace
 from importlib.util import find_spec
+from pathlib import Path
 
 import pytest
 import torch
@@ -32,6 +37,13 @@ from photon_train.training.collect import gather_full_model
 from photon_train.training.loop import train
 from photon_train.training.lora import add_lora, merge_lora
 
+ROOT = Path(__file__).parents[2]
+SCRIPT = Path(__file__).with_name("run_base_bits.py")
+CONFIG = ROOT / "accelerate_configs" / "cpu_zero2.yaml"
+LAUNCHERS = {
+    "zero2": ["-m", "accelerate.commands.launch", "--main_process_port", "0", "--config_file", str(CONFIG)],
+    "ddp": ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"],
+}
 TRAIN, EVAL = tiny_data(40), tiny_data(6, seed=1)
 SETTINGS = TrainSettings(base_bits=4)
 # Whole blocks of 64 weights; `down_proj` has none.
@@ -128,7 +140,8 @@ def test_bf16_computes_in_bf16_over_the_same_codes(tmp_path, fresh_accelerator):
     config = tiny_run(base_bits=4, mixed_precision="bf16", max_steps=10)
     accelerator = make_accelerator(config, tmp_path)
     model = student(config, accelerator=accelerator)
-    assert {module.compute_dtype for module in model.modules() if is_quantised(module)} == {torch.bfloat16}
+    computed = {module.compute_dtype for module in model.modules() if hasattr(module, "compute_dtype")}
+    assert computed == {torch.bfloat16}
     result = train(model, TRAIN, EVAL, config, tmp_path, accelerator=accelerator)
     assert result.metrics["eval/ce"] < result.initial_ce - 0.1
 
@@ -168,6 +181,24 @@ def test_other_bits_are_another_run(tmp_path):
     config = replace(tiny_run(max_steps=3), resume=True)
     with pytest.raises(PhotonError, match=r"train.base_bits \(checkpoint: 4, now: 16\)"):
         train(student(config), TRAIN, EVAL, config, tmp_path)
+
+
+@needs_bitsandbytes
+@pytest.mark.distributed
+@pytest.mark.slow
+@pytest.mark.parametrize("launcher", ["zero2", "ddp"])
+def test_two_processes_compute_what_one_computes(launcher, tmp_path):
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
+    environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "tests" / "support"), *sys.path])
+    found = []
+    for options, output, batch_size in ([], tmp_path / "one", 4), (LAUNCHERS[launcher], tmp_path / "two", 2):
+        command = [sys.executable, *options, str(SCRIPT), str(output), str(batch_size)]
+        done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=280)
+        assert done.returncode == 0, done.stderr[-4000:]
+        found.append(json.loads((output / "found.json").read_text()))
+    assert [each["processes"] for each in found] == [1, 2]
+    for key in ("train/loss", "train/grad_norm", "eval/ce", "exported"):
+        assert found[1][key] == pytest.approx(found[0][key], rel=1e-4), key
 
 
 # --- export ---
