@@ -37,6 +37,7 @@ def run_config(options: argparse.Namespace, bits: int) -> RunConfig:
             base_bits=bits,
             max_steps=options.steps,
             seq_len=options.seq_len,
+            learning_rate=options.learning_rate,
             batch_size=options.batch_size,
             warmup_steps=options.steps // 10,
             mixed_precision="no",
@@ -88,6 +89,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--model", type=Path, required=True, help="directory of a dense checkpoint")
     parser.add_argument("--output", type=Path, required=True, help="JSON to write")
     parser.add_argument("--steps", type=int, default=40)
+    parser.add_argument("--learning-rate", type=float, default=2e-4)
     parser.add_argument("--seq-len", type=int, default=256)
     parser.add_argument("--batch-size", type=int, default=2)
     parser.add_argument("--eval-sequences", type=int, default=32)

@@ -94,8 +94,8 @@ FAMILIES: dict[str, Family] = {
         Family(
             "gpt_oss",
             "gpt-oss 20B, 120B",
-            specials="a sink logit per head, once in the softmax of near and far keys (not by flex kernels: fused='yes' "
-            "is refused); local layers stay; experts with biases in every layer; MXFP4 weights are dequantised",
+            specials="a sink logit per head, once in the softmax of near and far keys (not by flex kernels: refused); "
+            "local layers stay; experts with biases in every layer; MXFP4 weights are dequantised",
         ),
         Family("granitemoe", "Granite 3.x MoE 1B-A400M, 3B-A800M", specials="as `granite`; experts in every layer"),
         Family("mixtral", "Mixtral 8x7B, 8x22B", specials="experts in every layer; sliding_window as `mistral`"),
