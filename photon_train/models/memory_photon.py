@@ -22,7 +22,7 @@ from torch import nn
 from transformers import initialization as init
 
 from .configuration_photon import PhotonConfig
-from .quantize_photon import StraightThrough, dequantize, quantize
+from .quantize_photon import StoredVectors, StraightThrough, dequantize, quantize
 from .softmax_photon import capped
 from .stores_photon import KeyValue
 
@@ -179,16 +179,16 @@ class LayerMemory(nn.Module):
     def attend_folded(
         self,
         content: torch.Tensor,
-        latents: KeyValue,
+        stored: tuple[torch.Tensor, ...],
         visible: torch.Tensor,
         scale: float,
         softcap: float | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Attention of one query per row over latents that are never unpacked.
+        """Attention of one query per row over latents that are neither unpacked nor, if quantised, scaled.
 
         Args:
             content: Queries that read far with their rotation undone, ``[n, H, D]``.
-            latents: Their halves, ``[n, m, U, D]``.
+            stored: The latents as the cache stores them (`pack`), ``[n, m, U, size]`` each.
             visible: Which tokens under units each query sees, ``[n, U * S]``.
             scale, softcap: Factor on the dot products, and the bound of what they become (`capped`).
 
@@ -196,20 +196,40 @@ class LayerMemory(nn.Module):
             Output ``[n, H, 1, D]`` and log-sum-exp ``[n, H, 1]``, -inf where nothing is seen.
         """
         folded, bias = self.fold_queries(content)
-        # Head by head of the latents as they lie: what is as long as the text is never moved.
-        pieces = [half[:, head] for half in latents for head in range(self.heads)]
-        reads, mixes = (pieces, pieces) if self.num_latents == 1 else (pieces[: self.heads], pieces[self.heads :])
-        queries = folded.flatten(1, 2).split(self.head_dim, dim=-1)
-        scores = sum(query @ states.transpose(1, 2) for query, states in zip(queries, reads, strict=True))
-        scores = (scores.unflatten(1, bias.shape[1:]) + bias[..., None]).float() * scale
-        # ``[n, S, U]``, as the scores of each head.
-        hidden = ~visible.unflatten(-1, (-1, self.chunk_size)).transpose(1, 2)
-        scores = capped(scores, softcap).masked_fill_(hidden[:, None], -torch.inf)
-        lse = scores.flatten(2).logsumexp(dim=-1)
-        weights = (scores - lse[..., None, None]).exp_().nan_to_num_(0.0).to(content.dtype)
-        mixed = torch.cat([weights.flatten(1, 2) @ states for states in mixes], dim=-1)
-        out = self.unfold_values(mixed.unflatten(1, bias.shape[1:]), weights.sum(-1))
+        scales = stored[2:] or (None, None)
+        halves = [StoredVectors(*half, self.bits, content.dtype) for half in zip(stored[:2], scales, strict=True)]
+        # ``[n, 1, S, U]``, for the scores of every head.
+        hidden = ~visible.unflatten(-1, (-1, self.chunk_size)).transpose(1, 2)[:, None]
+        parts, begin = [], 0
+        for piece in zip(*(half.pieces() for half in halves), strict=True):
+            stop = begin + piece[0].states.shape[2]
+            parts.append(self._attend_piece(folded, bias, piece, hidden[..., begin:stop], scale, softcap))
+            begin = stop
+        mixed, mass, lses = (torch.stack(each) for each in zip(*parts, strict=True))
+        lse = lses.logsumexp(dim=0)
+        shares = (lses - lse).exp().nan_to_num(0.0)[..., None]
+        out = self.unfold_values((mixed * shares[..., None]).sum(0).to(content.dtype), (mass * shares).sum(0))
         return out[:, :, None], lse[..., None]
+
+    def _attend_piece(
+        self,
+        folded: torch.Tensor,
+        bias: torch.Tensor,
+        halves: tuple[StoredVectors, ...],
+        hidden: torch.Tensor,
+        scale: float,
+        softcap: float | None,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Sums ``[n, H, S, C]`` of some latents under their softmax, weights' ``[n, H, S]``, log-sum-exp ``[n, H]``."""
+        reads, mixes = (halves, halves) if self.num_latents == 1 else (halves[:1], halves[1:])
+        queries = folded.flatten(1, 2).chunk(len(reads), dim=-1)
+        scores = sum(part.dot(query) for query, part in zip(queries, reads, strict=True))
+        scores = (scores.unflatten(1, bias.shape[1:]) + bias[..., None]) * scale
+        scores = capped(scores, softcap).masked_fill_(hidden, -torch.inf)
+        lse = scores.flatten(2).logsumexp(dim=-1)
+        weights = (scores - lse[..., None, None]).exp_().nan_to_num_(0.0)
+        mixed = torch.cat([part.mix(weights.flatten(1, 2)) for part in mixes], dim=-1)
+        return mixed.unflatten(1, bias.shape[1:]), weights.sum(-1), lse
 
 
 def initialize(module: nn.Module) -> bool:

@@ -168,10 +168,9 @@ class MemorySegment(WindowSegment):
             )
             return memory.unfold_values(mixed, mass)[:, :, None].to(content.dtype), lse[..., None]
         stored = self.units.read(layer, self.new.rows, max(self.host_packed[1]) if self.host_packed else None)
-        latents = memory.load(stored, content.dtype)
-        token = torch.arange(latents[0].shape[2] * self.chunk_size, device=content.device)
+        token = torch.arange(stored[0].shape[2] * self.chunk_size, device=content.device)
         visible = (token // self.chunk_size < self.after[:, None]) & (token >= self.num_sinks)
-        return memory.attend_folded(content[:, :, 0], latents, visible.expand(self.new.batch, -1), scale, softcap)
+        return memory.attend_folded(content[:, :, 0], stored, visible.expand(self.new.batch, -1), scale, softcap)
 
     @cached_property
     def _departed(self) -> tuple[torch.Tensor | None, torch.Tensor]:

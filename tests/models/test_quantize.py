@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from photon_train.models.quantize_photon import StraightThrough, dequantize, quantize
+from photon_train.models.quantize_photon import StoredVectors, StraightThrough, dequantize, quantize
 
 BITS = [8, 4]
 SHAPES = [(2,), (3, 8), (2, 3, 5, 64), (1, 1, 7, 128), (0, 4), (4, 0, 6)]
@@ -137,3 +137,28 @@ def test_gradients_pass_straight_through():
     upstream = torch.randn(3, 8)
     out.backward(upstream)
     assert torch.equal(states.grad, upstream) and rounded.grad is None
+
+
+@pytest.mark.parametrize("bits", [16, 8, 4])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_products_with_stored_vectors(bits, dtype, monkeypatch):
+    """In several pieces, the last one short; of heads that lie between each other's vectors."""
+    monkeypatch.setattr("photon_train.models.quantize_photon.PIECE", 64)
+    generator = torch.Generator().manual_seed(0)
+    vectors = torch.randn(2, 150, 3, 8, generator=generator).to(dtype).transpose(1, 2)
+    queries = torch.randn(2, 5, 24, generator=generator).to(dtype)
+    weights = torch.randn(2, 5, 150, generator=generator).softmax(-1)
+    codes, scales, exact = vectors, None, vectors.double()
+    if bits < 16:
+        codes, scales = quantize(vectors, bits)
+        exact = dequantize(codes, scales, bits, torch.float64)
+    stored = StoredVectors(codes, scales, bits, dtype)
+    joined = exact.transpose(1, 2).flatten(2)
+    tolerance = {"atol": 6e-2, "rtol": 2e-2} if dtype == torch.bfloat16 else {"atol": 1e-5, "rtol": 1e-5}
+    pieces = stored.pieces()
+    assert len(pieces) == (1 if bits == 16 else 3)
+    found = torch.cat([piece.dot(queries) for piece in pieces], dim=-1)
+    torch.testing.assert_close(found.double(), queries.double() @ joined.transpose(1, 2), **tolerance)
+    shares = weights.split([piece.states.shape[2] for piece in pieces], dim=-1)
+    found = sum(piece.mix(share).double() for piece, share in zip(pieces, shares, strict=True))
+    torch.testing.assert_close(found, weights.double() @ joined, **tolerance)
