@@ -24,6 +24,8 @@ class Layout:
         biases_by_key: Linear maps that have a bias when the named key of the configuration is true.
         fused: Linear maps that are stored as one (names of `FUSED`).
         experts: Whether every layer has experts in place of one MLP.
+        expert_biases: Whether these and their router have biases, and matrices as (inputs, outputs).
+        sink_logits: Whether every head has a logit of its own in the softmax.
     """
 
     norms: tuple[str, ...] = _BEFORE
@@ -32,6 +34,8 @@ class Layout:
     biases_by_key: Mapping[str, tuple[str, ...]] = field(default_factory=lambda: MappingProxyType({}))
     fused: tuple[str, ...] = ()
     experts: bool = False
+    expert_biases: bool = False
+    sink_logits: bool = False
 
     def vectors(
         self, linears: Mapping[str, tuple[int, int]], hidden: int, head_dim: int, is_set: Callable[[str], bool]
@@ -49,6 +53,8 @@ class Layout:
             whole = self.query_norms == "layer"
             for name in ("q", "k"):
                 found[f"self_attn.{name}_norm.weight"] = linears[f"{name}_proj"][0] if whole else head_dim
+        if self.sink_logits:
+            found["self_attn.sinks"] = linears["q_proj"][0] // head_dim
         biased = {*self.biases, *(name for key, names in self.biases_by_key.items() if is_set(key) for name in names)}
         for name in linears:
             if name in biased:
@@ -79,6 +85,7 @@ LAYOUTS: dict[str, Layout] = {
         fused=("gate_up_proj",),
     ),
     "ministral3": Layout(),
+    "gpt_oss": Layout(biases_by_key=_BIASED_ATTENTION, experts=True, expert_biases=True, sink_logits=True),
     "granitemoe": Layout(biases_by_key=_BIASED_ATTENTION, experts=True),
     "mixtral": Layout(experts=True),
     "olmoe": Layout(query_norms="layer", biases_by_key=_BIASED_ATTENTION, experts=True),

@@ -104,9 +104,9 @@ class UnitsSegment(PagedWindowSegment, MemorySegment):
 
     units: PagedUnits
 
-    def attend(self, module, query, key, value, scale, softcap=None):
+    def attend(self, module, query, key, value, scale, softcap=None, sink_logits=None):
         kind = MemorySegment if module.memory.cells else WindowSegment  # cells may be other ranks'
-        return kind.attend(self, module, query, key, value, scale, softcap)
+        return kind.attend(self, module, query, key, value, scale, softcap, sink_logits)
 
     @cached_property
     def _packing(self) -> tuple[torch.Tensor, torch.Tensor, tuple[torch.Tensor, ...], SlotMapping]:

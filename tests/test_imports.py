@@ -42,7 +42,7 @@ ENTRY_POINTS = {"recipes", "tests", "lib", *TOOLS}
 # Importer -> which of these it may import nevertheless: nobody imports recipes, and only tests a script.
 MAY_ENTER = {"recipes": set(), "tools/lib": {"lib"}, "tools": {"lib"}, "tests": ENTRY_POINTS - {"recipes"}}
 LAZY = {"deepspeed", "matplotlib", "wandb", "liger_kernel", "tensorboard", "tensorboardX", "datasets", "pyarrow"}
-LAZY |= {"lm_eval", "vllm", "gguf"}
+LAZY |= {"lm_eval", "vllm", "gguf", "bitsandbytes"}
 
 
 def sources(folder: Path) -> list[Path]:

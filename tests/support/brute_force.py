@@ -31,6 +31,7 @@ class Rules:
         gain: Factor on the query at a position.
         norms: Norm of projected queries or keys ``[T, heads, D]``, given its weight.
         window: Tokens that a local layer sees; None: the layer is PHOTON's.
+        has_sink_logits: Whether each head has a key of value zero, with a learned score.
     """
 
     theta: float
@@ -42,6 +43,7 @@ class Rules:
     gain: Callable[[int], float] = lambda position: 1.0
     norms: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None = None
     window: int | None = None
+    has_sink_logits: bool = False
 
 
 def rotate(vector: torch.Tensor, position: int, rules: Rules) -> torch.Tensor:
@@ -131,6 +133,9 @@ def attention(
             scores = torch.stack(scores) * (size**-0.5 if rules.scale is None else rules.scale)
             if rules.softcap is not None:
                 scores = rules.softcap * (scores / rules.softcap).tanh()
+            if rules.has_sink_logits:
+                scores = torch.cat([scores, own["self_attn.sinks"][head : head + 1]])
+                values.append(torch.zeros(size, dtype=torch.float64))
             shares = scores.softmax(0)
             out[query, head] = shares @ torch.stack(values)
     return out.view(length, heads * size) @ own["self_attn.o_proj.weight"].T + own.get("self_attn.o_proj.bias", 0)
