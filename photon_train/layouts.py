@@ -118,6 +118,8 @@ class Layout:
         names: Llama's name -> the family's own, of linear maps and norms of heads.
         gated: Whether the map of queries also gives a gate on the attention's output, of the same size.
         mixer: What recurrent layers have in place of attention; None: there are none.
+        expert_biases: Whether these and their router have biases, and matrices as (inputs, outputs).
+        sink_logits: Whether every head has a logit of its own in the softmax.
     """
 
     norms: tuple[str, ...] = _BEFORE
@@ -131,6 +133,8 @@ class Layout:
     names: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
     gated: bool = False
     mixer: Mixer | None = None
+    expert_biases: bool = False
+    sink_logits: bool = False
 
     def named(self, names: Iterable[str]) -> list[str]:
         """The family's own names for Llama's."""
@@ -161,6 +165,8 @@ class Layout:
             whole = self.query_norms == "layer"
             for name, norm in zip(("q_proj", "k_proj"), self.named(("q_norm", "k_norm")), strict=True):
                 found[f"self_attn.{norm}.weight"] = linears[name][0] if whole else head_dim
+        if self.sink_logits:
+            found["self_attn.sinks"] = linears["q_proj"][0] // head_dim
         biased = {*self.biases, *(name for key, names in self.biases_by_key.items() if is_set(key) for name in names)}
         for name in linears:
             if name in biased:
@@ -191,6 +197,7 @@ LAYOUTS: dict[str, Layout] = {
         fused=("gate_up_proj",),
     ),
     "ministral3": Layout(),
+    "gpt_oss": Layout(biases_by_key=_BIASED_ATTENTION, experts=True, expert_biases=True, sink_logits=True),
     "granitemoe": Layout(biases_by_key=_BIASED_ATTENTION, experts=True),
     "mixtral": Layout(experts=True),
     "olmoe": Layout(query_norms="layer", biases_by_key=_BIASED_ATTENTION, experts=True),

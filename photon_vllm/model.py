@@ -10,7 +10,9 @@ from torch import nn
 from vllm.config import VllmConfig
 from vllm.model_executor.models.llama import LlamaForCausalLM
 from vllm.model_executor.models.registry import ModelRegistry
+from vllm.platforms import current_platform
 
+from photon_train.host_memory import keep_freed_memory
 from photon_train.models.configuration_photon import PhotonConfig
 from photon_train.models.families_photon import CLASS_PREFIXES, family
 from photon_train.models.modeling_photon import rotation
@@ -44,6 +46,8 @@ class _Grafted:
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         config = vllm_config.model_config.hf_config
         check(vllm_config)
+        if current_platform.is_cpu():
+            keep_freed_memory()
         compilation = vllm_config.compilation_config
         if compilation.splitting_ops is not None and SPLITTING_OP not in compilation.splitting_ops:
             compilation.splitting_ops.append(SPLITTING_OP)

@@ -79,6 +79,9 @@ def tool():
         {"weights": "bfloat16"},  # trained in fp32, as there is no mixed precision
         {"memory": "cells"},
         {"memory": "cells", "gradient_checkpointing": True, "seq_len": 2048},
+        {"base_bits": 4, "seq_len": 64},
+        {"base_bits": 4, "weights": "bfloat16", "gradient_checkpointing": True},
+        {"base_bits": 4, "shape": "llama-2m", "seq_len": 32},
         {"shape": "experts"},
         {"shape": "experts", "seq_len": 256},
         *(
@@ -90,6 +93,8 @@ def tool():
 )
 def test_a_measured_step_takes_what_the_formula_says(tool, changes, tmp_path, monkeypatch):
     """In this process, through the real loop; within 15%."""
+    if changes.get("base_bits"):
+        pytest.importorskip("bitsandbytes")
     monkeypatch.setitem(
         tool.SHAPES,
         "tiny",
@@ -145,6 +150,16 @@ def test_offloading_moves_bytes_to_main_memory():
         away = training_memory(config, TrainingSetup(64, zero_stage=stage, num_processes=2, offload=True))
         assert away.optimizer == 0 and away.device < kept.device and away.host > kept.optimizer
         assert (away.weights == 0) == (stage == 3)
+
+
+def test_a_base_in_4_bits_takes_a_quarter_of_16_and_is_not_divided():
+    config, setup = large_graft(), TrainingSetup(2048, zero_stage=2, num_processes=2)
+    whole, rounded = (training_memory(config, replace(setup, base_bits=bits)) for bits in (16, 4))
+    linears = 16 * (2 * 2048 * 2048 + 2 * 512 * 2048 + 3 * 2048 * 8192)
+    # A code of half a byte, a byte per 64 weights and a float per 64 * 256.
+    assert whole.weights - rounded.weights == int(linears * (2 - 0.5 - 1 / 64 - 1 / 4096))
+    fit = find_fit(config, replace(setup, base_bits=4), 2**31)
+    assert {option.config for option in fit.options} == {"zero2"}
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])

@@ -6,7 +6,7 @@ fragmentation come on top.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +21,9 @@ _CROSS_ENTROPY, _DISTILLATION = 12, 32
 # DeepSpeed's defaults, in elements: gathered weights are kept if they are used again within `max_reuse_distance`, and
 # half of that lies before the end of the forward pass; `prefetch_bucket_size`; smaller parameters are kept whole.
 _KEPT_GATHERED, _PREFETCHED, _PERSISTENT = 5 * 10**8, 5 * 10**7, 10**5
+# Bytes per weight in 4 bits: its code, a factor of one byte per 64 weights, and of these an fp32 one per 256.
+_BLOCK = 64
+_IN_4_BITS = 1 / 2 + 1 / _BLOCK + 4 / (_BLOCK * 256)
 
 
 @dataclass(frozen=True)
@@ -41,6 +44,7 @@ class TrainingSetup:
         accumulates: Whether gradients of several micro-steps are added up.
         distill: Whether the dense model's logits are a target.
         distill_hidden: Whether its last hidden states are.
+        base_bits: Bits of a frozen linear layer's weight; 16 stands for its own type.
 
     Raises:
         ValueError: for another ZeRO stage or precision.
@@ -59,6 +63,7 @@ class TrainingSetup:
     accumulates: bool = False
     distill: bool = False
     distill_hidden: bool = False
+    base_bits: int = 16
 
     def __post_init__(self) -> None:
         if self.zero_stage not in ZERO_STAGES:
@@ -195,7 +200,31 @@ def _cast_weights(photon: Any, costs: Any, setup: TrainingSetup) -> tuple[int, i
     if setup.weight_bytes < 4 and setup.rank:
         return 0, 2 * trained
     layers = costs.num_layers * shape.layer_matrices + shape.all_matrices - shape.layers * shape.active_matrices
-    return 2 * layers, 2 * (shape.vocab * shape.hidden + trained * bool(setup.rank))
+    layers *= 2 if setup.base_bits == 16 else 0  # else cast for each use
+    return layers, 2 * (shape.vocab * shape.hidden + trained * bool(setup.rank))
+
+
+def _quantised(costs: Any, setup: TrainingSetup) -> int:
+    """Weights that are held in 4 bits: of layers whose rows are whole blocks."""
+    if setup.base_bits == 16:
+        return 0
+    shape = costs.shape
+
+    def whole(linears: Mapping[str, tuple[int, int]]) -> int:
+        return sum(outputs * inputs for outputs, inputs in linears.values() if not inputs % _BLOCK)
+
+    other = 0 if shape.mixer is None else whole(shape.mixer.linears) - whole(shape.attention)
+    return costs.num_layers * whole(shape.linears) + len(shape.recurrent) * other
+
+
+def _dequantised(costs: Any, setup: TrainingSetup) -> int:
+    """Bytes of the largest 4-bit matrix as it is multiplied with: in its own type, and cast where that is another."""
+    if setup.base_bits == 16:
+        return 0
+    mixer = costs.shape.mixer.linears if costs.shape.mixer else {}
+    largest = max(outputs * inputs for outputs, inputs in (*costs.shape.modules.values(), *mixer.values()))
+    cast = setup.compute_bytes if setup.compute_bytes != setup.weight_bytes else 0
+    return largest * (setup.weight_bytes + cast)
 
 
 def activation_bytes(photon: Any, setup: TrainingSetup) -> int:
@@ -210,12 +239,13 @@ def activation_bytes(photon: Any, setup: TrainingSetup) -> int:
     # What the first layers read, the final norm's fp32 input and its output.
     kept = tokens * hidden * (costs.inputs * stream + 4 + (compute if setup.autocast else 0))
     cast_layers, cast_others = _cast_weights(photon, costs, setup)
+    dequantised = _dequantised(costs, setup)
     head = min(tokens * shape.vocab, LOGIT_CHUNK) * (_DISTILLATION if setup.distill else _CROSS_ENTROPY)
     if setup.distill or setup.distill_hidden:  # the dense model's states, and the student's difference from them
         kept += tokens * hidden * stream * (2 if setup.distill_hidden else 1)
     positions, (layer, largest) = tokens * costs.layer_positions, _layer_bytes(costs, setup)
     widest = tokens * costs.widest
-    backward = widest * (3 * inner * compute + 2 * hidden * stream)
+    backward = widest * (3 * inner * compute + 2 * hidden * stream) + dequantised
     experts = _adapted_experts(costs, setup)
     memory, widest_memory = (tokens * compute * states for states in costs.memory_states)
     if setup.gradient_checkpointing:
@@ -235,10 +265,11 @@ def training_memory(photon: Any, setup: TrainingSetup) -> TrainingMemory:
     frozen = total - trained
     stage, processes = setup.zero_stage, setup.num_processes
     size, trained_size = setup.frozen_bytes, setup.trained_bytes
+    saved = int(_quantised(costs_of(photon), setup) * (size - _IN_4_BITS))
     shard = -(-trained // processes)
     host = step = buffers = 0
     if stage == 0:
-        weights, optimizer = frozen * size + trained * trained_size, 2 * trained * trained_size
+        weights, optimizer = frozen * size - saved + trained * trained_size, 2 * trained * trained_size
         gradients = step = trained * trained_size  # AdamW's denominators, of all parameters at once on a GPU
         buffers = gradients if processes > 1 else 0  # DDP's buckets
     else:
@@ -246,7 +277,7 @@ def training_memory(photon: Any, setup: TrainingSetup) -> TrainingMemory:
         optimizer = shard * (12 if has_masters else 8)
         gradients, step = (shard if stage >= 2 else trained) * size, 2 * shard * 4
         buffers = costs_of(photon).shape.hidden ** 2 * size  # the reduce bucket
-        weights = total * size
+        weights = total * size - saved
         if stage == 3:
             weights = -(-total // processes) * size
             buffers += min(total, _KEPT_GATHERED + _PREFETCHED) * size + gradients

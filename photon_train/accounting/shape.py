@@ -27,30 +27,37 @@ class Mixture:
         count: Experts of a layer; active: those that a token goes through.
         inner: Width of one.
         hidden: Width of the residual stream.
+        is_biased: Whether experts and router have biases; matrices are then (inputs, outputs).
     """
 
     count: int
     active: int
     inner: int
     hidden: int
+    is_biased: bool = False
 
     @property
     def held(self) -> dict[str, tuple[int, int, int]]:
         """Name -> shape of the experts' weights as the layer holds them."""
-        return {
-            "gate_up_proj": (self.count, 2 * self.inner, self.hidden),
-            "down_proj": (self.count, self.hidden, self.inner),
-        }
+        matrices = {"gate_up_proj": (2 * self.inner, self.hidden), "down_proj": (self.hidden, self.inner)}
+        return {name: (self.count, *(shape[::-1] if self.is_biased else shape)) for name, shape in matrices.items()}
+
+    @property
+    def biases(self) -> dict[str, tuple[int, int]]:
+        """Name -> shape of the experts' biases."""
+        if not self.is_biased:
+            return {}
+        return {"gate_up_proj_bias": (self.count, 2 * self.inner), "down_proj_bias": (self.count, self.hidden)}
 
     @property
     def router(self) -> int:
         """Weights of the router, which every token goes through."""
-        return self.count * self.hidden
+        return self.count * (self.hidden + self.is_biased)
 
     @property
     def expert(self) -> int:
-        """Weights of one expert."""
-        return 3 * self.inner * self.hidden
+        """Weights of one expert, biases included."""
+        return 3 * self.inner * self.hidden + self.is_biased * (2 * self.inner + self.hidden)
 
 
 @dataclass(frozen=True)
@@ -115,7 +122,7 @@ class Shape:
         else:
             width = _get(config, "moe_intermediate_size", inner)  # some families' intermediate_size is of an expert
             count = _get(config, "num_experts") or _get(config, "num_local_experts")  # a dict has one of the names
-            mixture = Mixture(count, _get(config, "num_experts_per_tok"), width, hidden)
+            mixture = Mixture(count, _get(config, "num_experts_per_tok"), width, hidden, layout.expert_biases)
         names = dict(zip((*ATTENTION, *MLP), layout.named((*ATTENTION, *MLP)), strict=True))
         linears = {names[name]: size for name, size in linears.items()}
         layers = _get(config, "num_hidden_layers")

@@ -92,6 +92,12 @@ FAMILIES: dict[str, Family] = {
             "gate and up projection are one",
         ),
         Family("ministral3", "Ministral 3", specials="queries grow with their position (llama_4_scaling_beta)"),
+        Family(
+            "gpt_oss",
+            "gpt-oss 20B, 120B",
+            specials="a sink logit per head, once in the softmax of near and far keys (not by flex kernels: refused); "
+            "local layers stay; experts with biases in every layer; MXFP4 weights are dequantised",
+        ),
         Family("granitemoe", "Granite 3.x MoE 1B-A400M, 3B-A800M", specials="as `granite`; experts in every layer"),
         Family("mixtral", "Mixtral 8x7B, 8x22B", specials="experts in every layer; sliding_window as `mistral`"),
         Family("olmoe", "OLMoE 1B-7B", specials="experts in every layer; norms of all queries and keys; clip_qkv"),
@@ -268,7 +274,9 @@ def dense_tensors(config: Any) -> dict[str, tuple[int, ...]]:
     if sizes.mixture is not None:
         experts = EXPERTS[config.model_type]
         held = {experts.router: (sizes.mixture.count, *hidden)}
-        held |= {f"experts.{name}": shape for name, shape in sizes.mixture.held.items()}
+        held |= {f"experts.{name}": shape for name, shape in (sizes.mixture.held | sizes.mixture.biases).items()}
+        if sizes.mixture.is_biased:
+            held[f"{experts.router.removesuffix('weight')}bias"] = (sizes.mixture.count,)
         for name, shape in held.items():
             stored = experts.stored(f"layer.{experts.block}.{name}", shape)
             layer.update({each.removeprefix("layer."): size for each, size in stored.items()})

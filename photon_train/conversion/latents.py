@@ -44,9 +44,9 @@ class _Recorder:
     segment: Segment
     seen: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None
 
-    def attend(self, module, query, key, value, scale, softcap=None):
+    def attend(self, module, query, key, value, scale, softcap=None, sink_logits=None):
         self.seen = query, key, value
-        return self.segment.attend(module, query, key, value, scale, softcap)
+        return self.segment.attend(module, query, key, value, scale, softcap, sink_logits)
 
 
 @dataclass

@@ -50,12 +50,6 @@ UNSUPPORTED = (
         "far keys that carry the norm's weights into the frame before the rotation",
     ),
     Unsupported(
-        ("gpt_oss",),
-        "gpt-oss 20B, 120B",
-        "every head's softmax has a learned sink logit in its denominator, which PHOTON's kernels and paths have not",
-        "that logit in every path that merges near and far keys: torch, flex, Triton and vLLM",
-    ),
-    Unsupported(
         ("gemma3", "mistral3", "qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_5", "lfm2_vl", "llama4", "gemma4"),
         "Gemma 3 4B to 27B, Mistral Small 3.1, Qwen-VL, Qwen 3.5, LFM2-VL, Llama 4",
         "it reads images beside text",

@@ -27,6 +27,7 @@ CLASS_PREFIXES = {
     "olmo3": "Olmo3",
     "seed_oss": "SeedOss",
     "smollm3": "SmolLM3",
+    "gpt_oss": "GptOss",
     "granitemoe": "GraniteMoe",
     "mixtral": "Mixtral",
     "olmoe": "Olmoe",
@@ -136,6 +137,11 @@ def rotation_kind(config: Any, layer: int) -> str | None:
 def is_interleaved(config: Any) -> bool:
     """Whether neighbouring dimensions (2i, 2i + 1) are rotated together, not i and i + D / 2."""
     return config.base_model_type in _INTERLEAVED
+
+
+def has_sink_logits(config: Any) -> bool:
+    """Whether every softmax has a learned logit per head in its denominator, beside the keys."""
+    return config.base_model_type == "gpt_oss"
 
 
 def softcap(config: Any) -> float | None:

@@ -34,9 +34,9 @@ class PaddedSegment:
     order: torch.Tensor
     place: torch.Tensor
 
-    def attend(self, module, query, key, value, scale, softcap=None):
+    def attend(self, module, query, key, value, scale, softcap=None, sink_logits=None):
         rows = (_take(states, self.order) for states in (query, key, value))
-        return _take(self.segment.attend(module, *rows, scale, softcap), self.place)
+        return _take(self.segment.attend(module, *rows, scale, softcap, sink_logits), self.place)
 
 
 def _take(states: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:

@@ -19,7 +19,7 @@ from .cache_photon import PhotonCache
 from .configuration_photon import PhotonConfig
 from .documents_photon import Group, in_documents
 from .experts_photon import saving_conversions
-from .families_photon import family, has_rotation, is_interleaved, rotation_kind, softcap
+from .families_photon import family, has_rotation, has_sink_logits, is_interleaved, rotation_kind, softcap
 from .hybrid_photon import PaddedSegment, check_padding, has_padding_after_tokens, layer_masks, run_documents
 from .memory_photon import LayerMemory, initialize
 from .memory_segment_photon import MemorySegment
@@ -261,6 +261,8 @@ def rotation(
     scaling = getattr(rotary, f"{kind}_attention_scaling" if kind else "attention_scaling", 1.0)
     if config.base_model_type == "glm4":  # whose attention puts them in order itself
         cosine, sine = (part.chunk(2, dim=-1)[0].repeat_interleave(2, dim=-1) for part in (cosine, sine))
+    if config.base_model_type == "gpt_oss":  # whose attention takes the two halves apart
+        cosine, sine = (torch.cat([part, part], dim=-1) for part in (cosine, sine))
     return cosine / scaling, sine / scaling
 
 
@@ -297,6 +299,11 @@ class PhotonForCausalLM(PhotonPreTrainedModel, PhotonGenerationMixin):
     def set_fused_windows(self, fused: str) -> None:
         if fused == "yes":
             self._refuse_softcap("flex_attention (fused='yes')", "fused='auto' or 'no'")
+            if has_sink_logits(self.config):
+                raise ValueError(
+                    "flex_attention (fused='yes') has no sink logits, which this "
+                    f"{self.config.base_model_type} model has: use fused='auto' or 'no'"
+                )
         super().set_fused_windows(fused)
 
     def _refuse_softcap(self, what: str, instead: str) -> None:

@@ -29,7 +29,8 @@ def new_module_names(model: nn.Module) -> list[str]:
     return list(names()) if callable(names) else []
 
 
-def _inside(name: str, modules: list[str]) -> bool:
+def inside(name: str, modules: list[str]) -> bool:
+    """Whether `name` is one of the modules or lies in one."""
     return any(name == module or name.startswith(f"{module}.") for module in modules)
 
 
@@ -93,7 +94,7 @@ def lora_targets(model: nn.Module, settings: LoraSettings) -> list[str]:
     """
     new = new_module_names(model)
     linears = [
-        name for name, module in model.named_modules() if isinstance(module, nn.Linear) and not _inside(name, new)
+        name for name, module in model.named_modules() if isinstance(module, nn.Linear) and not inside(name, new)
     ]
     found = {name.rpartition(".")[2] for name in linears}
     # A dense model may hold linear layers stacked; its PHOTON model holds them apart.
@@ -144,8 +145,13 @@ def add_lora(model: PreTrainedModel, settings: LoraSettings, seed: int = 0) -> P
 def merge_lora(model: PeftModel | PreTrainedModel) -> PreTrainedModel:
     """The transformers model with the adapters added into its weights and the trained new modules in place.
 
-    `model` is used up. For a model that training has sharded, see `photon_train.training.collect`.
+    `model` is used up. For a model that training has sharded or quantised, see `photon_train.training.collect`.
+
+    Raises:
+        PhotonError: for a model whose base is quantised: the sum would be rounded to its few bits again.
     """
+    if getattr(base_model(model), "is_loaded_in_4bit", False):
+        raise PhotonError("the base is in 4 bits: collect.gather_full_model adds the adapters to the stored weights")
     return model.merge_and_unload() if isinstance(model, PeftModel) else model
 
 

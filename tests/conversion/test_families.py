@@ -67,7 +67,6 @@ def test_every_family_has_a_layout():
         ("minicpm3", "multi-head latent attention"),
         ("hunyuan_v1_dense", "after their rotation"),
         ("gemma3", "images"),
-        ("gpt_oss", "learned sink logit"),
         ("olmo", "nearest supported one is olmo"),
         ("granite_swa", "nearest supported one is granite:"),
         ("unheard_of", "entry in the registries"),
@@ -99,6 +98,9 @@ def test_backends_that_cannot_bound_scores_are_refused_by_name():
         model.set_fused_windows("yes")
     model.set_backend("torch")
     model.set_fused_windows("auto")
+    sinks = PhotonForCausalLM(photon_config(dense_config("gpt_oss"), RunConfig()))
+    with pytest.raises(ValueError, match="flex_attention.*no sink logits.*gpt_oss.*use fused='auto'"):
+        sinks.set_fused_windows("yes")
     free = PhotonForCausalLM(photon_config(dense_config("gemma2", attn_logit_softcapping=None), RunConfig()))
     free.set_fused_windows("yes")
 

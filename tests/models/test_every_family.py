@@ -236,6 +236,8 @@ def rules(config, layer: int) -> Rules:
         found.scale = config.query_pre_attn_scalar**-0.5
     if name == "gemma2":
         found.softcap = config.attn_logit_softcapping
+    if name == "gpt_oss":
+        found.has_sink_logits = True
     if name == "gemma3_text":
         found.norms = _rms(config.rms_norm_eps, add=1.0)
     if name in ("cohere2", "glm4"):
@@ -253,6 +255,7 @@ PLAIN = {
     "olmo3": {"rope_parameters": {kind: {"rope_type": "default", "rope_theta": theta} for kind, theta in (
         ("full_attention", 300.0), ("sliding_attention", 20.0))}},
     "olmoe": {"clip_qkv": None},  # which is met above, by the dense logits
+    "gpt_oss": _plain(1e4),
     "ministral3": _plain(1e4, llama_4_scaling_beta=0.3, original_max_position_embeddings=16),
 }  # fmt: skip
 BY_KEY = {"seed_oss": {"attention_bias": True, "attention_out_bias": True}, "granite": {"attention_bias": True}}

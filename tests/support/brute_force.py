@@ -32,6 +32,7 @@ class Rules:
         norms: Norm of projected queries or keys ``[T, heads, D]``, given its weight.
         window: Tokens that a local layer sees; None: the layer is PHOTON's.
         gated: Whether the map of queries also gives, after each head's query, a gate on the head's output.
+        has_sink_logits: Whether each head has a key of value zero, with a learned score.
     """
 
     theta: float
@@ -44,6 +45,7 @@ class Rules:
     norms: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None = None
     window: int | None = None
     gated: bool = False
+    has_sink_logits: bool = False
 
 
 def rotate(vector: torch.Tensor, position: int, rules: Rules) -> torch.Tensor:
@@ -136,6 +138,9 @@ def attention(
             scores = torch.stack(scores) * (size**-0.5 if rules.scale is None else rules.scale)
             if rules.softcap is not None:
                 scores = rules.softcap * (scores / rules.softcap).tanh()
+            if rules.has_sink_logits:
+                scores = torch.cat([scores, own["self_attn.sinks"][head : head + 1]])
+                values.append(torch.zeros(size, dtype=torch.float64))
             shares = scores.softmax(0)
             out[query, head] = shares @ torch.stack(values)
             if rules.gated:

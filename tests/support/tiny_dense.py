@@ -59,6 +59,18 @@ SPECIALS: dict[str, dict[str, Any]] = {
     },
     "cohere2": {**_LOCAL_LAYERS, "logit_scale": 0.4},
     "exaone4": _LOCAL_LAYERS,
+    "gpt_oss": {
+        **_LOCAL_LAYERS,
+        "num_local_experts": 5,
+        "num_experts_per_tok": 2,
+        "rope_parameters": {
+            "rope_type": "yarn",
+            "factor": 4.0,
+            "rope_theta": 1e4,
+            "truncate": False,
+            "original_max_position_embeddings": 16,
+        },
+    },
     "granitemoe": {
         "attention_multiplier": 0.2,
         "embedding_multiplier": 3.0,
