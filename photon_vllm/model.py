@@ -10,7 +10,9 @@ from torch import nn
 from vllm.config import VllmConfig
 from vllm.model_executor.models.llama import LlamaForCausalLM
 from vllm.model_executor.models.registry import ModelRegistry
+from vllm.platforms import current_platform
 
+from photon_train.host_memory import keep_freed_memory
 from photon_train.models.configuration_photon import PhotonConfig
 from photon_train.models.families_photon import CLASS_PREFIXES, family
 from photon_train.models.modeling_photon import rotation
@@ -29,7 +31,13 @@ class PhotonForCausalLM(LlamaForCausalLM):
     """
 
     def __new__(cls, *, vllm_config: VllmConfig, prefix: str = "") -> nn.Module:
-        return _of_family(vllm_config.model_config.hf_config.base_model_type)(vllm_config=vllm_config, prefix=prefix)
+        config = vllm_config.model_config.hf_config
+        if config.recurrent_layers:
+            raise ValueError(
+                f"exports of family {config.base_model_type} are hybrids, and this plugin has no pool of the states of "
+                "recurrent layers: use generate()"
+            )
+        return _of_family(config.base_model_type)(vllm_config=vllm_config, prefix=prefix)
 
 
 class _Grafted:
@@ -38,6 +46,8 @@ class _Grafted:
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         config = vllm_config.model_config.hf_config
         check(vllm_config)
+        if current_platform.is_cpu():
+            keep_freed_memory()
         compilation = vllm_config.compilation_config
         if compilation.splitting_ops is not None and SPLITTING_OP not in compilation.splitting_ops:
             compilation.splitting_ops.append(SPLITTING_OP)

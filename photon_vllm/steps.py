@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -45,19 +46,27 @@ class Layout:
 
     Attributes:
         layers, units: By layer, its attention and the cache of its latents; each has `layer_name` and `kv_cache`.
+        kind: Of a layer, ``("window", W)``, ``("local", W)`` for a window of the family's own, or ``("full", 0)``.
+        segment_kind: Of a layer, equal for layers that share a segment: of one kind, and with memory, rotated alike.
     """
 
     def __init__(self, config: PhotonConfig, rotation: Callable) -> None:
         self.config, self.rotation = config, rotation
         self.layers: dict[int, Any] = {}
         self.units: dict[int, Any] = {}
+        # Asked for every layer of every step, and transformers' configurations answer slowly.
+        self.kind, self.segment_kind = functools.cache(self._kind), functools.cache(self._segment_kind)
 
-    def kind(self, layer: int) -> tuple[str, int]:
-        """``("window", W)``, ``("local", W)`` for a window of the family's own, or ``("full", 0)``."""
+    def _kind(self, layer: int) -> tuple[str, int]:
         if self.config.has_window(layer):
             return "window", self.config.window
         own = self.config.family_window(layer)
         return ("full", 0) if own is None else ("local", own)
+
+    def _segment_kind(self, layer: int) -> tuple:
+        has_memory = layer in self.units
+        rotated = (has_rotation(self.config, layer), rotation_kind(self.config, layer)) if has_memory else ()
+        return (*self.kind(layer), has_memory, *rotated)
 
     def caches(self, kind: tuple[str, int]) -> dict[int, torch.Tensor]:
         """The caches of the layers of a kind."""
@@ -95,9 +104,9 @@ class UnitsSegment(PagedWindowSegment, MemorySegment):
 
     units: PagedUnits
 
-    def attend(self, module, query, key, value, scale, softcap=None):
+    def attend(self, module, query, key, value, scale, softcap=None, sink_logits=None):
         kind = MemorySegment if module.memory.cells else WindowSegment  # cells may be other ranks'
-        return kind.attend(self, module, query, key, value, scale, softcap)
+        return kind.attend(self, module, query, key, value, scale, softcap, sink_logits)
 
     @cached_property
     def _packing(self) -> tuple[torch.Tensor, torch.Tensor, tuple[torch.Tensor, ...], SlotMapping]:
@@ -173,12 +182,9 @@ class StepPart:
 
     def segment(self, layer: int) -> Segment:
         """What the layer's attention does."""
-        config, memory = self.layout.config, layer in self.layout.units
-        kind = (*self.layout.kind(layer), memory)
-        if memory:  # layers that are rotated alike share one
-            kind += has_rotation(config, layer), rotation_kind(config, layer)
+        kind = self.layout.segment_kind(layer)
         if kind not in self._segments:
-            self._segments[kind] = self._make(kind[:2], layer if memory else None)
+            self._segments[kind] = self._make(kind[:2], layer if layer in self.layout.units else None)
         return self._segments[kind]
 
     def _table(self, cache: Any) -> torch.Tensor:

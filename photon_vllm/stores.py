@@ -35,15 +35,19 @@ def write_tokens(cache: torch.Tensor, slots: torch.Tensor, key: torch.Tensor, va
 _buffers: dict[tuple, torch.Tensor] = {}
 
 
-def read_blocks(cache: torch.Tensor, blocks: torch.Tensor, place: str) -> torch.Tensor:
-    """``cache [B, H, N, C]`` at ``blocks [n, k]``, as ``[n, k * N, H, C]``, until the next call with this `place`."""
-    source = cache.permute(0, 2, 1, 3)
-    shape, name = (blocks.numel(), *source.shape[1:]), (place, cache.dtype, cache.device)
+def select(source: torch.Tensor, index: torch.Tensor, place: str) -> torch.Tensor:
+    """``source [rows, ...]`` at ``index [k]``, valid until the next call with this `place`."""
+    shape, name = (len(index), *source.shape[1:]), (place, source.dtype, source.device)
     size = math.prod(shape)
     if name not in _buffers or _buffers[name].numel() < size:
-        _buffers[name] = torch.empty(size, dtype=cache.dtype, device=cache.device)
-    found = torch.index_select(source, 0, blocks.flatten(), out=_buffers[name][:size].view(shape))
-    return found.view(blocks.shape[0], -1, *shape[2:])
+        _buffers[name] = torch.empty(size, dtype=source.dtype, device=source.device)
+    return torch.index_select(source, 0, index, out=_buffers[name][:size].view(shape))
+
+
+def read_blocks(cache: torch.Tensor, blocks: torch.Tensor, place: str) -> torch.Tensor:
+    """``cache [B, H, N, C]`` at ``blocks [n, k]``, as ``[n, k * N, H, C]``, until the next call with this `place`."""
+    found = select(cache.permute(0, 2, 1, 3), blocks.flatten(), place)
+    return found.view(blocks.shape[0], -1, *found.shape[2:])
 
 
 class PagedTokens:
@@ -76,14 +80,11 @@ class PagedTokens:
         index = token.masked_fill((token < begin) | (token >= end) | (token < num_sinks), -1)
         sinks = torch.arange(self._sink_columns * size, device=device).expand(len(first), -1)
         sink_index = sinks.masked_fill((sinks >= end) | (sinks >= num_sinks), -1)
-        self._block = torch.cat([sinks[:, ::size] // size, block], dim=1)
-        held = torch.tensor(stored, device=device)[:, None]
-        self._block_is_used = self._block * size < held
         self.index = torch.cat([sink_index, index], dim=1)
-        # What earlier requests have left there, were it not finite, would outlive its mask: 0 x NaN is NaN.
-        stale = torch.cat([sinks, token], dim=1) >= held
-        self._stale = stale.nonzero(as_tuple=True)
-        self._blocks: dict[int, torch.Tensor] = {}
+        # What earlier requests have left in a last block, were it not finite, would outlive its mask (0 x NaN is NaN):
+        # the request's own last token stands in for it.
+        self._token = torch.cat([sinks, token], dim=1).clamp(max=torch.tensor(stored, device=device)[:, None] - 1)
+        self._rows: dict[int, torch.Tensor] = {}
 
     @property
     def capacity(self) -> int:
@@ -100,14 +101,20 @@ class PagedTokens:
 
     def read(self, layer: int, rows: None = None, count: int | None = None) -> KeyValue:
         """Keys and values, ``[n, Hkv, N, D]``, until another layer's are read."""
-        table = self.tables(layer)
-        if id(table) not in self._blocks:
-            block = self._block.clamp(max=table.shape[1] - 1)
-            self._blocks[id(table)] = table.gather(1, block).masked_fill(~self._block_is_used, NULL_BLOCK)
-        found = read_blocks(self.caches[layer], self._blocks[id(table)], "tokens")
-        found[self._stale] = 0
-        keys, values = found.transpose(1, 2).chunk(2, dim=-1)
-        return keys, values
+        cache, table = self.caches[layer], self.tables(layer)
+        blocks, heads, size, width = cache.shape
+        # Blocks of other layers lie between those of this one, not always a multiple of a key's width apart.
+        piece = math.gcd(width // 2, *cache.stride()[:3])
+        by_block, by_head, by_token = (stride // piece for stride in cache.stride()[:3])
+        if id(table) not in self._rows:
+            token = table.gather(1, self._token // size) * by_block + self._token % size * by_token
+            head = torch.arange(heads, device=table.device)[:, None, None] * by_head
+            parts = torch.arange(width // piece, device=table.device).view(2, 1, 1, 1, -1)
+            self._rows[id(table)] = (token[:, None, :, None] + head + parts).flatten()
+        count = (blocks - 1) * by_block + (heads - 1) * by_head + (size - 1) * by_token + width // piece
+        # Keys and values apart, head by head: so products read them without a copy.
+        found = select(cache.as_strided((count, piece), (piece, 1)), self._rows[id(table)], "tokens")
+        return tuple(found.view(2, len(table), heads, -1, width // 2))
 
     def operands(self, layer: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """What a kernel reads in place: keys and values ``[blocks, Hkv, block size, D]``, and the block table."""

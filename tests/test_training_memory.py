@@ -34,6 +34,21 @@ EXPERTS = {
     "num_experts": 128,
     "num_experts_per_tok": 8,
 }
+_SMALL = {"hidden_size": 128, "intermediate_size": 448, "num_hidden_layers": 3, "num_attention_heads": 4}
+_SMALL |= {"num_key_value_heads": 2, "vocab_size": 2048, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+HYBRIDS = {
+    "convolutions": {"model_type": "lfm2", **_SMALL, "layer_types": ["conv", "conv", "full_attention"]},
+    "delta nets": {
+        "model_type": "qwen3_5_text",
+        **_SMALL,
+        "head_dim": 32,
+        "layer_types": ["linear_attention", "linear_attention", "full_attention"],
+        "linear_num_key_heads": 2,
+        "linear_num_value_heads": 4,
+        "linear_key_head_dim": 64,
+        "linear_value_head_dim": 32,
+    },
+}
 LARGE = {"hidden_size": 2048, "intermediate_size": 8192, "num_attention_heads": 32, "num_key_value_heads": 8}
 
 
@@ -80,19 +95,30 @@ def test_what_the_optimiser_holds_of_a_trained_weight(stage, precision, each):
         {"weights": "bfloat16"},  # trained in fp32, as there is no mixed precision
         {"memory": "cells"},
         {"memory": "cells", "gradient_checkpointing": True, "seq_len": 2048},
+        {"base_bits": 4, "seq_len": 64},
+        {"base_bits": 4, "weights": "bfloat16", "gradient_checkpointing": True},
+        {"base_bits": 4, "shape": "llama-2m", "seq_len": 32},
         {"shape": "experts"},
         {"shape": "experts", "seq_len": 256},
+        *(
+            {"shape": name, "memory": "cells", "seq_len": 512, "gradient_checkpointing": checkpointing}
+            for name in HYBRIDS
+            for checkpointing in (False, True)
+        ),
     ],
 )
 def test_a_measured_step_takes_what_the_formula_says(tool, changes, tmp_path, monkeypatch):
     """In this process, through the real loop; within 15%."""
+    if changes.get("base_bits"):
+        pytest.importorskip("bitsandbytes")
     monkeypatch.setitem(
         tool.SHAPES,
         "tiny",
         {**tool.SHAPES["llama-2m"], "hidden_size": 64, "intermediate_size": 256, "num_hidden_layers": 3},
     )
-    monkeypatch.setitem(tool.SHAPES, "experts", EXPERTS)
-    if "shape" in changes:  # which have no adapters by default
+    for name, shape in {"experts": EXPERTS, **HYBRIDS}.items():
+        monkeypatch.setitem(tool.SHAPES, name, shape)
+    if changes.get("shape") == "experts":  # which have no adapters by default
         run_config, targets = tool.run_config, ["q_proj", "k_proj", "v_proj", "o_proj", "experts"]
         monkeypatch.setattr(
             tool, "run_config", lambda point: replace(run_config(point), lora=LoraSettings(target_modules=targets))
@@ -140,6 +166,16 @@ def test_offloading_moves_bytes_to_main_memory():
         away = training_memory(config, TrainingSetup(64, zero_stage=stage, num_processes=2, offload=True))
         assert away.optimizer == 0 and away.device < kept.device and away.host > kept.optimizer
         assert (away.weights == 0) == (stage == 3)
+
+
+def test_a_base_in_4_bits_takes_a_quarter_of_16_and_is_not_divided():
+    config, setup = large_graft(), TrainingSetup(2048, zero_stage=2, num_processes=2)
+    whole, rounded = (training_memory(config, replace(setup, base_bits=bits)) for bits in (16, 4))
+    linears = 16 * (2 * 2048 * 2048 + 2 * 512 * 2048 + 3 * 2048 * 8192)
+    # A code of half a byte, a byte per 64 weights and a float per 64 * 256.
+    assert whole.weights - rounded.weights == int(linears * (2 - 0.5 - 1 / 64 - 1 / 4096))
+    fit = find_fit(config, replace(setup, base_bits=4), 2**31)
+    assert {option.config for option in fit.options} == {"zero2"}
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])

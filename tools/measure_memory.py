@@ -47,6 +47,7 @@ from photon_train.errors import PhotonError
 from photon_train.evaluation.report import write_rows
 from photon_train.pipeline.prepare import training_setup
 from photon_train.training.accelerator import make_accelerator
+from photon_train.training.base_bits import quantise_base
 from photon_train.training.loop import train
 from photon_train.training.lora import add_lora
 
@@ -100,6 +101,7 @@ class Point:
     distill_hidden: float = 0.0
     preset: str = "graft"
     memory: str = "layers"
+    base_bits: int = 16
 
 
 POINTS = {
@@ -145,6 +147,7 @@ def run_config(point: Point) -> RunConfig:
             batch_size=point.batch_size,
             mixed_precision=point.precision,
             gradient_checkpointing=point.gradient_checkpointing,
+            base_bits=point.base_bits,
             warmup_steps=0,
             eval_every=0,
             eval_sequences=1,
@@ -199,7 +202,8 @@ def measure(point: Point, output: Path, accelerator: Accelerator | None = None) 
     accelerator.free_memory()
     gc.collect()
     with PeakMemory(accelerator.device) as memory:
-        model = add_lora(target_of(photon).model(photon).to(getattr(torch, point.weights)), config.lora)
+        model = target_of(photon).model(photon).to(getattr(torch, point.weights))
+        model = add_lora(quantise_base(model, config.train, accelerator), config.lora)
 
         def on_step(step: int) -> None:
             if step == 1:

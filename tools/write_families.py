@@ -24,6 +24,15 @@ memory stands in its global ones. All of it holds for training, decoding with a 
 engine; [vLLM](serving.md) and the presets `split` and `paper` take the families that are marked, and refuse the others
 by name.
 
+Of hybrids the attention layers alone are converted. Their recurrent layers (short convolutions, gated delta nets) stay
+the family's own, their states of constant size lie in the same cache, and estimates count them. `generate()` takes
+prompts of several lengths where they are padded on the left, as these families do everywhere; packed documents become
+rows of their own in every layer (of the dense baseline that a run compares with, in its attention layers alone: there
+transformers' recurrent layers read on). A state cannot take tokens back: assisted decoding, prompt lookup and `crop`
+are refused in one line, and so are GGUF files, the paged engine and vLLM, whose memory has no pool of states. Without
+the packages `causal-conv1d` and `flash-linear-attention` transformers computes these layers by its slower reference
+code, for which the training memory is estimated.
+
 Families with experts keep these as they are: `--lora.target_modules` puts no adapters on them unless it names
 `experts`, checkpoints have the names that the family was published with, and estimates count all parameters and those
 that a token goes through.
@@ -40,11 +49,12 @@ _REFUSED = """
 _NEW = """
 ## A new family
 
-It takes three entries: in `photon_train/layouts.py` (norms and biases of a layer, and which linear maps are one), in
-`photon_train/models/families_photon.py` (the prefix of its classes in transformers, and how it rotates heads) and in
-`photon_train/conversion/families.py` (what this page says of it). `tests/models/test_every_family.py` then tests it,
-against the dense model and against loops in float64, where what its attention does its own way needs a line in `rules`;
-`tests/support/tiny_dense.py` has the settings that make that count in a small model.
+It takes three entries: in `photon_train/layouts.py` (norms and biases of a layer, which linear maps are one, and what
+recurrent layers hold), in `photon_train/models/families_photon.py` (the prefix of its classes in transformers, and how
+it rotates heads) and in `photon_train/conversion/families.py` (what this page says of it).
+`tests/models/test_every_family.py` then tests it, against the dense model and against loops in float64, where what its
+attention does its own way needs a line in `rules`; `tests/support/tiny_dense.py` has the settings that make that count
+in a small model.
 """
 
 

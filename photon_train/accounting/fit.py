@@ -99,11 +99,13 @@ class Fit:
             add("Recommended", self.recommended.command(self.setup))
 
 
-def _configs(num_processes: int) -> tuple[tuple[str, int, bool], ...]:
+def _configs(num_processes: int, base_bits: int) -> tuple[tuple[str, int, bool], ...]:
     """Name, ZeRO stage and offload of the configs for so many processes, the fastest first."""
     if num_processes == 1:
-        return ("single_gpu", 0, False), ("zero3_offload", 3, True)
-    return ("zero2", 2, False), ("zero3", 3, False), ("zero3_offload", 3, True)
+        known = ("single_gpu", 0, False), ("zero3_offload", 3, True)
+    else:
+        known = ("zero2", 2, False), ("zero3", 3, False), ("zero3_offload", 3, True)
+    return tuple(config for config in known if config[1] < 3 or base_bits == 16)  # ZeRO-3 cannot divide 4-bit codes
 
 
 def _option(photon: Any, setup: TrainingSetup, config: tuple[str, int, bool], gpu_bytes: int) -> Option:
@@ -127,8 +129,8 @@ def _by_speed(setup: TrainingSetup) -> Iterator[tuple[TrainingSetup, tuple[str, 
     batches = [setup.batch_size]
     while batches[-1] > 1:
         batches.append(batches[-1] // 2)
-    resident = [config for config in _configs(setup.num_processes) if not config[2]]
-    offloaded = [config for config in _configs(setup.num_processes) if config[2]]
+    resident = [config for config in _configs(setup.num_processes, setup.base_bits) if not config[2]]
+    offloaded = [config for config in _configs(setup.num_processes, setup.base_bits) if config[2]]
     if not setup.gradient_checkpointing:
         yield from ((setup, config) for config in resident)
     for configs in (resident, offloaded):
@@ -137,7 +139,7 @@ def _by_speed(setup: TrainingSetup) -> Iterator[tuple[TrainingSetup, tuple[str, 
     processes = max(2, 2 * setup.num_processes)
     while processes <= _MOST_GPUS:
         wider = replace(checkpointed, batch_size=1, num_processes=processes)
-        yield from ((wider, config) for config in _configs(processes))
+        yield from ((wider, config) for config in _configs(processes, setup.base_bits))
         processes *= 2
 
 
@@ -146,7 +148,7 @@ def find_fit(photon: Any, setup: TrainingSetup, gpu_bytes: int) -> Fit:
     options = [
         _option(photon, replace(setup, gradient_checkpointing=checkpointing), config, gpu_bytes)
         for checkpointing in sorted({setup.gradient_checkpointing, True})
-        for config in _configs(setup.num_processes)
+        for config in _configs(setup.num_processes, setup.base_bits)
     ]
     ways = (_option(photon, way, config, gpu_bytes) for way, config in _by_speed(setup))
     return Fit(gpu_bytes, tuple(options), next((option for option in ways if option.fits), None), setup)

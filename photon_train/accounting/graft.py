@@ -28,7 +28,7 @@ def cells_within(budget: float, dense: Any, chunk_size: int, bits: int) -> float
     """Memory cells whose growing bytes are `budget` percent of the dense model's in a 16-bit cache."""
     shape = Shape.of(dense)
     # A dense model whose layers all have windows is measured by what it would hold without them.
-    layers = sum(own is None for own in shape.windows) or shape.layers
+    layers = shape.windows.count(None) or shape.layers
     whole = layers * shape.kv * 2
     return budget / 100 * whole * chunk_size / unit_bytes(1, shape.head_dim, bits)
 
@@ -51,7 +51,7 @@ class Graft:
         self.config, self.dense, self.shape, self.unit = config, config, Shape.of(config), config.chunk_size
         self.num_layers = self.shape.layers
         self.layer_positions, self.widest = float(self.num_layers), 1.0
-        layers = range(self.num_layers)
+        layers = [layer for layer in range(self.num_layers) if layer not in self.shape.recurrent]
         self._windowed = sum(config.has_window(layer) for layer in layers)
         # The family's own windows where PHOTON's does not take their place; None: full attention.
         kept = [config.family_window(layer) for layer in layers if not config.has_window(layer)]
@@ -116,14 +116,14 @@ class Graft:
         """Bytes of `PhotonCache` for one sequence of `tokens`: those that grow with the text, and the others.
 
         Layers at full attention grow by each token, memory layers by each unit that has left the window. A windowed
-        layer always holds its sinks and its ring, a local one its own window.
+        layer always holds its sinks and its ring, a local one its own window, a recurrent one its states.
         """
         config = self.config
         growing = self._full * tokens * self.shape.kv * dtype_bytes
         if tokens:
             growing += config.num_units(tokens) * self._unit_bytes(dtype_bytes)
         constant = self._windowed * (config.num_sinks + config.ring_size) + sum(self._local)
-        return growing, constant * self.shape.kv * dtype_bytes
+        return growing, constant * self.shape.kv * dtype_bytes + self.shape.state_bytes(dtype_bytes)
 
     def flops(self, context: int) -> float:
         """Forward FLOPs of the token after `context` tokens; a unit's packing is spread over its tokens.
@@ -132,7 +132,7 @@ class Graft:
         once per token.
         """
         config, shape, chunk = self.config, self.shape, self.config.chunk_size
-        weights = self.num_layers * shape.active_matrices + shape.vocab * shape.hidden
+        weights = shape.all_matrices + shape.vocab * shape.hidden
         longest = config.window + (chunk - 1 if self._heads else 0)
         keys = self._full * context + sum(min(context, own) for own in self._local)
         keys += self._windowed * min(context, config.num_sinks + longest)

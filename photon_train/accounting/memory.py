@@ -6,6 +6,7 @@ fragmentation come on top.
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +21,9 @@ _CROSS_ENTROPY, _DISTILLATION = 12, 32
 # DeepSpeed's defaults, in elements: gathered weights are kept if they are used again within `max_reuse_distance`, and
 # half of that lies before the end of the forward pass; `prefetch_bucket_size`; smaller parameters are kept whole.
 _KEPT_GATHERED, _PREFETCHED, _PERSISTENT = 5 * 10**8, 5 * 10**7, 10**5
+# Bytes per weight in 4 bits: its code, a factor of one byte per 64 weights, and of these an fp32 one per 256.
+_BLOCK = 64
+_IN_4_BITS = 1 / 2 + 1 / _BLOCK + 4 / (_BLOCK * 256)
 
 
 @dataclass(frozen=True)
@@ -40,6 +44,7 @@ class TrainingSetup:
         accumulates: Whether gradients of several micro-steps are added up.
         distill: Whether the dense model's logits are a target.
         distill_hidden: Whether its last hidden states are.
+        base_bits: Bits of a frozen linear layer's weight; 16 stands for its own type.
 
     Raises:
         ValueError: for another ZeRO stage or precision.
@@ -58,6 +63,7 @@ class TrainingSetup:
     accumulates: bool = False
     distill: bool = False
     distill_hidden: bool = False
+    base_bits: int = 16
 
     def __post_init__(self) -> None:
         if self.zero_stage not in ZERO_STAGES:
@@ -134,18 +140,20 @@ class TrainingMemory:
 def _targets(costs: Any, setup: TrainingSetup) -> set[str]:
     """Linear layers that are trained or have adapters, and `EXPERTS` where these are named."""
     named = setup.target_modules if setup.rank else None
-    return set(costs.shape.linears if named is None else named)
+    return set(costs.shape.linear_names if named is None else named)
 
 
-def _layer_bytes(costs: Any, setup: TrainingSetup) -> float:
-    """Bytes that autograd keeps of a decoder layer per position.
+def _layer_bytes(costs: Any, setup: TrainingSetup) -> tuple[float, float]:
+    """Bytes that autograd keeps of a decoder layer per position: in the mean over the layers, and at the most.
 
     The inputs of the norms in fp32; what the projections' adapters read; queries, keys and values after rotation, the
     attention's output and log-sum-exp; three inner states of the MLP and their product. Without autocast adapters share
-    one input; under autocast each keeps a cast of its own.
+    one input; under autocast each keeps a cast of its own. What a recurrent layer has in place of attention keeps what
+    its linear maps put out, once more after the convolution, what the last of them reads, and its recurrence.
     """
     shape, targets, stream = costs.shape, _targets(costs, setup), setup.stream_bytes
     inner, queries, keys = shape.inner, shape.linears["q_proj"][0], shape.kv // 2
+    gate_up, down = {shape.names[name] for name in FUSED["gate_up_proj"]}, shape.names["down_proj"]
     compute = setup.compute_bytes
 
     def inputs(names: set[str]) -> int:
@@ -154,17 +162,26 @@ def _layer_bytes(costs: Any, setup: TrainingSetup) -> float:
             return count * shape.hidden * compute
         return min(count, 1) * shape.hidden * stream
 
-    kept = 2 * 4 * shape.hidden + inputs(set(FUSED["qkv_proj"])) + inputs(set(FUSED["gate_up_proj"]))
-    if shape.head_norms:
-        kept += 4 * (queries + keys)
+    def adapters(names: Iterable[str]) -> int:
+        return compute * setup.rank * len(targets & set(names))
+
+    kept = 2 * 4 * shape.hidden + inputs(gate_up)
     if not setup.rank:  # trained norms keep what they scale
         kept += 2 * stream * shape.hidden
-    kept += compute * (2 * queries + 2 * keys + 3 * inner + ("down_proj" in targets) * inner)
+    kept += compute * (3 * inner + (down in targets) * inner) + adapters({*shape.linears} - {*shape.attention})
     if shape.mixture is not None:
         # Each expert's share of a token: its input, and its output before and after the router's weight.
         kept += 3 * shape.mixture.active * shape.hidden * compute
         kept += (not setup.rank or EXPERTS in targets) * inner * compute
-    return kept + 4 * shape.heads + compute * setup.rank * len(targets & set(shape.linears))
+    attention = inputs(set(FUSED["qkv_proj"])) + 4 * (queries + keys) * shape.head_norms
+    attention += compute * (2 * queries + 2 * keys) + 4 * shape.heads + adapters(shape.attention)
+    if shape.mixer is None:
+        return kept + attention, kept + attention
+    *first, (_, read) = shape.mixer.linears.values()
+    mixer = inputs({*list(shape.mixer.linears)[:-1]}) + compute * (2 * sum(outputs for outputs, _ in first) + read)
+    mixer += adapters(shape.mixer.linears) + 4 * shape.mixer.kept
+    share = len(shape.recurrent) / shape.layers
+    return kept + share * mixer + (1 - share) * attention, kept + max(mixer, attention)
 
 
 def _adapted_experts(costs: Any, setup: TrainingSetup) -> int:
@@ -182,7 +199,32 @@ def _cast_weights(photon: Any, costs: Any, setup: TrainingSetup) -> tuple[int, i
     shape, trained = costs.shape, trainable_parameters(photon, setup.rank, setup.target_modules)
     if setup.weight_bytes < 4 and setup.rank:
         return 0, 2 * trained
-    return 2 * costs.num_layers * shape.layer_matrices, 2 * (shape.vocab * shape.hidden + trained * bool(setup.rank))
+    layers = costs.num_layers * shape.layer_matrices + shape.all_matrices - shape.layers * shape.active_matrices
+    layers *= 2 if setup.base_bits == 16 else 0  # else cast for each use
+    return layers, 2 * (shape.vocab * shape.hidden + trained * bool(setup.rank))
+
+
+def _quantised(costs: Any, setup: TrainingSetup) -> int:
+    """Weights that are held in 4 bits: of layers whose rows are whole blocks."""
+    if setup.base_bits == 16:
+        return 0
+    shape = costs.shape
+
+    def whole(linears: Mapping[str, tuple[int, int]]) -> int:
+        return sum(outputs * inputs for outputs, inputs in linears.values() if not inputs % _BLOCK)
+
+    other = 0 if shape.mixer is None else whole(shape.mixer.linears) - whole(shape.attention)
+    return costs.num_layers * whole(shape.linears) + len(shape.recurrent) * other
+
+
+def _dequantised(costs: Any, setup: TrainingSetup) -> int:
+    """Bytes of the largest 4-bit matrix as it is multiplied with: in its own type, and cast where that is another."""
+    if setup.base_bits == 16:
+        return 0
+    mixer = costs.shape.mixer.linears if costs.shape.mixer else {}
+    largest = max(outputs * inputs for outputs, inputs in (*costs.shape.modules.values(), *mixer.values()))
+    cast = setup.compute_bytes if setup.compute_bytes != setup.weight_bytes else 0
+    return largest * (setup.weight_bytes + cast)
 
 
 def activation_bytes(photon: Any, setup: TrainingSetup) -> int:
@@ -197,19 +239,20 @@ def activation_bytes(photon: Any, setup: TrainingSetup) -> int:
     # What the first layers read, the final norm's fp32 input and its output.
     kept = tokens * hidden * (costs.inputs * stream + 4 + (compute if setup.autocast else 0))
     cast_layers, cast_others = _cast_weights(photon, costs, setup)
+    dequantised = _dequantised(costs, setup)
     head = min(tokens * shape.vocab, LOGIT_CHUNK) * (_DISTILLATION if setup.distill else _CROSS_ENTROPY)
     if setup.distill or setup.distill_hidden:  # the dense model's states, and the student's difference from them
         kept += tokens * hidden * stream * (2 if setup.distill_hidden else 1)
-    positions, layer = tokens * costs.layer_positions, _layer_bytes(costs, setup)
+    positions, (layer, largest) = tokens * costs.layer_positions, _layer_bytes(costs, setup)
     widest = tokens * costs.widest
-    backward = widest * (3 * inner * compute + 2 * hidden * stream)
+    backward = widest * (3 * inner * compute + 2 * hidden * stream) + dequantised
     experts = _adapted_experts(costs, setup)
     memory, widest_memory = (tokens * compute * states for states in costs.memory_states)
     if setup.gradient_checkpointing:
         kept += positions * hidden * stream
         backward += widest_memory
         shared = 4 * hidden if stream == 4 else 0  # the layer's input is the first norm's
-        backward += widest * (layer - shared) + cast_layers // costs.num_layers + experts
+        backward += widest * (largest - shared) + cast_layers // costs.num_layers + experts
     else:
         kept += positions * layer + memory + cast_layers + costs.num_layers * experts
     return int(kept + cast_others + max(head, backward))
@@ -222,10 +265,11 @@ def training_memory(photon: Any, setup: TrainingSetup) -> TrainingMemory:
     frozen = total - trained
     stage, processes = setup.zero_stage, setup.num_processes
     size, trained_size = setup.frozen_bytes, setup.trained_bytes
+    saved = int(_quantised(costs_of(photon), setup) * (size - _IN_4_BITS))
     shard = -(-trained // processes)
     host = step = buffers = 0
     if stage == 0:
-        weights, optimizer = frozen * size + trained * trained_size, 2 * trained * trained_size
+        weights, optimizer = frozen * size - saved + trained * trained_size, 2 * trained * trained_size
         gradients = step = trained * trained_size  # AdamW's denominators, of all parameters at once on a GPU
         buffers = gradients if processes > 1 else 0  # DDP's buckets
     else:
@@ -233,7 +277,7 @@ def training_memory(photon: Any, setup: TrainingSetup) -> TrainingMemory:
         optimizer = shard * (12 if has_masters else 8)
         gradients, step = (shard if stage >= 2 else trained) * size, 2 * shard * 4
         buffers = costs_of(photon).shape.hidden ** 2 * size  # the reduce bucket
-        weights = total * size
+        weights = total * size - saved
         if stage == 3:
             weights = -(-total // processes) * size
             buffers += min(total, _KEPT_GATHERED + _PREFETCHED) * size + gradients

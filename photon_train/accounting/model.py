@@ -48,7 +48,9 @@ def new_parameters(photon: Any) -> int:
 def photon_parameters(photon: Any) -> int:
     """Parameters of a PHOTON model; a tied head counts once."""
     costs = costs_of(photon)
-    return costs.shape.shared + costs.num_layers * costs.shape.layer + costs.new_parameters
+    # A hierarchy has more layers than the dense model.
+    layers = costs.shape.all_layers + (costs.num_layers - costs.shape.layers) * costs.shape.layer
+    return costs.shape.shared + layers + costs.new_parameters
 
 
 def lora_parameters(photon: Any, rank: int, target_modules: Iterable[str] | None = None) -> int:
@@ -57,14 +59,19 @@ def lora_parameters(photon: Any, rank: int, target_modules: Iterable[str] | None
     None names every layer's; ``lm_head`` and ``experts`` count if named.
     """
     costs = costs_of(photon)
-    targets = set(costs.shape.linears if target_modules is None else target_modules)
-    held = costs.shape.modules
+    shape, mixer = costs.shape, costs.shape.mixer
+    targets = set(shape.linear_names if target_modules is None else target_modules)
+    held = shape.modules
     targets |= {whole for whole, parts in FUSED.items() if targets & set(parts)}  # one adapter for all that is stacked
     per_layer = sum(sum(sizes) for name, sizes in held.items() if name in targets)
     if EXPERTS in targets:
-        per_layer += sum(count * (rows + columns) for count, rows, columns in costs.shape.mixture.held.values())
-    head = costs.shape.vocab + costs.shape.hidden if "lm_head" in targets else 0
-    return rank * (costs.num_layers * per_layer + head)
+        per_layer += sum(count * (rows + columns) for count, rows, columns in shape.mixture.held.values())
+    other = 0
+    if mixer is not None:
+        other = sum(sum(sizes) for name, sizes in mixer.linears.items() if name in targets)
+        other -= sum(sum(sizes) for name, sizes in shape.attention.items() if name in targets)
+    head = shape.vocab + shape.hidden if "lm_head" in targets else 0
+    return rank * (costs.num_layers * per_layer + len(shape.recurrent) * other + head)
 
 
 def trainable_parameters(photon: Any, rank: int, target_modules: Iterable[str] | None = None) -> int:

@@ -57,11 +57,14 @@ def main(argv: list[str] | None = None, prog: str = "photon-train serve") -> Non
         from photon_train.inference.server import create_app
     import torch
 
+    from photon_train.host_memory import keep_freed_memory
     from photon_train.inference.engine import Engine, EngineSettings
     from photon_train.inference.text import load_for_inference
 
     device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
     backend = options.backend or ("triton" if device.startswith("cuda") else "torch")
+    if device == "cpu":
+        keep_freed_memory()
     model, tokenizer = load_for_inference(options.model, backend, device, options.dtype)
     settings = EngineSettings(
         memory=options.memory,

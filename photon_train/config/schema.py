@@ -211,6 +211,9 @@ class TrainSettings:
     """Skipped steps in all that end the run."""
     mixed_precision: Literal["auto", "bf16", "fp16", "no"] = "auto"
     """`no` is all in fp32; `auto` is bf16 where the hardware multiplies it natively, else no."""
+    base_bits: Annotated[Literal[4, 16], _NUMBER] = 16
+    """4: the frozen linear layers of the dense model are held in 4 bits under the adapters (QLoRA, with bitsandbytes);
+    the export is made of the unrounded weights. 16: as they are."""
     gradient_checkpointing: Flag = False
     """Recompute activations in the backward pass."""
     gpu_memory: Size | None = Field(None, json_schema_extra=FREE)
@@ -353,4 +356,9 @@ class RunConfig:
     def _agrees(self) -> RunConfig:
         if self.dataset.sources and self.data is not None:
             raise ValueError("data and dataset.sources are both set: name every source in dataset.sources")
+        if self.train.base_bits != 16 and not self.lora.rank:
+            raise ValueError(
+                f"train.base_bits={self.train.base_bits} trains adapters over frozen weights, and lora.rank is 0: set "
+                "lora.rank, or train.base_bits=16"
+            )
         return self

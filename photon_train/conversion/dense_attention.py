@@ -24,9 +24,9 @@ class GatedSegment:
     def __init__(self, far: Segment, near: Segment, gates: torch.Tensor) -> None:
         self.far, self.near, self.gates = far, near, gates
 
-    def attend(self, module, query, key, value, scale, softcap=None):
+    def attend(self, module, query, key, value, scale, softcap=None, sink_logits=None):
         far, near = (
-            segment.attend(module, query, key, value, scale, softcap).to(self.gates.dtype)
+            segment.attend(module, query, key, value, scale, softcap, sink_logits).to(self.gates.dtype)
             for segment in (self.far, self.near)
         )
         gates = self.gates.to(query.device).repeat_interleave(query.shape[1] // key.shape[1])

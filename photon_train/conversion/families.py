@@ -17,7 +17,8 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from photon_train.accounting.shape import Shape
 from photon_train.conversion.unsupported import refusal
 from photon_train.errors import PhotonError
-from photon_train.linears import ATTENTION, FUSED
+from photon_train.layouts import LAYOUTS
+from photon_train.linears import FUSED
 from photon_train.models.experts_photon import EXPERTS
 
 # Of config.json: what describes the dense checkpoint as an object, not its architecture.
@@ -91,6 +92,12 @@ FAMILIES: dict[str, Family] = {
             "gate and up projection are one",
         ),
         Family("ministral3", "Ministral 3", specials="queries grow with their position (llama_4_scaling_beta)"),
+        Family(
+            "gpt_oss",
+            "gpt-oss 20B, 120B",
+            specials="a sink logit per head, once in the softmax of near and far keys (not by flex kernels: refused); "
+            "local layers stay; experts with biases in every layer; MXFP4 weights are dequantised",
+        ),
         Family("granitemoe", "Granite 3.x MoE 1B-A400M, 3B-A800M", specials="as `granite`; experts in every layer"),
         Family("mixtral", "Mixtral 8x7B, 8x22B", specials="experts in every layer; sliding_window as `mistral`"),
         Family("olmoe", "OLMoE 1B-7B", specials="experts in every layer; norms of all queries and keys; clip_qkv"),
@@ -98,6 +105,16 @@ FAMILIES: dict[str, Family] = {
             "qwen3_moe",
             "Qwen 3 30B-A3B, 235B-A22B, Coder",
             specials="experts in every layer (mlp_only_layers is refused); norms of queries and keys by head",
+        ),
+        Family(
+            "lfm2",
+            "LFM2 350M to 2.6B",
+            specials="hybrid: layers of short convolutions stay; norms of queries and keys by head",
+        ),
+        Family(
+            "qwen3_5_text",
+            "Qwen 3.5 (dense), its language model alone",
+            specials="hybrid: gated delta nets stay; a quarter of a head is rotated; a gate on the attention's output",
         ),
     )
 }
@@ -249,22 +266,30 @@ def dense_tensors(config: Any) -> dict[str, tuple[int, ...]]:
         PhotonError: if the family is not supported.
     """
     family_of(config)
-    sizes = Shape.of(config)
+    sizes, layout = Shape.of(config), LAYOUTS[config.model_type]
     hidden = (sizes.hidden,)
     layer: dict[str, tuple[int, ...]] = {name: (size,) for name, size in sizes.vectors.items()}
     for name, shape in sizes.modules.items():
-        layer[f"{'self_attn' if name in (*ATTENTION, 'qkv_proj') else 'mlp'}.{name}.weight"] = shape
+        layer[f"{layout.block(name)}.{name}.weight"] = shape
     if sizes.mixture is not None:
         experts = EXPERTS[config.model_type]
         held = {experts.router: (sizes.mixture.count, *hidden)}
-        held |= {f"experts.{name}": shape for name, shape in sizes.mixture.held.items()}
+        held |= {f"experts.{name}": shape for name, shape in (sizes.mixture.held | sizes.mixture.biases).items()}
+        if sizes.mixture.is_biased:
+            held[f"{experts.router.removesuffix('weight')}bias"] = (sizes.mixture.count,)
         for name, shape in held.items():
             stored = experts.stored(f"layer.{experts.block}.{name}", shape)
             layer.update({each.removeprefix("layer."): size for each, size in stored.items()})
+    recurrent = {}
+    if sizes.mixer is not None:
+        recurrent = {name: shape for name, shape in layer.items() if not name.startswith("self_attn.")}
+        linears = {f"{name}.weight": shape for name, shape in sizes.mixer.linears.items()}
+        recurrent |= {f"{sizes.mixer.block}.{name}": shape for name, shape in (linears | sizes.mixer.others).items()}
     tensors: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (sizes.vocab, *hidden)}
     for index in range(sizes.layers):
-        tensors.update({f"model.layers.{index}.{name}": shape for name, shape in layer.items()})
-    tensors["model.norm.weight"] = hidden
+        held = recurrent if index in sizes.recurrent else layer
+        tensors.update({f"model.layers.{index}.{name}": shape for name, shape in held.items()})
+    tensors[f"model.{layout.final_norm}.weight"] = hidden
     if not sizes.tied:
         tensors["lm_head.weight"] = (sizes.vocab, *hidden)
     return tensors

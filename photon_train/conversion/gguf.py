@@ -32,6 +32,7 @@ from photon_train.conversion.cache import cache_path, write_once
 from photon_train.conversion.families import check_config, family_of
 from photon_train.errors import PhotonError
 from photon_train.files import atomic_directory, check_can_write
+from photon_train.layouts import LAYOUTS
 
 SUFFIX = ".gguf"
 # Raise it when the code makes something else of a file, so that older caches are not taken for it.
@@ -208,7 +209,9 @@ def _check_quantisation(file: Path, tensor: Any, dequantize: Any) -> None:
 def _read_config(file: Path, header: _Header) -> PretrainedConfig:
     try:
         config = AutoConfig.from_pretrained(file.parent, gguf_file=file.name)
-        family_of(config)
+        family = family_of(config).model_type
+        if LAYOUTS[family].mixer is not None:
+            raise PhotonError(f"GGUF files of hybrids ({family}) are not read: use the model's safetensors checkpoint")
         check_config(config)
     except PhotonError as error:
         raise PhotonError(f"{file}: {error}") from None

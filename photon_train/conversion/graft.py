@@ -130,7 +130,7 @@ def count_cells(dense: PretrainedConfig, photon: PhotonSettings) -> int:
 
 
 def memory_candidates(dense: PretrainedConfig, photon: PhotonSettings) -> list[int]:
-    """Layers that can have a memory: neither at full attention nor kept local by the family."""
+    """Layers that can have a memory: neither at full attention, nor kept local by the family, nor recurrent."""
     windows = Shape.of(dense).windows
     local = {layer for layer, own in enumerate(windows) if own is not None} if None in windows else set()
     return [layer for layer in range(len(windows)) if layer not in {*local, *photon.full_attention_layers}]

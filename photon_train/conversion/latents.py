@@ -23,6 +23,7 @@ import torch
 
 from photon_train.accounting.graft import Graft
 from photon_train.conversion.dense_attention import DenseAttention
+from photon_train.layouts import LAYOUTS
 from photon_train.models import PhotonForCausalLM
 from photon_train.models.attention_photon import Segment, unrotate
 from photon_train.models.families_photon import is_interleaved
@@ -43,9 +44,9 @@ class _Recorder:
     segment: Segment
     seen: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None
 
-    def attend(self, module, query, key, value, scale, softcap=None):
+    def attend(self, module, query, key, value, scale, softcap=None, sink_logits=None):
         self.seen = query, key, value
-        return self.segment.attend(module, query, key, value, scale, softcap)
+        return self.segment.attend(module, query, key, value, scale, softcap, sink_logits)
 
 
 @dataclass
@@ -161,7 +162,8 @@ def _weights(model: PhotonForCausalLM, layer: int, queries: _Moments) -> torch.T
     """Square roots of what errors of a layer's keys and values count, ``[2, m, D, D]``."""
     attention = model.model.layers[layer].self_attn
     heads, size = model.config.num_key_value_heads, model.config.head_dim
-    out = attention.o_proj.weight.double().unflatten(1, (heads, -1, size))[:, list(attention.memory.cells)]
+    (out_proj,) = LAYOUTS[model.config.base_model_type].named(["o_proj"])
+    out = getattr(attention, out_proj).weight.double().unflatten(1, (heads, -1, size))[:, list(attention.memory.cells)]
     values = torch.einsum("ohgd,ohge->hde", out, out)
     return torch.stack([_root(_floored(queries.mean("qq"))), _root(_floored(values))])
 

@@ -14,7 +14,12 @@ from photon_train.conversion.families import stored_as
 from photon_train.conversion.plan import TensorPlan
 
 # Roles of the dense tensors outside the layers, which keep their names.
-ROLES = {"model.embed_tokens.weight": "embedding", "model.norm.weight": "final norm", "lm_head.weight": "head"}
+ROLES = {
+    "model.embed_tokens.weight": "embedding",
+    "model.norm.weight": "final norm",
+    "model.embedding_norm.weight": "final norm",  # LFM2's name
+    "lm_head.weight": "head",
+}
 NUM_SINKS = 4
 
 

@@ -24,17 +24,23 @@ class Unsupported:
     needs: str
 
 
-_RECURRENT = "most of its layers keep a recurrent state in place of keys and values"
-_STATES = "caches that hold both kinds of layers, and grafts on the attention layers alone"
+_MAMBA = "most of its layers are Mamba-2, whose sizes and padding are not described here"
+_SIZES = "a mixer in photon_train/layouts.py, as lfm2 and qwen3_5_text have"
+_MIXED = "layers of two kinds of MLP in the registries"
 _LATENT = "its attention is multi-head latent attention: the cache holds a latent, not keys and values by head"
 _ABSORBED = "memory units packed from the latents"
 
 UNSUPPORTED = (
-    Unsupported(("qwen3_next", "qwen3_5", "qwen3_5_text"), "Qwen3-Next, Qwen 3.5", _RECURRENT, _STATES),
-    Unsupported(("lfm2",), "LFM2", "most of its layers are short convolutions with a state of their own", _STATES),
-    Unsupported(("granitemoehybrid",), "Granite 4 (hybrid)", f"{_RECURRENT} (Mamba-2)", _STATES),
-    Unsupported(("nemotron_h",), "Nemotron-H", f"{_RECURRENT} (Mamba-2)", _STATES),
-    Unsupported(("kimi_linear",), "Kimi Linear", f"{_RECURRENT}, its others use latent attention", _STATES),
+    Unsupported(
+        ("qwen3_next", "qwen3_5_moe", "qwen3_5_moe_text"),
+        "Qwen3-Next, Qwen 3.5 (MoE)",
+        "its layers have a shared expert beside the routed ones",
+        "the shared expert's tensors in the registries, as qwen3_5_text has the rest",
+    ),
+    Unsupported(("lfm2_moe",), "LFM2 8B-A1B", "only its first layers have one MLP, the others experts", _MIXED),
+    Unsupported(("granitemoehybrid",), "Granite 4 (hybrid)", _MAMBA, _SIZES),
+    Unsupported(("nemotron_h",), "Nemotron-H", f"{_MAMBA}, and its layers hold one block each, not two", _SIZES),
+    Unsupported(("kimi_linear",), "Kimi Linear", "its attention layers use latent attention", _ABSORBED),
     Unsupported(("deepseek_v2", "deepseek_v3"), "DeepSeek V2, V3, R1", _LATENT, _ABSORBED),
     Unsupported(("minicpm3",), "MiniCPM3", _LATENT, _ABSORBED),
     Unsupported(
@@ -44,14 +50,8 @@ UNSUPPORTED = (
         "far keys that carry the norm's weights into the frame before the rotation",
     ),
     Unsupported(
-        ("gpt_oss",),
-        "gpt-oss 20B, 120B",
-        "every head's softmax has a learned sink logit in its denominator, which PHOTON's kernels and paths have not",
-        "that logit in every path that merges near and far keys: torch, flex, Triton and vLLM",
-    ),
-    Unsupported(
-        ("gemma3", "mistral3", "qwen2_vl", "qwen2_5_vl", "qwen3_vl", "llama4", "gemma4"),
-        "Gemma 3 4B to 27B, Mistral Small 3.1, Qwen-VL, Llama 4",
+        ("gemma3", "mistral3", "qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_5", "lfm2_vl", "llama4", "gemma4"),
+        "Gemma 3 4B to 27B, Mistral Small 3.1, Qwen-VL, Qwen 3.5, LFM2-VL, Llama 4",
         "it reads images beside text",
         "the language model alone: load it with transformers and save that part with save_pretrained",
     ),

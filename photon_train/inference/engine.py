@@ -61,6 +61,11 @@ class Engine:
         protocol = getattr(model, "protocol", "hiergen")
         if protocol != "hiergen":
             raise PhotonError(f"the engine serves hiergen, not {protocol}: use generate(), or set_protocol")
+        if getattr(model.config, "recurrent_layers", None):
+            raise PhotonError(
+                f"the engine pages keys, values and latents, not the states of a hybrid ({model.config.base_model_type}"
+                "): use generate()"
+            )
         self.model, self.tokenizer, self.settings = model, tokenizer, settings
         self.defaults = sampling_defaults(model.generation_config, settings.generation_config, tokenizer is not None)
         self.cache = PagedCache(model, plan_cache(model, settings))

@@ -39,7 +39,14 @@ class Segment(Protocol):
     """What a layer's attention does with the new elements of a pass."""
 
     def attend(
-        self, module: torch.nn.Module, query, key, value, scale: float, softcap: float | None = None
+        self,
+        module: torch.nn.Module,
+        query,
+        key,
+        value,
+        scale: float,
+        softcap: float | None = None,
+        sink_logits: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Attend with ``query [B, Hq, T, D]`` to the new ``key, value [B, Hkv, T, D]`` and the cache; store them.
 
@@ -47,6 +54,7 @@ class Segment(Protocol):
             module: The layer's attention module; its ``layer_idx`` is the layer.
             scale: Factor on the dot products.
             softcap: Soft bound of the scores (`softmax_photon.capped`), or None.
+            sink_logits: One per query head, ``[Hq]``, in every softmax's denominator (`softmax_photon.with_sink`).
 
         Returns:
             ``[B, Hq, T, D]``.
@@ -62,6 +70,7 @@ def photon_attention(
     dropout: float = 0.0,
     scaling: float | None = None,
     softcap: float | None = None,
+    s_aux: torch.Tensor | None = None,
     photon_segments: list[Segment] | None = None,
     **_: object,
 ) -> tuple[torch.Tensor, None]:
@@ -69,6 +78,7 @@ def photon_attention(
 
     Args:
         query: ``[B, Hq, T, D]``, rotated; key, value: ``[B, Hkv, T, D]``.
+        s_aux: What transformers calls the sink logits, ``[Hq]``.
 
     Returns:
         ``([B, T, Hq, D], None)``.
@@ -76,7 +86,7 @@ def photon_attention(
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     # Under autocast the rotation leaves queries and keys in fp32 while values are bf16.
     query, key = query.to(value.dtype), key.to(value.dtype)
-    out = photon_segments[module.layer_idx].attend(module, query, key, value, scale, softcap)
+    out = photon_segments[module.layer_idx].attend(module, query, key, value, scale, softcap, s_aux)
     return out.transpose(1, 2).contiguous(), None
 
 

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from transformers.cache_utils import Cache
+from transformers.cache_utils import Cache, LinearAttentionLayer
 
 from .configuration_photon import PhotonConfig
 from .stores_photon import GrowingStore, RingStore, key_value_parts, latent_parts
@@ -119,6 +119,9 @@ class RowCache(Cache):
             self.host_lengths = [self.host_lengths[index] for index in indices.tolist()]
         for store in (*self.rings(), *self.growing()):
             store.select(indices)
+        for layer in self.layers:
+            if layer is not None:
+                layer.reorder_cache(indices)
 
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:
         """Beam search: row i goes on from row ``beam_idx[i]``."""
@@ -135,14 +138,19 @@ class PhotonCache(RowCache):
     """Cache of `PhotonForCausalLM`.
 
     Grows with the text: memory layers (one latent per unit that has left the window) and full-attention layers (one key
-    and value per token). Everything else is constant. `accounting` has the formula.
+    and value per token). Everything else is constant, such as the states of recurrent layers, which transformers' own
+    cache layers hold. `accounting` has the formula.
 
     Args:
         config: The model's.
         rollback: Latest tokens that `crop` can take back at any length; windowed layers keep so many more.
         growing: Makes the stores that grow, ``growing(formats, unit_tokens)``.
 
+    Raises:
+        ValueError: for a `rollback` where layers are recurrent.
+
     Attributes:
+        layers: By layer, the state of those that are recurrent, else None; empty where none is.
         window: Windowed layers; `local`: layers with the family's own window; `full`: full attention; `units`: latents
             of memory layers.
     """
@@ -152,8 +160,13 @@ class PhotonCache(RowCache):
     ) -> None:
         super().__init__()
         self.config, self.rollback, self._make_growing = config, rollback, growing
-        windowed, local, full = [], {}, []
+        recurrent, windowed, local, full = config.recurrent_layers, [], {}, []
+        if recurrent:
+            self.layers = [LinearAttentionLayer() if layer in recurrent else None for layer in range(len(self))]
+            self._refuse_rollback(rollback)
         for layer in range(config.num_hidden_layers):
+            if layer in recurrent:
+                continue
             own = config.family_window(layer)
             if config.has_window(layer):
                 windowed.append(layer)
@@ -174,6 +187,11 @@ class PhotonCache(RowCache):
     def growing(self) -> list[GrowingStore]:
         return [self.full, self.units]
 
+    @property
+    def is_croppable(self) -> bool:
+        """Whether tokens can be taken back."""
+        return not self.layers
+
     def __len__(self) -> int:
         return self.config.num_hidden_layers
 
@@ -182,26 +200,39 @@ class PhotonCache(RowCache):
         self.__init__(self.config, self.rollback, self._make_growing)
 
     def kv_bytes(self) -> dict[str, int]:
-        """Bytes of the whole batch's keys and values: `growing` and `constant`."""
+        """Bytes of the whole batch's keys, values and states: `growing` and `constant`."""
         lengths = [] if self.lengths is None else self.lengths.tolist()
         units = [self.config.num_units(length) for length in lengths]
         return {
             "growing": self.full.nbytes(lengths) + self.units.nbytes(units),
-            "constant": sum(ring.nbytes() for ring in self.rings()),
+            "constant": sum(ring.nbytes() for ring in self.rings()) + sum(t.nbytes for t in self._states()),
         }
+
+    def _states(self) -> list[torch.Tensor]:
+        held = (states for layer in self.layers if layer for states in (layer.conv_states, layer.recurrent_states))
+        return [state for states in held for state in states.values() if state is not None]
+
+    def _refuse_rollback(self, removed: int) -> None:
+        if removed and self.layers:
+            raise ValueError(
+                f"the states of this {self.config.base_model_type} model's recurrent layers cannot take tokens back: "
+                "generate without an assistant or prompt lookup"
+            )
 
     def crop(self, tokens_to_remove: int) -> None:
         """Take the latest tokens of every row back, given as a negative number (as in transformers' caches).
 
         Raises:
-            ValueError: for a positive number, more tokens than a row has, and where windowed layers have overwritten
-                what the shorter sequence sees. A cache made with `rollback` takes that many back at any length.
+            ValueError: for a positive number, more tokens than a row has, recurrent layers, and where windowed layers
+                have overwritten what the shorter sequence sees. A cache made with `rollback` takes that many back at
+                any length.
         """
         if tokens_to_remove > 0:
             raise ValueError(f"crop({tokens_to_remove}): give the tokens to take back as a negative number")
         removed = -tokens_to_remove
         if not removed or self.lengths is None:
             return
+        self._refuse_rollback(removed)
         lengths, rows = self.lengths.tolist(), torch.arange(self.batch_size, device=self.lengths.device)
         for length in lengths:
             left = length - removed

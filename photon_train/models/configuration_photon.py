@@ -7,7 +7,7 @@ from typing import Any
 
 from transformers import PretrainedConfig
 
-from .families_photon import config_class
+from .families_photon import RECURRENT, config_class
 
 # Bits of a number of a latent in the cache; 16 stands for the cache's own type.
 MEMORY_BITS = (16, 8, 4)
@@ -87,10 +87,21 @@ class PhotonConfig(PretrainedConfig):
         # The class of a family's instance is made at run time and has no importable name.
         return _restore, (self.base_model_type,), self.__dict__
 
+    @classmethod
+    def is_custom_code(cls) -> bool:
+        """No: transformers 5.17 renames the layers of custom code, and its LFM2 knows its own by the old name only."""
+        return False
+
     @property
     def memory_layers(self) -> list[int]:
         """Layers with memory, in order."""
         return list(self.memory_cells)
+
+    @property
+    def recurrent_layers(self) -> list[int]:
+        """Layers of a hybrid that have a state in place of attention."""
+        kinds = getattr(self, "layer_types", None) or []
+        return [layer for layer, kind in enumerate(kinds[: self.num_hidden_layers]) if kind in RECURRENT]
 
     def dense_config(self) -> PretrainedConfig:
         """The dense family's configuration, without PHOTON's keys."""
@@ -153,6 +164,7 @@ class PhotonConfig(PretrainedConfig):
             need(len(set(named)) == len(named), f"{key} names a layer twice: {named}")
             for layer in named:
                 need(layer in layers, f"{key} names layer {layer}; the model has layers 0...{len(layers) - 1}")
+                need(layer not in self.recurrent_layers, f"{key} names layer {layer}, which has no attention: drop it")
         both = sorted(set(self.memory_cells) & set(self.full_attention_layers))
         need(not both, f"layers {both} are in memory_cells and in full_attention_layers: keep one")
         for layer, named in self.memory_cells.items():

@@ -152,12 +152,14 @@ class DocumentsSegment:
     documents: Documents
     segments: list[Segment] = field(default_factory=list)
 
-    def attend(self, module, query, key, value, scale, softcap=None):
+    def attend(self, module, query, key, value, scale, softcap=None, sink_logits=None):
         # Of an empty group only modules with parameters are run.
         with_empty = isinstance(self.segments[0], MemorySegment)
         states = (self.documents.take_apart(each.transpose(1, 2), with_empty) for each in (query, key, value))
         found = [
-            segment.attend(module, *(each.transpose(1, 2) for each in rows), scale, softcap).transpose(1, 2)
+            segment.attend(module, *(each.transpose(1, 2) for each in rows), scale, softcap, sink_logits).transpose(
+                1, 2
+            )
             for segment, *rows in zip(self.segments, *states, strict=False)
         ]
         return self.documents.put_together(found).transpose(1, 2)

@@ -1,8 +1,9 @@
 """Experts of the families that have them: held stacked in memory, stored one by one (or stacked) in checkpoints.
 
 transformers holds the experts of a layer in two tensors, ``experts.gate_up_proj [E, 2 I, d]`` and
-``experts.down_proj [E, d, I]``; checkpoints keep the names that the family was published with, which serving engines
-read. What is said here of the names is registered with transformers' loader, so that a PHOTON checkpoint has them too.
+``experts.down_proj [E, d, I]`` (gpt-oss turned round, with biases beside them); checkpoints keep the names that the
+family was published with, which serving engines read. What is said here of the names is registered with transformers'
+loader, so that a PHOTON checkpoint has them too.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ class Experts:
         router: Name of the router's weight in memory, under the block; stored_router: in checkpoints.
         linears: An expert's gate, up and down projection in checkpoints, each a matrix under ``experts.<number>``.
         stacked: In their place, where checkpoints hold experts stacked: gate and up projections, down projections.
+        is_as_held: Whether checkpoints have the names in memory.
     """
 
     block: str = "mlp"
@@ -34,6 +36,7 @@ class Experts:
     stored_router: str = "gate.weight"
     linears: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj")
     stacked: tuple[str, str] | None = None
+    is_as_held: bool = False
 
     def stored(self, name: str, shape: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
         """Name -> shape of the tensors that a checkpoint holds for one of the model's.
@@ -43,7 +46,7 @@ class Experts:
             shape: Its shape.
         """
         prefix, found, within = name.rpartition(f".{self.block}.")
-        if not found or within not in (*HELD, self.router):
+        if self.is_as_held or not found or within not in (*HELD, self.router):
             return {name: shape}
         block = f"{prefix}.{self.stored_block}"
         if within == self.router:
@@ -60,6 +63,8 @@ class Experts:
 
     def conversions(self) -> list[WeightConverter | WeightRenaming]:
         """`stored`, as transformers' loader is told; saving turns it round."""
+        if self.is_as_held:
+            return []
         block, stored = f"{self.block}.", f"{self.stored_block}."
         gate_up, down = (f"{block}{name}" for name in HELD)
         found: list[WeightConverter | WeightRenaming] = []
@@ -86,6 +91,7 @@ EXPERTS: dict[str, Experts] = {
     "qwen3_moe": _NAMED,
     "olmoe": _NAMED,
     "mixtral": Experts(stored_block="block_sparse_moe", linears=("w1", "w3", "w2")),
+    "gpt_oss": Experts(router="router.weight", is_as_held=True),
     "granitemoe": Experts(
         block="block_sparse_moe",
         stored_block="block_sparse_moe",

@@ -27,11 +27,16 @@ CLASS_PREFIXES = {
     "olmo3": "Olmo3",
     "seed_oss": "SeedOss",
     "smollm3": "SmolLM3",
+    "gpt_oss": "GptOss",
     "granitemoe": "GraniteMoe",
     "mixtral": "Mixtral",
     "olmoe": "Olmoe",
     "qwen3_moe": "Qwen3Moe",
+    "lfm2": "Lfm2",
+    "qwen3_5_text": "Qwen3_5",
 }
+# What `layer_types` calls layers that have a state of constant size in place of attention.
+RECURRENT = ("conv", "linear_attention")
 # Families whose layers are Llama's but for biases and norms of heads: what takes layers apart knows no others.
 LLAMA_LIKE = ("llama", "mistral", "qwen2", "qwen3")
 # Families that rotate neighbouring dimensions (2i, 2i + 1) together; the others rotate i and i + D / 2.
@@ -105,7 +110,7 @@ def family(model_type: str) -> Family:
         causal_lm=getattr(module, f"{prefix}ForCausalLM"),
         layer=getattr(module, f"{prefix}DecoderLayer"),
         norm=getattr(module, f"{prefix}RMSNorm", None) or getattr(module, f"{prefix}LayerNorm"),
-        rotary=getattr(module, f"{prefix}RotaryEmbedding"),
+        rotary=getattr(module, f"{prefix}RotaryEmbedding", None) or getattr(module, f"{text}RotaryEmbedding"),
     )
 
 
@@ -132,6 +137,11 @@ def rotation_kind(config: Any, layer: int) -> str | None:
 def is_interleaved(config: Any) -> bool:
     """Whether neighbouring dimensions (2i, 2i + 1) are rotated together, not i and i + D / 2."""
     return config.base_model_type in _INTERLEAVED
+
+
+def has_sink_logits(config: Any) -> bool:
+    """Whether every softmax has a learned logit per head in its denominator, beside the keys."""
+    return config.base_model_type == "gpt_oss"
 
 
 def softcap(config: Any) -> float | None:

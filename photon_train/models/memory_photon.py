@@ -198,18 +198,38 @@ class LayerMemory(nn.Module):
         folded, bias = self.fold_queries(content)
         scales = stored[2:] or (None, None)
         halves = [StoredVectors(*half, self.bits, content.dtype) for half in zip(stored[:2], scales, strict=True)]
+        # ``[n, 1, S, U]``, for the scores of every head.
+        hidden = ~visible.unflatten(-1, (-1, self.chunk_size)).transpose(1, 2)[:, None]
+        parts, begin = [], 0
+        for piece in zip(*(half.pieces() for half in halves), strict=True):
+            stop = begin + piece[0].states.shape[2]
+            parts.append(self._attend_piece(folded, bias, piece, hidden[..., begin:stop], scale, softcap))
+            begin = stop
+        mixed, mass, lses = (torch.stack(each) for each in zip(*parts, strict=True))
+        lse = lses.logsumexp(dim=0)
+        shares = (lses - lse).exp().nan_to_num(0.0)[..., None]
+        out = self.unfold_values((mixed * shares[..., None]).sum(0).to(content.dtype), (mass * shares).sum(0))
+        return out[:, :, None], lse[..., None]
+
+    def _attend_piece(
+        self,
+        folded: torch.Tensor,
+        bias: torch.Tensor,
+        halves: tuple[StoredVectors, ...],
+        hidden: torch.Tensor,
+        scale: float,
+        softcap: float | None,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Sums ``[n, H, S, C]`` of some latents under their softmax, weights' ``[n, H, S]``, log-sum-exp ``[n, H]``."""
         reads, mixes = (halves, halves) if self.num_latents == 1 else (halves[:1], halves[1:])
         queries = folded.flatten(1, 2).chunk(len(reads), dim=-1)
         scores = sum(part.dot(query) for query, part in zip(queries, reads, strict=True))
         scores = (scores.unflatten(1, bias.shape[1:]) + bias[..., None]) * scale
-        # ``[n, S, U]``, as the scores of each head.
-        hidden = ~visible.unflatten(-1, (-1, self.chunk_size)).transpose(1, 2)
-        scores = capped(scores, softcap).masked_fill_(hidden[:, None], -torch.inf)
+        scores = capped(scores, softcap).masked_fill_(hidden, -torch.inf)
         lse = scores.flatten(2).logsumexp(dim=-1)
         weights = (scores - lse[..., None, None]).exp_().nan_to_num_(0.0)
         mixed = torch.cat([part.mix(weights.flatten(1, 2)) for part in mixes], dim=-1)
-        out = self.unfold_values(mixed.unflatten(1, bias.shape[1:]), weights.sum(-1))
-        return out[:, :, None], lse[..., None]
+        return mixed.unflatten(1, bias.shape[1:]), weights.sum(-1), lse
 
 
 def initialize(module: nn.Module) -> bool:

@@ -11,7 +11,7 @@ from .attention_photon import NewElements, load_kernels, unrotate
 from .flex_photon import FlexMask, attend_window, far_ends, window_mask
 from .memory_photon import LayerMemory, put_heads, take_heads, take_heads_back
 from .segments_photon import WindowSegment
-from .softmax_photon import FarKeys, additive, merge
+from .softmax_photon import FarKeys, additive, merge, with_sink
 from .stores_photon import KeyValue, SlotMapping
 
 
@@ -68,28 +68,33 @@ class MemorySegment(WindowSegment):
     def token_rotation(self) -> tuple[torch.Tensor, torch.Tensor]:
         return self.rotation(self._tokens)
 
-    def attend(self, module, query, key, value, scale, softcap=None):
+    def attend(self, module, query, key, value, scale, softcap=None, sink_logits=None):
         layer, memory = module.layer_idx, module.memory
         content = unrotate(take_heads(query, memory.query_heads), self.content_rotation, self.is_interleaved)
         if self._decodes(key):
             self.new.append(self.ring, layer, self.slot_mapping, key, value)
-            out, lse = self._decode_near(layer, query, scale, softcap)
-            near = take_heads(out, memory.query_heads), take_heads(lse, memory.query_heads)
-            seen = merge(near, self._decode_far(module, content, scale, softcap))[0]
-            return put_heads(out, memory.query_heads, seen)
+            found, reading = self._decode_near(layer, query, scale, softcap), memory.query_heads
+            near = tuple(take_heads(part, reading) for part in found)
+            seen = merge(near, self._decode_far(module, content, scale, softcap))
+            if sink_logits is None:
+                return put_heads(found[0], reading, seen[0])
+            found = tuple(put_heads(part, reading, new) for part, new in zip(found, seen, strict=True))
+            return with_sink(found, sink_logits)[0]
         past, latents = self._past(layer, query), self._pack(module, key, value)
         if latents is None:
-            out = self._attend(query, key, value, scale, past, softcap=softcap)
+            out = self._attend(query, key, value, scale, past, softcap=softcap, sink_logits=sink_logits)
         else:
             far = content, *memory.unpack(*latents)
-            out = self._attend_by_cell(memory, query, key, value, scale, past, far, softcap)
+            out = self._attend_by_cell(memory, query, key, value, scale, past, far, softcap, sink_logits)
         self._store(layer, key, value)
         return out
 
-    def _attend_by_cell(self, memory: LayerMemory, query, key, value, scale, past, far, softcap) -> torch.Tensor:
+    def _attend_by_cell(
+        self, memory: LayerMemory, query, key, value, scale, past, far, softcap, sink_logits
+    ) -> torch.Tensor:
         """The layer's cells attend to what is near and far, its other heads to what is near."""
         if not memory.other_cells:
-            return self._attend(query, key, value, scale, past, far, softcap)
+            return self._attend(query, key, value, scale, past, far, softcap, sink_logits)
         parts = []
         for cells, query_heads, seen in (
             (memory.cells, memory.query_heads, far),
@@ -97,7 +102,8 @@ class MemorySegment(WindowSegment):
         ):
             states = (take_heads(query, query_heads), take_heads(key, cells), take_heads(value, cells))
             before = None if past is None else tuple(take_heads(each, cells) for each in past)
-            parts.append(self._attend(*states, scale, before, seen, softcap))
+            sinks = None if sink_logits is None else take_heads(sink_logits[None], query_heads)[0]
+            parts.append(self._attend(*states, scale, before, seen, softcap, sinks))
         order = (*memory.query_heads, *memory.other_query_heads)
         return take_heads_back(torch.cat(parts, dim=1), order)
 

@@ -17,9 +17,10 @@ from .attention_photon import NewElements, Segment
 from .base_photon import BasePreTrainedModel, PhotonGenerationMixin
 from .cache_photon import PhotonCache
 from .configuration_photon import PhotonConfig
-from .documents_photon import in_documents
+from .documents_photon import Group, in_documents
 from .experts_photon import saving_conversions
-from .families_photon import family, has_rotation, is_interleaved, rotation_kind, softcap
+from .families_photon import family, has_rotation, has_sink_logits, is_interleaved, rotation_kind, softcap
+from .hybrid_photon import PaddedSegment, check_padding, has_padding_after_tokens, layer_masks, run_documents
 from .memory_photon import LayerMemory, initialize
 from .memory_segment_photon import MemorySegment
 from .rows_photon import Rows, align_rows, document_rows, has_restarts
@@ -98,7 +99,8 @@ class PhotonModel(PhotonPreTrainedModel):
 
         Raises:
             ValueError: for no tokens, a row without any, a mask that is not 2-D, other position_ids, a cache of another
-                kind, `output_attentions`, `output_router_logits`, and `as_dense` or packed documents with a cache.
+                kind, `output_attentions`, `output_router_logits`, `as_dense` or packed documents with a cache, and for
+                padding that recurrent layers would read into one.
         """
         if kwargs.get("output_attentions"):
             raise ValueError("PHOTON never holds attention weights: leave output_attentions out")
@@ -109,6 +111,9 @@ class PhotonModel(PhotonPreTrainedModel):
         embeds = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         if use_cache is None and past_key_values is None and position_ids is not None:
             use_cache = False if has_restarts(position_ids, attention_mask) else None
+        is_hybrid = bool(self.config.recurrent_layers)
+        if use_cache is None and past_key_values is None and is_hybrid and has_padding_after_tokens(attention_mask):
+            use_cache = False
         cache = self._choose_cache(past_key_values, False if as_dense else use_cache)
         if as_dense and cache is not None:
             raise ValueError("as_dense is for whole sequences: leave past_key_values out")
@@ -116,26 +121,56 @@ class PhotonModel(PhotonPreTrainedModel):
             config = self.config
             cache.allocate(len(embeds), config.num_key_value_heads, config.head_dim, self._cache_like(embeds))
         rows = align_rows(attention_mask, position_ids, embeds, cache)
-        if photon_segments is None and rows.documents is not None:
-            photon_segments = in_documents(
-                rows.documents, lambda group: self._segments(document_rows(group), None, as_dense)
+        run = functools.partial(self._run, cache=cache, **kwargs)
+        starts_padded = is_hybrid and cache is not None and rows.order is not None
+        if is_hybrid and cache is not None:
+            check_padding(self.config, attention_mask, rows)
+
+        def alone(group: Group) -> list[Segment]:
+            return self._segments(document_rows(group), None, as_dense)
+
+        if rows.documents is None or photon_segments is not None:
+            segments = photon_segments or self._segments(rows, cache, as_dense)
+            out = run(embeds if starts_padded else rows.gather(embeds), rows, segments, starts_padded=starts_padded)
+        elif is_hybrid:
+            out = run_documents(
+                rows.documents, rows.gather(embeds), lambda part, group: run(part, document_rows(group), alone(group))
             )
-        out = super().forward(
-            inputs_embeds=rows.gather(embeds),
-            position_ids=rows.index,
-            past_key_values=cache,
-            use_cache=cache is not None,
-            return_dict=True,
-            photon_segments=photon_segments or self._segments(rows, cache, as_dense),
-            **kwargs,
-        )
+        else:
+            out = run(rows.gather(embeds), rows, in_documents(rows.documents, alone))
         if cache is not None:
             cache.advance(rows.columns, rows.lengths, rows.host_lengths)
         out.past_key_values = cache
-        return rows.scatter(out)
+        return out if starts_padded else rows.scatter(out)
 
-    def _segments(self, rows: Rows, cache: PhotonCache | None, as_dense: bool) -> list[Segment]:
-        """One segment per layer; layers of a kind share theirs."""
+    def _run(
+        self,
+        embeds: torch.Tensor,
+        rows: Rows,
+        segments: list[Segment],
+        cache: PhotonCache | None,
+        starts_padded: bool = False,
+        **kwargs: Any,
+    ) -> BaseModelOutputWithPast:
+        """The family's stack on ``embeds [B, T, d]`` by row, or with `starts_padded` as the input has them."""
+        index = rows.index
+        if starts_padded:
+            index = index.expand(rows.batch, -1).gather(1, rows.place)
+            segments = [PaddedSegment(segment, rows.order, rows.place) for segment in segments]
+        if self.config.recurrent_layers:
+            kwargs["attention_mask"] = layer_masks(self.config, rows if starts_padded else None)
+        return super().forward(
+            inputs_embeds=embeds,
+            position_ids=index,
+            past_key_values=cache,
+            use_cache=cache is not None,
+            return_dict=True,
+            photon_segments=segments,
+            **kwargs,
+        )
+
+    def _segments(self, rows: Rows, cache: PhotonCache | None, as_dense: bool) -> list[Segment | None]:
+        """One segment per layer; layers of a kind share theirs, and recurrent ones have none."""
         config, made = self.config, {}
         new = NewElements(
             rows.batch, rows.index, rows.base, rows.valid, rows.rows, rows.has_past, self.backend, rows.varies
@@ -170,7 +205,11 @@ class PhotonModel(PhotonPreTrainedModel):
                 is_interleaved=is_interleaved(config),
             )
 
-        def segment(layer: int) -> Segment:
+        recurrent = config.recurrent_layers
+
+        def segment(layer: int) -> Segment | None:
+            if layer in recurrent:
+                return None
             own = config.family_window(layer)
             if as_dense or not config.has_window(layer):
                 kind, make = ("full", full) if own is None else (own, functools.partial(local, own))
@@ -215,11 +254,15 @@ def rotation(
     if not has_rotation(config, layer):
         return (positions.new_empty(*positions.shape, 0, dtype=torch.float32),) * 2
     like = torch.empty((), device=positions.device)  # weights may be offloaded
+    if config.base_model_type == "qwen3_5_text":  # which counts time, height and width, equal in text
+        positions = positions.expand(3, -1, -1)
     kind = rotation_kind(config, layer)
     cosine, sine = rotary(like, positions, *(() if kind is None else (kind,)))
     scaling = getattr(rotary, f"{kind}_attention_scaling" if kind else "attention_scaling", 1.0)
     if config.base_model_type == "glm4":  # whose attention puts them in order itself
         cosine, sine = (part.chunk(2, dim=-1)[0].repeat_interleave(2, dim=-1) for part in (cosine, sine))
+    if config.base_model_type == "gpt_oss":  # whose attention takes the two halves apart
+        cosine, sine = (torch.cat([part, part], dim=-1) for part in (cosine, sine))
     return cosine / scaling, sine / scaling
 
 
@@ -256,6 +299,11 @@ class PhotonForCausalLM(PhotonPreTrainedModel, PhotonGenerationMixin):
     def set_fused_windows(self, fused: str) -> None:
         if fused == "yes":
             self._refuse_softcap("flex_attention (fused='yes')", "fused='auto' or 'no'")
+            if has_sink_logits(self.config):
+                raise ValueError(
+                    "flex_attention (fused='yes') has no sink logits, which this "
+                    f"{self.config.base_model_type} model has: use fused='auto' or 'no'"
+                )
         super().set_fused_windows(fused)
 
     def _refuse_softcap(self, what: str, instead: str) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from functools import cached_property
 
 import torch
 
@@ -49,9 +49,9 @@ PIECE = 2**20
 
 
 class StoredVectors:
-    """Vectors of some heads as the cache stores them, an operand of products that never dequantises them as a whole.
+    """Vectors of some heads as the cache stores them, an operand of products that are taken without their scales.
 
-    A product is taken with the levels of codes and scaled afterwards, which is exact in every type.
+    Levels of codes are exact in every type, and a product is scaled afterwards.
 
     Args:
         states: Codes or, of 16 bits, the vectors, ``[n, m, U, size]``.
@@ -61,36 +61,35 @@ class StoredVectors:
     """
 
     def __init__(self, states: torch.Tensor, scales: torch.Tensor | None, bits: int, dtype: torch.dtype) -> None:
-        self.states, self.bits, self.dtype = states, bits, dtype
-        self.scales = None if scales is None else scales.squeeze(-1).float()
+        self.states, self.scales, self.bits, self.dtype = states, scales, bits, dtype
 
-    def _pieces(self) -> Iterator[slice]:
+    def pieces(self) -> list[StoredVectors]:
+        """Their vectors in order, few enough at a time that `PIECE` numbers of a head are made."""
         rows, _, count, size = self.states.shape
-        step = count if self.bits == 16 else max(PIECE // (rows * size * 8 // self.bits), 64)
-        return (slice(begin, begin + step) for begin in range(0, count, step))
+        if self.bits == 16 or not count:
+            return [self]
+        step = max(PIECE // (rows * size * 8 // self.bits), 64)
+        parts = (self.states.split(step, dim=2), self.scales.split(step, dim=2))
+        return [StoredVectors(*part, self.bits, self.dtype) for part in zip(*parts, strict=True)]
 
-    def _numbers(self, head: int, piece: slice) -> torch.Tensor:
-        states = self.states[:, head, piece]
-        return states if self.bits == 16 else levels(states, self.bits, self.dtype)
+    @cached_property
+    def _numbers(self) -> list[torch.Tensor]:
+        """By head, ``[n, U, D]``: the vectors, or the levels of their codes."""
+        heads = self.states.unbind(1)
+        return list(heads) if self.bits == 16 else [levels(codes, self.bits, self.dtype) for codes in heads]
 
     def _scaled(self, products: torch.Tensor, head: int) -> torch.Tensor:
-        return products if self.scales is None else products * self.scales[:, head, None]
+        return products if self.scales is None else products * self.scales[:, head, None, :, 0].float()
 
     def dot(self, queries: torch.Tensor) -> torch.Tensor:
         """Products of ``queries [n, Q, m * D]`` with all heads' vectors, ``[n, Q, U]`` (fp32)."""
-        heads, found = queries.chunk(self.states.shape[1], dim=-1), 0
-        for head, query in enumerate(heads):
-            parts = [query @ self._numbers(head, piece).transpose(1, 2) for piece in self._pieces()]
-            found = found + self._scaled(torch.cat(parts, dim=-1).float(), head)
-        return found
+        heads = enumerate(zip(queries.chunk(len(self._numbers), dim=-1), self._numbers, strict=True))
+        return sum(self._scaled((query @ states.transpose(1, 2)).float(), head) for head, (query, states) in heads)
 
     def mix(self, weights: torch.Tensor) -> torch.Tensor:
         """Sums of all heads' vectors under ``weights [n, Q, U]`` (fp32), ``[n, Q, m * D]``."""
-        found = []
-        for head in range(self.states.shape[1]):
-            scaled = self._scaled(weights, head).to(self.dtype)
-            found.append(sum((scaled[..., piece] @ self._numbers(head, piece)).float() for piece in self._pieces()))
-        return torch.cat(found, dim=-1).to(self.dtype)
+        heads = enumerate(self._numbers)
+        return torch.cat([self._scaled(weights, head).to(self.dtype) @ states for head, states in heads], dim=-1)
 
 
 class StraightThrough(torch.autograd.Function):

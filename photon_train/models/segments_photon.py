@@ -9,7 +9,7 @@ import torch
 
 from .attention_photon import NewElements, load_kernels, sdpa
 from .flex_photon import FlexMask, attend_window, is_usable, window_mask
-from .softmax_photon import FarKeys, NearKeys, additive, attend_set, blockwise_attention
+from .softmax_photon import FarKeys, NearKeys, additive, attend_set, blockwise_attention, with_sink
 from .stores_photon import GrowingStore, KeyValue, RingStore
 
 # How windows are attended to in training on a GPU: by one compiled kernel (`flex_photon`), block by block, or the first
@@ -34,38 +34,42 @@ class FullSegment:
             store.reserve(count)
             self.slot_mapping = new.slot_mapping(store)
 
-    def attend(self, module, query, key, value, scale, softcap=None):
+    def attend(self, module, query, key, value, scale, softcap=None, sink_logits=None):
+        is_plain = softcap is None and sink_logits is None
         if self.store is not None:
             self.new.append(self.store, module.layer_idx, self.slot_mapping, key, value)
         if not self.new.has_past:
-            if softcap is not None:
-                return self._whole.attend(module, query, key, value, scale, softcap)
+            if not is_plain:
+                return self._whole.attend(module, query, key, value, scale, softcap, sink_logits)
             return sdpa(query, key, value, scale, causal=True)
         if self.new.backend == "triton" and self.length == 1:
             keys, values, block_table = self.store.operands(module.layer_idx)
             seen = (self.index + 1).expand(self.new.batch, -1)
-            return load_kernels().paged_decode_attention(
-                query, keys, values, seen, scale, rows=self.new.kernel_rows, block_table=block_table, backend="triton"
-            )
+            settings = {"rows": self.new.kernel_rows, "block_table": block_table, "backend": "triton"}
+            if sink_logits is None:
+                return load_kernels().paged_decode_attention(query, keys, values, seen, scale, **settings)
+            found = load_kernels().paged_decode_attention(query, keys, values, seen, scale, return_lse=True, **settings)
+            return with_sink(found, sink_logits)[0]
         keys, values = self.store.read(module.layer_idx, self.new.rows, self.count)
         if torch.is_grad_enabled() and key.requires_grad:
             keys, values = (self._with_own(*pair) for pair in ((keys, key), (values, value)))
-        if self.index.shape[0] == 1 and self.length == 1 and keys.shape[2] == self.count and softcap is None:
+        if self.index.shape[0] == 1 and self.length == 1 and keys.shape[2] == self.count and is_plain:
             return sdpa(query, keys, values, scale)
         slot, pieces = torch.arange(keys.shape[2], device=keys.device), []
         for rows in torch.arange(self.length).split(FULL_BLOCK):
             rows = slice(int(rows[0]), int(rows[-1]) + 1)
             mask = (slot <= self.index[:, rows, None])[:, None]
-            if softcap is None:
+            if is_plain:
                 pieces.append(sdpa(query[:, :, rows], keys, values, scale, mask=mask))
             else:
                 bias = additive(mask, query.dtype)
-                pieces.append(attend_set(query[:, :, rows], keys, values, bias, scale, softcap=softcap)[0])
+                found = attend_set(query[:, :, rows], keys, values, bias, scale, softcap=softcap)
+                pieces.append(with_sink(found, sink_logits)[0])
         return torch.cat(pieces, dim=2)
 
     @cached_property
     def _whole(self) -> WindowSegment:
-        """A window over the whole sequence: what is attended to with a softcap is computed block by block."""
+        """A window over the whole sequence: what has a softcap or sink logits is computed block by block."""
         return WindowSegment(self.new, torch.zeros_like(self.index), self.length, fused="no")
 
     def _with_own(self, stored: torch.Tensor, own: torch.Tensor) -> torch.Tensor:
@@ -102,22 +106,23 @@ class WindowSegment:
         self._biases: dict[object, torch.Tensor] = {}
         self.past_index, self.slot_mapping = (None, None) if ring is None else new.enter(ring)
 
-    def attend(self, module, query, key, value, scale, softcap=None):
+    def attend(self, module, query, key, value, scale, softcap=None, sink_logits=None):
         layer = module.layer_idx
         if self._decodes(key):
             self.new.append(self.ring, layer, self.slot_mapping, key, value)
-            return self._decode_near(layer, query, scale, softcap)[0]
-        out = self._attend(query, key, value, scale, self._past(layer, query), softcap=softcap)
+            return with_sink(self._decode_near(layer, query, scale, softcap), sink_logits)[0]
+        past = self._past(layer, query)
+        out = self._attend(query, key, value, scale, past, softcap=softcap, sink_logits=sink_logits)
         self._store(layer, key, value)
         return out
 
     def _attend(
-        self, query, key, value, scale, past: KeyValue | None, far: tuple | None = None, softcap: float | None = None
+        self, query, key, value, scale, past: KeyValue | None, far: tuple | None = None, softcap=None, sink_logits=None
     ) -> torch.Tensor:
         """Attend to the segment's own keys, the ring's (`past`) and `far` ones (see `blockwise_attention`)."""
-        if softcap is None and self._is_fused(query, key, 1 if far is None else 2):
+        if softcap is None and sink_logits is None and self._is_fused(query, key, 1 if far is None else 2):
             return self._attend_fused(query, key, value, scale, far)
-        return blockwise_attention(self, scale, query, key, value, past, far, softcap)
+        return blockwise_attention(self, scale, query, key, value, past, far, softcap, sink_logits)
 
     def _past(self, layer: int, query: torch.Tensor) -> KeyValue | None:
         if not self.new.has_past:

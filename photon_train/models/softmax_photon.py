@@ -72,6 +72,24 @@ def capped(scores: torch.Tensor, softcap: float | None) -> torch.Tensor:
     return scores if softcap is None else softcap * torch.tanh(scores / softcap)
 
 
+def with_sink(
+    found: tuple[torch.Tensor, torch.Tensor], sink_logits: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Let a softmax have one more key per head: its value is zero, its score a learned logit (gpt-oss).
+
+    It takes its share of the weights once, so it is added to what all sets of keys were merged to.
+
+    Args:
+        found: Output ``[B, H, R, D]`` and log-sum-exp ``[B, H, R]`` of the keys that are seen.
+        sink_logits: ``[H]``; None: there is no such key.
+    """
+    if sink_logits is None:
+        return found
+    out, lse = found
+    sink = sink_logits.to(lse.dtype)[:, None]
+    return (out * (lse - sink).sigmoid()[..., None]).to(out.dtype), torch.logaddexp(lse, sink)
+
+
 def attend_set(query, key, value, bias, scale, may_see_none: bool = False, softcap: float | None = None):
     """Attend to one set of keys.
 
@@ -84,9 +102,11 @@ def attend_set(query, key, value, bias, scale, may_see_none: bool = False, softc
     Returns:
         Output ``[B, Hq, R, D]`` and log-sum-exp ``[B, Hq, R]`` in fp32 (-inf for a query that sees nothing).
     """
+    # The operation gives its log-sum-exp no gradient, which what is merged afterwards asks for.
+    differentiates = torch.is_grad_enabled() and any(each.requires_grad for each in (query, key, value))
     # For one query its kernel takes up to ten times as long in half precision as two products do.
     is_half_decode = query.shape[2] == 1 and query.dtype.itemsize == 2
-    if query.device.type == _FLASH_DEVICE and softcap is None and not is_half_decode:
+    if query.device.type == _FLASH_DEVICE and softcap is None and not (is_half_decode or differentiates):
         operation = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
         out, lse = operation(query, key, value, 0.0, False, attn_mask=bias, scale=scale)
         if may_see_none and bias is not None:
@@ -114,6 +134,7 @@ def blockwise_attention(
     past: tuple[torch.Tensor, torch.Tensor] | None = None,
     far: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None,
     softcap: float | None = None,
+    sink_logits: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Attend in one softmax to the keys near each block of queries and to the far ones.
 
@@ -125,11 +146,13 @@ def blockwise_attention(
             before the backward pass.
         far: The queries as far keys want them, ``[B, Hq, T, D]``, far keys and values ``[B, Hkv, U, D]``.
         softcap: See `capped`.
+        sink_logits: ``[Hq]``; see `with_sink`.
 
     Returns:
         ``[B, Hq, T, D]``.
     """
-    return _Blockwise.apply(plan, (scale, softcap), past, query, key, value, *(far or (None, None, None)))
+    far = far or (None, None, None)
+    return _Blockwise.apply(plan, (scale, softcap), past, sink_logits, query, key, value, *far)
 
 
 def _near_states(past: torch.Tensor | None, own: torch.Tensor, near: NearKeys) -> torch.Tensor:
@@ -142,7 +165,7 @@ def _near_states(past: torch.Tensor | None, own: torch.Tensor, near: NearKeys) -
 
 class _Blockwise(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, plan, score, past, query, key, value, far_query, far_key, far_value):
+    def forward(ctx, plan, score, past, sink_logits, query, key, value, far_query, far_key, far_value):
         scale, softcap = score
         pasts = past or (None, None)
         out = torch.empty_like(query, memory_format=torch.contiguous_format)
@@ -155,15 +178,15 @@ class _Blockwise(torch.autograd.Function):
                 for seen, bias in plan.far(rows, query):
                     states = far_query[:, :, rows], far_key[:, :, seen], far_value[:, :, seen]
                     found = merge(found, attend_set(*states, bias, scale, True, softcap))
-            out[:, :, rows], total[:, :, rows] = found
+            out[:, :, rows], total[:, :, rows] = with_sink(found, sink_logits)
         ctx.plan, ctx.score, ctx.past = plan, score, past
-        ctx.save_for_backward(query, key, value, far_query, far_key, far_value, out, total)
+        ctx.save_for_backward(sink_logits, query, key, value, far_query, far_key, far_value, out, total)
         return out
 
     @staticmethod
     def backward(ctx, upstream):
         plan, score, pasts = ctx.plan, ctx.score, ctx.past or (None, None)
-        *inputs, out, total = ctx.saved_tensors  # once: checkpoints give them a single time
+        sink_logits, *inputs, out, total = ctx.saved_tensors  # once: checkpoints give them a single time
         query, key, value, far_query, far_key, far_value = inputs
         grads = [None if each is None else torch.zeros_like(each) for each in inputs]
         for near in plan.near(query):
@@ -183,7 +206,12 @@ class _Blockwise(torch.autograd.Function):
                     grads[3][:, :, rows] += found[0]
                     grads[4][:, :, seen] += found[1]
                     grads[5][:, :, seen] += found[2]
-        return None, None, None, *grads
+        sink_grad = None
+        if ctx.needs_input_grad[3]:
+            # A key of value zero: its weight, times what every weight loses to the output's mean.
+            share = (sink_logits.to(total.dtype)[:, None] - total).exp()
+            sink_grad = -(share * (_precise(upstream) * out).sum(-1)).sum((0, 2)).to(sink_logits.dtype)
+        return None, None, None, sink_grad, *grads
 
 
 def _precise(states: torch.Tensor) -> torch.Tensor:

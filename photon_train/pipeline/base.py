@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import sys
 from collections.abc import Callable
@@ -30,6 +31,7 @@ from photon_train.pipeline.devices import roomy_device, weight_bytes
 from photon_train.pipeline.prepare import Text, data_name
 from photon_train.pipeline.stages import Stages
 from photon_train.training.artifacts import log_export
+from photon_train.training.base_bits import StoredWeights, is_quantised, quantise_base
 from photon_train.training.collect import gather_full_model
 from photon_train.training.loop import TrainResult, train
 from photon_train.training.lora import add_lora
@@ -149,29 +151,42 @@ class TrainingRun:
         holds_teacher = getattr(model, "holds_dense_model", False) and self.config.lora.rank
         if self.config.distill.is_on and not holds_teacher and teacher_directory is not None:
             teacher = self.load(teacher_directory, is_trained=False)
-        model = add_lora(model, self.config.lora, self.config.seed)
+        model = self.with_adapters(model)
         trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
         ratio = {"photon/kv_ratio": self.numbers.kv_ratio}
         result = self.train(model, self.config, text, name="photon", teacher=teacher, extra_log=ratio)
         sequences = min(self.config.train.eval_sequences, len(text.held_out))
         found = {**outcome(result), "trainable_parameters": trainable, "held_out_sequences": sequences}
-        state = gather_full_model(self.accelerator, result.model)
+        state = gather_full_model(self.accelerator, result.model, StoredWeights(self.start))
         if self.is_main:
             self._export(state, text, found)
             device = roomy_device(self.accelerator.device, weight_bytes(self.exported))
-            check = validate_export(self.exported, self._reference(result.model), device=device)
+            reference, precision = self._reference(result.model)
+            with precision:
+                check = validate_export(self.exported, reference, device=device)
             found["export_check"] = check.to_dict()
         return found
 
-    def _reference(self, trained: torch.nn.Module) -> torch.nn.Module | None:
-        """The trained model, to compare its export with; None where it cannot run alone.
+    def with_adapters(self, model: PreTrainedModel) -> torch.nn.Module:
+        """`model` as it is fine-tuned: its base in `train.base_bits`, adapters on it."""
+        model = quantise_base(model, self.config.train, self.accelerator)
+        return add_lora(model, self.config.lora, self.config.seed)
 
-        That is where its weights are sharded (ZeRO-3), or of several types that only autocast reconciles.
+    def _reference(
+        self, trained: torch.nn.Module
+    ) -> tuple[torch.nn.Module | None, contextlib.AbstractContextManager[Any]]:
+        """The trained model, to compare its export with, and the precision to do it in; None where it cannot run alone.
+
+        That is where its weights are sharded (ZeRO-3), or of several types that only autocast reconciles. A quantised
+        base is compared under autocast: what its rounding changes is what the user is to be told.
         """
         model = self.accelerator.unwrap_model(trained).model
         parameters = list(model.parameters())
+        if any(map(is_quantised, model.modules())):
+            return model, self.accelerator.autocast()
         sharded = any(hasattr(parameter, "ds_id") for parameter in parameters)
-        return None if sharded or len({parameter.dtype for parameter in parameters}) > 1 else model
+        alone = not sharded and len({parameter.dtype for parameter in parameters}) == 1
+        return model if alone else None, contextlib.nullcontext()
 
     # --- export and report ---
 

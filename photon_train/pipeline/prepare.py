@@ -33,6 +33,7 @@ from photon_train.errors import PhotonError
 from photon_train.files import parse_size
 from photon_train.pipeline.console import make_console
 from photon_train.training.accelerator import resolve_precision
+from photon_train.training.base_bits import check_base_bits
 from photon_train.training.lora import check_targets
 
 # Text of a hub data set that is read, in characters per token needed: more than any tokenizer's average.
@@ -79,9 +80,10 @@ def estimate_training(
     """The estimate of a run; `dtype_bytes` defaults to the type that the PHOTON configuration states.
 
     Raises:
-        PhotonError: if `lora.target_modules` fit no layer.
+        PhotonError: if `lora.target_modules` or `train.base_bits` do not fit the model.
     """
     check_targets(config.lora, dense)
+    check_base_bits(config.train, dense)
     gpu = config.train.gpu_memory
     gpu_bytes = parse_size(gpu) if gpu else _detected_gpu()
     precision = config.train.mixed_precision
@@ -122,6 +124,7 @@ def training_setup(config: RunConfig, num_processes: int, weight_bytes: int, pre
         accumulates=config.train.gradient_accumulation_steps > 1,
         distill=bool(config.distill.weight),
         distill_hidden=bool(config.distill.hidden_weight),
+        base_bits=config.train.base_bits,
     )
 
 

@@ -34,10 +34,10 @@ from photon_train.pipeline.prepare import (
 )
 from photon_train.pipeline.stages import Stages
 from photon_train.training.accelerator import make_accelerator
+from photon_train.training.base_bits import StoredWeights, quantise_base
 from photon_train.training.checkpoint import text_hashes
 from photon_train.training.collect import gather_full_model
 from photon_train.training.loop import evaluate, prepare_for_evaluation
-from photon_train.training.lora import add_lora
 from photon_train.training.losses import TrainingObjective
 from photon_train.training.shards import empty_model
 
@@ -193,13 +193,14 @@ class _ConversionRun(TrainingRun):
         """The dense model as it is, and fine-tuned as PHOTON will be."""
         model = self.load(directory)
         if not self.config.train.dense_baseline:
+            # Where the base is rounded, it is judged as PHOTON's is.
+            model = quantise_base(model, self.config.train, self.accelerator)
             objective = prepare_for_evaluation(self.accelerator, TrainingObjective(model))
             return {"initial_ce": evaluate(self.accelerator, objective, text.held_out, self.config)}
         self.say("Fine-tuning the dense model the same way, for comparison.")
         config = _as_baseline(self.config)
-        model = add_lora(model, config.lora, config.seed)
-        result = self.train(model, config, text, name="dense")
-        state = gather_full_model(self.accelerator, result.model)
+        result = self.train(self.with_adapters(model), config, text, name="dense")
+        state = gather_full_model(self.accelerator, result.model, StoredWeights(directory))
         if self.is_main:
             self._save_dense(directory, state, text)
         return outcome(result)

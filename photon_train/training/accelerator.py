@@ -16,6 +16,7 @@ from accelerate.utils import DistributedType, InitProcessGroupKwargs, ProjectCon
 from photon_train.config import RunConfig
 from photon_train.data.pretrain import fast_dtype
 from photon_train.errors import PhotonError
+from photon_train.training.base_bits import check_machine
 from photon_train.training.tracking import require_tracker
 
 logger = logging.getLogger(__name__)
@@ -46,7 +47,7 @@ def make_accelerator(config: RunConfig, output_dir: str | os.PathLike[str]) -> A
     Raises:
         PhotonError: for a precision that the hardware or the accelerate config cannot serve, a way to divide the work
             other than DDP and ZeRO, more processes than GPUs, a DeepSpeed that cannot be imported, or a tracker that is
-            not installed.
+            not installed; for `train.base_bits` as `check_machine`.
     """
     train, precision = config.train, resolve_precision(config.train.mixed_precision)
     on_cpu = not torch.accelerator.is_available()
@@ -64,6 +65,8 @@ def make_accelerator(config: RunConfig, output_dir: str | os.PathLike[str]) -> A
     _check_machine(on_cpu, uses_deepspeed)
     if on_cpu and uses_deepspeed:
         _use_gloo_alone()
+    device = torch.device("cpu") if on_cpu else torch.accelerator.current_accelerator()
+    check_machine(train, device, int(os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", "2")) if uses_deepspeed else 0)
     tracker = require_tracker(config.tracking)
     output_dir = Path(output_dir)
     accelerator = Accelerator(

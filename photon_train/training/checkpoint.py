@@ -151,8 +151,11 @@ def _frozen_names(model) -> set[str]:
 def _without_frozen_weights(accelerator: Accelerator) -> Iterator[None]:
     def drop(models: list, weights: list[dict], _directory: str) -> None:
         for model, state in zip(models, weights, strict=True):
-            for name in _frozen_names(model) & set(state):
-                del state[name]
+            frozen = _frozen_names(model)
+            for name in list(state):
+                # Under the name of a quantised weight lie its factors too.
+                if name in frozen or name.partition(".weight.")[0] + ".weight" in frozen:
+                    del state[name]
 
     # DeepSpeed writes the weights itself and is told so by an argument.
     if accelerator.distributed_type == DistributedType.DEEPSPEED:

@@ -224,7 +224,8 @@ def _widen(objective: nn.Module, accelerator: Accelerator) -> None:
     if is_mixed and accelerator.distributed_type == DistributedType.DEEPSPEED:
         return
     for parameter in objective.parameters():
-        if (parameter.requires_grad or not is_mixed) and parameter.itemsize < 4:
+        # Codes of a quantised weight are whole numbers.
+        if (parameter.requires_grad or not is_mixed) and parameter.itemsize < 4 and parameter.is_floating_point():
             parameter.data = parameter.data.float()
 
 

@@ -13,7 +13,8 @@ from transformers import PreTrainedModel
 from photon_train.accounting.shape import Shape
 from photon_train.config import LoraSettings, TrainSettings
 from photon_train.errors import PhotonError
-from photon_train.linears import EXPERTS, FUSED, LINEARS
+from photon_train.layouts import LAYOUTS
+from photon_train.linears import EXPERTS, FUSED
 from photon_train.models.experts_photon import HELD
 
 
@@ -28,7 +29,8 @@ def new_module_names(model: nn.Module) -> list[str]:
     return list(names()) if callable(names) else []
 
 
-def _inside(name: str, modules: list[str]) -> bool:
+def inside(name: str, modules: list[str]) -> bool:
+    """Whether `name` is one of the modules or lies in one."""
     return any(name == module or name.startswith(f"{module}.") for module in modules)
 
 
@@ -44,7 +46,7 @@ def check_targets(settings: LoraSettings, dense: Any) -> None:
     shape, targets = Shape.of(dense), settings.target_modules
     if targets is not None:
         experts = [EXPERTS] if shape.mixture else []
-        _check_names(targets, {*shape.linears, *experts, "lm_head"}, "the model")
+        _check_names(targets, {*shape.linear_names, *experts, "lm_head"}, "the model")
         _check_head(targets, shape.tied)
         _check_experts(settings)
 
@@ -92,13 +94,15 @@ def lora_targets(model: nn.Module, settings: LoraSettings) -> list[str]:
     """
     new = new_module_names(model)
     linears = [
-        name for name, module in model.named_modules() if isinstance(module, nn.Linear) and not _inside(name, new)
+        name for name, module in model.named_modules() if isinstance(module, nn.Linear) and not inside(name, new)
     ]
     found = {name.rpartition(".")[2] for name in linears}
     # A dense model may hold linear layers stacked; its PHOTON model holds them apart.
     fused = {part: whole for whole, parts in FUSED.items() if whole in found for part in parts}
     if settings.target_modules is None:
-        wanted = {fused.get(target, target) for target in LINEARS} & found
+        # Only the PHOTON models' families have a layout; any other dense model is taken for a Llama.
+        layout = LAYOUTS.get(getattr(model.config, "base_model_type", model.config.model_type), LAYOUTS["llama"])
+        wanted = {fused.get(target, target) for target in layout.linears} & found
     else:
         wanted = {fused.get(target, target) for target in settings.target_modules}
         experts = [EXPERTS] if _expert_parameters(model) else []
@@ -141,8 +145,13 @@ def add_lora(model: PreTrainedModel, settings: LoraSettings, seed: int = 0) -> P
 def merge_lora(model: PeftModel | PreTrainedModel) -> PreTrainedModel:
     """The transformers model with the adapters added into its weights and the trained new modules in place.
 
-    `model` is used up. For a model that training has sharded, see `photon_train.training.collect`.
+    `model` is used up. For a model that training has sharded or quantised, see `photon_train.training.collect`.
+
+    Raises:
+        PhotonError: for a model whose base is quantised: the sum would be rounded to its few bits again.
     """
+    if getattr(base_model(model), "is_loaded_in_4bit", False):
+        raise PhotonError("the base is in 4 bits: collect.gather_full_model adds the adapters to the stored weights")
     return model.merge_and_unload() if isinstance(model, PeftModel) else model
 
 

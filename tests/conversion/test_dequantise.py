@@ -9,7 +9,8 @@ from pathlib import Path
 import golden_bitsandbytes
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
+from tiny_dense import save_dense
 from tiny_quantised import KINDS, save_quantised
 from transformers import AutoModelForCausalLM
 
@@ -124,6 +125,32 @@ def test_a_conversion_is_that_of_the_copy(tmp_path, model_type):
     assert set(found) == set(expected)
     assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
     assert (tmp_path / "a" / "config.json").read_text() == (tmp_path / "b" / "config.json").read_text()
+
+
+def test_stacked_experts_are_turned_round(tmp_path):
+    """As transformers reads them: of gpt-oss, whose matrices are square, nothing else would show it."""
+    from transformers.integrations.mxfp4 import convert_moe_packed_tensors
+
+    sizes = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2, "num_local_experts": 3}
+    copy = save_dense(tmp_path / "copy", "gpt_oss", **sizes, layer_types=["sliding_attention", "full_attention"])
+    directory, weights = tmp_path / "model", load_file(copy / "model.safetensors")
+    stored = {name: weight.bfloat16() for name, weight in weights.items() if not name.endswith("_proj")}
+    expected = dict(stored)
+    for name in sorted(set(weights) - set(stored)):
+        parts = [KINDS["mxfp4"][0](expert.T.contiguous())[0] for expert in weights[name]]
+        for kind in ("blocks", "scales"):
+            stored[f"{name}_{kind}"] = torch.stack([part[f"weight_{kind}"] for part in parts])
+        expected[name] = convert_moe_packed_tensors(stored[f"{name}_blocks"], stored[f"{name}_scales"])
+        assert (expected[name] - weights[name]).norm() < 0.2 * weights[name].norm()
+    directory.mkdir()
+    save_file(stored, directory / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((copy / "config.json").read_text())
+    settings = {"dtype": "bfloat16", "quantization_config": KINDS["mxfp4"][1]}
+    (directory / "config.json").write_text(json.dumps(config | settings))
+    found = DenseCheckpoint.open(str(directory))
+    assert set(found.tensors) == set(expected)
+    for name, tensor in expected.items():
+        assert torch.equal(found.load(name), tensor), name
 
 
 def test_small_files_come_along(tmp_path):

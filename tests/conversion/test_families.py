@@ -55,17 +55,18 @@ def test_every_family_has_a_layout():
 @pytest.mark.parametrize(
     ("model_type", "message"),
     [
-        ("qwen3_next", "recurrent state.*would take caches that hold both"),
-        ("lfm2", "short convolutions"),
+        ("qwen3_next", "shared expert"),
+        ("qwen3_5_moe_text", "shared expert"),
+        ("qwen3_5", "images.*the language model alone"),
+        ("lfm2_moe", "two kinds of MLP"),
         ("granitemoehybrid", "Mamba-2"),
         ("nemotron_h", "Mamba-2"),
-        ("kimi_linear", "recurrent state"),
+        ("kimi_linear", "latent attention"),
         ("deepseek_v2", "multi-head latent attention"),
         ("deepseek_v3", "multi-head latent attention"),
         ("minicpm3", "multi-head latent attention"),
         ("hunyuan_v1_dense", "after their rotation"),
         ("gemma3", "images"),
-        ("gpt_oss", "learned sink logit"),
         ("olmo", "nearest supported one is olmo"),
         ("granite_swa", "nearest supported one is granite:"),
         ("unheard_of", "entry in the registries"),
@@ -97,6 +98,9 @@ def test_backends_that_cannot_bound_scores_are_refused_by_name():
         model.set_fused_windows("yes")
     model.set_backend("torch")
     model.set_fused_windows("auto")
+    sinks = PhotonForCausalLM(photon_config(dense_config("gpt_oss"), RunConfig()))
+    with pytest.raises(ValueError, match="flex_attention.*no sink logits.*gpt_oss.*use fused='auto'"):
+        sinks.set_fused_windows("yes")
     free = PhotonForCausalLM(photon_config(dense_config("gemma2", attn_logit_softcapping=None), RunConfig()))
     free.set_fused_windows("yes")
 
@@ -110,6 +114,8 @@ def test_an_unsupported_family_lists_the_supported_ones():
     ("model_type", "changes", "windows"),
     [
         ("llama", {}, (None,) * 4),
+        ("lfm2", {}, (0, None, 0, None)),
+        ("qwen3_5_text", {}, (0, None, 0, None)),
         ("mistral", {"sliding_window": 32}, (32,) * 4),
         ("mistral", {"sliding_window": None}, (None,) * 4),
         ("phi3", {"sliding_window": 32}, (32,) * 4),

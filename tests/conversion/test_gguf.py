@@ -11,6 +11,7 @@ from tiny_gguf import CHAT_TEMPLATE, gemma_model, gguf_model, rounded, write_ggu
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from photon_train.conversion import gguf as subject
+from photon_train.conversion.families import FAMILIES
 from photon_train.conversion.gguf import cached_checkpoint, dequantise
 from photon_train.conversion.source import DenseCheckpoint
 from photon_train.errors import PhotonError
@@ -57,6 +58,11 @@ def test_a_part_of_several_is_refused(tmp_path):
 def test_a_scale_that_no_file_says_is_refused(tmp_path):
     file = write_gguf(tmp_path / "tiny.gguf", gguf_model(num_hidden_layers=46), architecture="gemma2")
     refuses(file, "tiny.gguf", "query_pre_attn_scalar", "safetensors")
+
+
+def test_hybrids_are_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(subject, "family_of", lambda config: FAMILIES["lfm2"])
+    refuses(write_gguf(tmp_path / "tiny.gguf", gguf_model()), "hybrids (lfm2)", "safetensors")
 
 
 @pytest.mark.parametrize(("quantisation", "dtype"), [("F16", torch.float16), ("Q8_0", torch.bfloat16)])

@@ -20,12 +20,14 @@ from photon_train.export.save import export_model
 ROOT = Path(__file__).resolve().parents[2]
 
 
-@pytest.fixture(scope="module", params=["qwen3", "mixtral"])
+@pytest.fixture(scope="module", params=["qwen3", "mixtral", "lfm2"])
 def exported(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, tokenizer) -> tuple[Path, Path]:
     """An export, and the tokens, logits and generated text of its model."""
     folder = tmp_path_factory.mktemp("exported")
     # Two levels of memory, sinks and branches: most of the shipped code runs.
-    model = photon_model("memory-apart", request.param, **SPECIALS.get(request.param, {}))
+    # The others of LFM2 are convolutions.
+    changes = {"num_hidden_layers": 4, "memory_cells": {1: [0, 1]}} if request.param == "lfm2" else {}
+    model = photon_model("memory-apart", request.param, **SPECIALS.get(request.param, {}), **changes)
     directory = export_model(model, tokenizer, folder / "my-model.v1", settings=ExportSettings(), card="")
     ids = tokens(2, 31)
     padded = torch.tensor([[5, 6, 7, 8, 9], [2, 2, 2, 11, 12]])

@@ -61,6 +61,23 @@ def from_a_paged_cache(model, rows: list[torch.Tensor]) -> torch.Tensor:
     return torch.stack(steps, dim=1)
 
 
+@pytest.mark.parametrize("decode", [from_a_contiguous_cache, from_a_paged_cache])
+@torch.no_grad()
+def test_sink_logits_are_in_every_softmax_of_the_kernels_once(decode, triton_device):
+    """Local layers, memory and full attention; shares of the sinks that show."""
+    kinds = ["sliding_attention", "full_attention", "full_attention"]
+    family = {"num_local_experts": 3, "num_experts_per_tok": 2, "sliding_window": 6, "layer_types": kinds}
+    cells = {"memory_cells": {2: [0]}, "full_attention_layers": [1]}
+    model = photon_model("memory-full", "gpt_oss", **family, **cells).to(triton_device)
+    rows = rows_of(triton_device)
+    expected = in_one_pass(model, rows)
+    model.set_backend("triton")
+    torch.testing.assert_close(decode(model, rows), expected, atol=2e-4, rtol=0)
+    for layer in model.model.layers:
+        layer.self_attn.sinks.fill_(-30.0)
+    assert (in_one_pass(model, rows) - expected).abs().max() > 1e-2
+
+
 @pytest.mark.parametrize(
     ("name", "decode"),
     [(name, from_a_contiguous_cache) for name in sorted(GRAFTS)] + [(name, from_a_paged_cache) for name in SOME],

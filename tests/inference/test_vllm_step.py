@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from types import SimpleNamespace
 
 import pytest
@@ -28,7 +29,9 @@ def layers_of(model) -> Layout:
     """Attention modules and caches, as the plugin makes them; NaN where nothing was written."""
     config, layout = model.config, Layout(model.config, model.model.rotation)
     for layer in range(config.num_hidden_layers):
-        shape = (60, config.num_key_value_heads, BLOCK, 2 * config.head_dim)
+        # Other caches' blocks lie between this one's, in no whole number of tokens.
+        block = (config.num_key_value_heads, BLOCK, 2 * config.head_dim)
+        keys_and_values = torch.full((60, math.prod(block) + 20), torch.nan)[:, 4:-16].unflatten(1, block)
         memory = None
         if layer in config.memory_cells:
             memory = model.model.layers[layer].self_attn.memory
@@ -42,7 +45,7 @@ def layers_of(model) -> Layout:
         layout.layers[layer] = SimpleNamespace(
             layer_name=str(layer),
             layer_idx=layer,
-            kv_cache=torch.full(shape, torch.nan),
+            kv_cache=keys_and_values,
             scale=0.4,
             softcap=None,
             memory=memory,

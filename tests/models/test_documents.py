@@ -9,17 +9,20 @@ import pytest
 import torch
 from tiny import GRAFTS, VOCABULARY, photon_model, tokens
 from tiny_hierarchical import HIERARCHIES, hierarchical_model
+from tiny_hybrid import HYBRIDS, hybrid_model
 from transformers import LlamaForCausalLM
 
 from photon_train.models import documents_photon
 
-MODELS = [*sorted(GRAFTS), *sorted(HIERARCHIES)]
+MODELS = [*sorted(GRAFTS), *sorted(HYBRIDS), *sorted(HIERARCHIES)]
 # One token, shorter than a unit and than a window, odd, and longer than several windows; the rows divide differently.
 LENGTHS = [[1, 2, 23, 4, 13, 31], [40, 34], [74], [3] * 20 + [14]]
 COLUMNS = 74
 
 
 def model_of(name: str):
+    if name in HYBRIDS:
+        return hybrid_model(name)
     return photon_model(name) if name in GRAFTS else hierarchical_model(name)
 
 
@@ -87,7 +90,7 @@ def test_a_neighbour_changes_nothing(name: str, as_dense: bool) -> None:
         assert torch.equal(one, other)
 
 
-@pytest.mark.parametrize("name", ["window", "memory", "memory-full", "block-2", "stream-2-slots"])
+@pytest.mark.parametrize("name", ["window", "memory", "memory-full", *HYBRIDS, "block-2", "stream-2-slots"])
 @torch.no_grad()
 def test_not_even_a_neighbour_that_is_no_number_changes_anything(name: str) -> None:
     """What fills a row up is never another document: a weight of zero would let it through."""
@@ -115,7 +118,7 @@ def test_gradients_are_the_sum_of_those_of_the_documents(name: str) -> None:
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
-@pytest.mark.parametrize("name", ["memory", "memory-full", "block-2", "stream-2-slots"])
+@pytest.mark.parametrize("name", ["memory", "memory-full", "delta-nets", "block-2", "stream-2-slots"])
 def test_gradient_checkpointing_changes_no_gradient(name: str, reentrant: bool) -> None:
     ids, gradients = tokens(len(LENGTHS), COLUMNS), []
     for checkpointing in (False, True):

@@ -22,13 +22,16 @@ from photon_train.conversion.dense_attention import DenseAttention
 from photon_train.conversion.graft import memory_candidates
 from photon_train.conversion.presets import make_plan, photon_config
 from photon_train.conversion.source import DenseCheckpoint
+from photon_train.errors import PhotonError
 from photon_train.inference.engine import Engine, EngineSettings
 from photon_train.inference.request import SamplingParams
+from photon_train.layouts import LAYOUTS
 from photon_train.models.attention_photon import unrotate
 from photon_train.models.families_photon import family, has_rotation, is_interleaved, rotation_kind
 from photon_train.models.memory_photon import LayerMemory
 from photon_train.training.losses import TrainingObjective
 
+HYBRIDS = tuple(name for name in FAMILY_NAMES if LAYOUTS[name].mixer)
 LENGTH = 40
 IDS = torch.randint(3, 64, (2, LENGTH), generator=torch.Generator().manual_seed(0))
 NEW = 6
@@ -121,6 +124,12 @@ def test_padded_rows_get_what_they_get_alone(model, side):
     found = model(ids, attention_mask=mask, use_cache=False).logits
     torch.testing.assert_close(found[1, own], alone, atol=2e-4, rtol=0)
     torch.testing.assert_close(found[0], model(IDS[:1], use_cache=False).logits[0], atol=2e-4, rtol=0)
+    if side == "right" and model.config.base_model_type in HYBRIDS:
+        # A state has read whatever follows a row's last token.
+        with pytest.raises(ValueError, match="recurrent layers.*pad on the left"):
+            model(ids, attention_mask=mask, use_cache=True)
+        assert model(ids, attention_mask=mask).past_key_values is None
+        return
     cache, parts = model.new_cache(), []
     for begin, stop in ((0, 25), (25, 26), (26, LENGTH)):
         parts.append(model(ids[:, begin:stop], attention_mask=mask[:, :stop], past_key_values=cache).logits)
@@ -138,6 +147,10 @@ def test_packed_documents_do_not_see_each_other(model):
 @torch.no_grad()
 def test_the_engine_writes_what_generate_writes(model):
     model.generation_config.eos_token_id = None
+    if model.config.base_model_type in HYBRIDS:  # there is no pool of states
+        with pytest.raises(PhotonError, match=f"states of a hybrid .{model.config.base_model_type}.: use generate"):
+            Engine(model)
+        return
     prompts = [IDS[0, :length].tolist() for length in (1, 17, 31)]
     expected = [
         model.generate(torch.tensor([ids]), max_new_tokens=NEW, do_sample=False, pad_token_id=0)[0, len(ids) :].tolist()
@@ -171,7 +184,9 @@ def test_rotations_are_undone_but_for_their_length(model):
             continue
         kind = rotation_kind(config, layer)
         kinds = () if kind is None else (kind,)
-        rotated = apply(states, states, *model.model.rotary_emb(states, position, *kinds))[0]
+        # Qwen 3.5 counts time, height and width.
+        given = position.expand(3, -1, -1) if config.base_model_type == "qwen3_5_text" else position
+        rotated = apply(states, states, *model.model.rotary_emb(states, given, *kinds))[0]
         assert (rotated[:, :, 1:] - states[:, :, 1:]).abs().amax(-1).min() > 1e-3
         factor = 1.0
         if config.rope_parameters.get(kind, config.rope_parameters)["rope_type"] == "yarn":
@@ -207,6 +222,10 @@ def rules(config, layer: int) -> Rules:
         found.norms = _rms(config.rms_norm_eps, whole=True)
     if name in ("exaone4", "qwen3", "qwen3_moe"):
         found.norms = _rms(config.rms_norm_eps)
+    if name == "lfm2":
+        found.norms = _rms(config.norm_eps)
+    if name == "qwen3_5_text":
+        found.norms, found.gated, found.rotated = _rms(config.rms_norm_eps, add=1.0), True, size // 2
     if name in ("granite", "granitemoe"):
         found.scale = config.attention_multiplier
     if name == "smollm3" and not config.no_rope_layers[layer]:
@@ -217,6 +236,8 @@ def rules(config, layer: int) -> Rules:
         found.scale = config.query_pre_attn_scalar**-0.5
     if name == "gemma2":
         found.softcap = config.attn_logit_softcapping
+    if name == "gpt_oss":
+        found.has_sink_logits = True
     if name == "gemma3_text":
         found.norms = _rms(config.rms_norm_eps, add=1.0)
     if name in ("cohere2", "glm4"):
@@ -234,6 +255,7 @@ PLAIN = {
     "olmo3": {"rope_parameters": {kind: {"rope_type": "default", "rope_theta": theta} for kind, theta in (
         ("full_attention", 300.0), ("sliding_attention", 20.0))}},
     "olmoe": {"clip_qkv": None},  # which is met above, by the dense logits
+    "gpt_oss": _plain(1e4),
     "ministral3": _plain(1e4, llama_4_scaling_beta=0.3, original_max_position_embeddings=16),
 }  # fmt: skip
 BY_KEY = {"seed_oss": {"attention_bias": True, "attention_out_bias": True}, "granite": {"attention_bias": True}}
@@ -246,20 +268,23 @@ def converted_plain(name, directory, **photon):
 
 def watch(model) -> dict[int, list[tuple[torch.Tensor, torch.Tensor]]]:
     """What enters and leaves the attention of each layer from now on, of the first row."""
-    seen: dict[int, list] = {layer: [] for layer in range(model.config.num_hidden_layers)}
+    layers = [layer for layer in range(model.config.num_hidden_layers) if layer not in model.config.recurrent_layers]
+    seen: dict[int, list] = {layer: [] for layer in layers}
 
     def record(module, args, kwargs, output):
         states = args[0] if args else kwargs["hidden_states"]
         seen[module.layer_idx].append((states[0], output[0][0]))
 
-    for layer in model.model.layers:
-        layer.self_attn.register_forward_hook(record, with_kwargs=True)
+    for layer in layers:
+        model.model.layers[layer].self_attn.register_forward_hook(record, with_kwargs=True)
     return seen
 
 
 def weights(model, layer: int) -> dict[str, torch.Tensor]:
     own = model.model.layers[layer].self_attn.state_dict()
-    return {f"self_attn.{name}": tensor.double() for name, tensor in own.items()}
+    llama = {own: name for name, own in LAYOUTS[model.config.base_model_type].names.items()}
+    renamed = {".".join(llama.get(part, part) for part in name.split(".")): tensor for name, tensor in own.items()}
+    return {f"self_attn.{name}": tensor.double() for name, tensor in renamed.items()}
 
 
 @pytest.mark.parametrize("name", FAMILY_NAMES)
@@ -275,7 +300,7 @@ def test_each_layers_attention_is_what_the_family_defines(name, tmp_path):
     for part in ids.split(1, dim=1):
         model(part, past_key_values=cache)
     assert 1 in config.memory_cells  # which reads far tokens: 22 lie beyond window and sinks
-    for layer in (0, 1):
+    for layer in {0, 1} - {*config.recurrent_layers}:
         (states, whole), *steps = seen[layer]
         expected = brute_force.attention(weights(model, layer), config.to_dict(), layer, states, rules(config, layer))
         # The family computes norms and rotations in fp32, whatever the weights are.

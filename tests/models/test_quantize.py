@@ -156,5 +156,10 @@ def test_products_with_stored_vectors(bits, dtype, monkeypatch):
     joined = exact.transpose(1, 2).flatten(2)
     assert stored.dot(queries).dtype == torch.float32 and stored.mix(weights).dtype == dtype
     tolerance = {"atol": 6e-2, "rtol": 2e-2} if dtype == torch.bfloat16 else {"atol": 1e-5, "rtol": 1e-5}
-    torch.testing.assert_close(stored.dot(queries).double(), queries.double() @ joined.transpose(1, 2), **tolerance)
-    torch.testing.assert_close(stored.mix(weights).double(), weights.double() @ joined, **tolerance)
+    pieces = stored.pieces()
+    assert len(pieces) == (1 if bits == 16 else 3)
+    found = torch.cat([piece.dot(queries) for piece in pieces], dim=-1)
+    torch.testing.assert_close(found.double(), queries.double() @ joined.transpose(1, 2), **tolerance)
+    shares = weights.split([piece.states.shape[2] for piece in pieces], dim=-1)
+    found = sum(piece.mix(share).double() for piece, share in zip(pieces, shares, strict=True))
+    torch.testing.assert_close(found, weights.double() @ joined, **tolerance)

@@ -84,7 +84,7 @@ def implementation(request, monkeypatch):
         monkeypatch.setattr(softmax_photon, "_FLASH_DEVICE", "none")
 
 
-@pytest.mark.parametrize("softcap", [None, 0.7])
+@pytest.mark.parametrize(("softcap", "has_sinks"), [(None, False), (0.7, False), (None, True)])
 @pytest.mark.parametrize(
     "length, window, chunk, num_sinks, heads, kv_heads, cells",
     [
@@ -99,7 +99,7 @@ def implementation(request, monkeypatch):
     ],
 )
 def test_outputs_and_gradients_are_those_of_one_softmax(
-    length, window, chunk, num_sinks, heads, kv_heads, cells, softcap, implementation, monkeypatch
+    length, window, chunk, num_sinks, heads, kv_heads, cells, softcap, has_sinks, implementation, monkeypatch
 ):
     torch.manual_seed(0)
     query, key, value = random(2, heads, length, 8), random(2, kv_heads, length, 8), random(2, kv_heads, length, 8)
@@ -112,7 +112,8 @@ def test_outputs_and_gradients_are_those_of_one_softmax(
     )
     if kv_heads == heads:  # the two cannot be told apart by their shape then
         turn = torch.eye(8, dtype=torch.float64)
-    found = segment(length, window, chunk, num_sinks).attend(module, query, key, value, 0.3, softcap)
+    sinks = torch.randn(heads, dtype=torch.float64, requires_grad=True) if has_sinks else None
+    found = segment(length, window, chunk, num_sinks).attend(module, query, key, value, 0.3, softcap, sinks)
     token = torch.arange(length)
     start = token - window + 1
     start = (start - start % chunk).clamp(min=0)[:, None]
@@ -124,10 +125,13 @@ def test_outputs_and_gradients_are_those_of_one_softmax(
         scores = softcap * (scores / softcap).tanh()
     reads = torch.tensor([head in module.query_heads for head in range(heads)])[:, None, None]
     seen = torch.cat([near_seen.expand(heads, -1, -1), far_seen & reads], dim=2)
-    weights = scores.masked_fill(~seen, -torch.inf).softmax(dim=-1)
+    scores = scores.masked_fill(~seen, -torch.inf)
+    if has_sinks:  # a key without a value
+        scores = torch.cat([scores, sinks[:, None, None].expand(2, heads, length, 1)], dim=-1)
+    weights = scores.softmax(dim=-1)[..., : 2 * length]
     expected = weights @ torch.cat([values, values], dim=2)
     assert torch.allclose(found, expected, rtol=1e-9, atol=1e-9)
-    upstream, leaves = torch.randn_like(found), (query, key, value)
+    upstream, leaves = torch.randn_like(found), (query, key, value, *([sinks] if has_sinks else []))
     gradients = zip(
         torch.autograd.grad(found, leaves, upstream), torch.autograd.grad(expected, leaves, upstream), strict=True
     )

@@ -184,3 +184,20 @@ def test_cells_that_a_probe_chooses_are_planned_and_kept_on_resume(tmp_path):
     before = (output / "stages.json").read_bytes()
     convert(dense, output, **settings, **{"train.dense_baseline": "false", "resume": "true"})
     assert (output / "stages.json").read_bytes() == before
+
+
+@pytest.mark.distributed
+@pytest.mark.slow
+def test_a_run_over_a_base_in_4_bits_exports_the_weights_it_began_with(tmp_path):
+    """Of the dense baseline too; steps too small to see leave them, where rounding would change them by a tenth."""
+    pytest.importorskip("bitsandbytes")
+    dense = tiny_checkpoint(tmp_path / "dense", hidden_size=64, intermediate_size=128, head_dim=16)
+    small = {"train.learning_rate": 1e-7, "train.new_modules_learning_rate": 1e-7}
+    report = convert(dense, tmp_path / "out", **{"photon.window": 16, "train.base_bits": 4, **small})
+    weights = load_file(dense / "model.safetensors")
+    for name in ("export", "dense-finetuned"):
+        found = load_file(tmp_path / "out" / name / "model.safetensors")
+        for key, weight in weights.items():
+            assert (found[key] - weight).norm() < 1e-4 * weight.norm(), (name, key)
+    # The trained model has the rounded base: the report says how far its export is from it.
+    assert 1e-5 < report["export_check"]["kl"] < 1

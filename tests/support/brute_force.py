@@ -31,6 +31,8 @@ class Rules:
         gain: Factor on the query at a position.
         norms: Norm of projected queries or keys ``[T, heads, D]``, given its weight.
         window: Tokens that a local layer sees; None: the layer is PHOTON's.
+        gated: Whether the map of queries also gives, after each head's query, a gate on the head's output.
+        has_sink_logits: Whether each head has a key of value zero, with a learned score.
     """
 
     theta: float
@@ -42,6 +44,8 @@ class Rules:
     gain: Callable[[int], float] = lambda position: 1.0
     norms: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None = None
     window: int | None = None
+    gated: bool = False
+    has_sink_logits: bool = False
 
 
 def rotate(vector: torch.Tensor, position: int, rules: Rules) -> torch.Tensor:
@@ -89,6 +93,9 @@ def project(own: dict[str, torch.Tensor], config: dict[str, Any], states: torch.
     heads, kv_heads = config["num_attention_heads"], config["num_key_value_heads"]
     for name, count in (("q", heads), ("k", kv_heads), ("v", kv_heads)):
         flat = states @ own[f"self_attn.{name}_proj.weight"].T + own.get(f"self_attn.{name}_proj.bias", 0)
+        if name == "q" and rules.gated:
+            flat, projected["gate"] = flat.view(length, heads, 2, size).unbind(2)
+            flat = flat.reshape(length, -1)
         projected[name] = flat.view(length, count, size)
         if rules.norms is not None and name != "v":
             projected[name] = rules.norms(projected[name], own[f"self_attn.{name}_norm.weight"])
@@ -131,8 +138,13 @@ def attention(
             scores = torch.stack(scores) * (size**-0.5 if rules.scale is None else rules.scale)
             if rules.softcap is not None:
                 scores = rules.softcap * (scores / rules.softcap).tanh()
+            if rules.has_sink_logits:
+                scores = torch.cat([scores, own["self_attn.sinks"][head : head + 1]])
+                values.append(torch.zeros(size, dtype=torch.float64))
             shares = scores.softmax(0)
             out[query, head] = shares @ torch.stack(values)
+            if rules.gated:
+                out[query, head] *= projected["gate"][query, head].sigmoid()
     return out.view(length, heads * size) @ own["self_attn.o_proj.weight"].T + own.get("self_attn.o_proj.bias", 0)
 
 

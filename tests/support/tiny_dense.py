@@ -15,6 +15,12 @@ FAMILY_NAMES = tuple(FAMILIES)
 # Of four layers, what makes a family's specials count in a text of tens of tokens.
 _LOCAL = ["sliding_attention", "full_attention", "sliding_attention", "full_attention"]
 _LOCAL_LAYERS = {"sliding_window": 12, "layer_types": _LOCAL}
+
+
+def _hybrid(recurrent: str) -> dict[str, Any]:
+    return {"layer_types": [recurrent, "full_attention", recurrent, "full_attention"]}
+
+
 SPECIALS: dict[str, dict[str, Any]] = {
     "granite": {
         "attention_multiplier": 0.2,
@@ -53,6 +59,18 @@ SPECIALS: dict[str, dict[str, Any]] = {
     },
     "cohere2": {**_LOCAL_LAYERS, "logit_scale": 0.4},
     "exaone4": _LOCAL_LAYERS,
+    "gpt_oss": {
+        **_LOCAL_LAYERS,
+        "num_local_experts": 5,
+        "num_experts_per_tok": 2,
+        "rope_parameters": {
+            "rope_type": "yarn",
+            "factor": 4.0,
+            "rope_theta": 1e4,
+            "truncate": False,
+            "original_max_position_embeddings": 16,
+        },
+    },
     "granitemoe": {
         "attention_multiplier": 0.2,
         "embedding_multiplier": 3.0,
@@ -64,6 +82,15 @@ SPECIALS: dict[str, dict[str, Any]] = {
     "mixtral": {"num_local_experts": 5, "num_experts_per_tok": 2},
     "olmoe": {"num_experts": 5, "num_experts_per_tok": 2, "clip_qkv": 1.0},
     "qwen3_moe": {"num_experts": 5, "num_experts_per_tok": 2, "moe_intermediate_size": 24, "norm_topk_prob": True},
+    "lfm2": {**_hybrid("conv"), "block_multiple_of": 16},
+    "qwen3_5_text": {
+        **_hybrid("linear_attention"),
+        "linear_num_key_heads": 2,
+        "linear_num_value_heads": 4,
+        "linear_key_head_dim": 6,
+        "linear_value_head_dim": 5,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5},
+    },
     "ministral3": {
         "rope_parameters": {
             "rope_type": "yarn",

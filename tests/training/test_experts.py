@@ -91,8 +91,10 @@ def test_adapters_are_counted_and_lie_on_attention_by_default(family):
         owners = {next(part for part in parts if part in (*ATTENTION, "experts")) for parts in adapted}
         assert owners == trained
         total = accounting.photon_parameters(config)
-        layer, size = 3 * 32 * config.to_dict().get("moe_intermediate_size", 48), 5 - 2
-        assert accounting.active_parameters(config, total) == total - 4 * layer * size
+        inner = config.to_dict().get("moe_intermediate_size", 48)
+        expert, idle = 3 * 32 * inner + (2 * inner + 32) * (family == "gpt_oss"), 5 - 2  # whose experts have biases
+        assert total == model.num_parameters() - count  # new modules are there a second time, frozen
+        assert accounting.active_parameters(config, total) == total - 4 * expert * idle
 
 
 def test_targets_that_models_with_experts_have_not_are_named():

@@ -12,6 +12,7 @@ from tiny_dense import SPECIALS
 from tiny_vllm import check, export, generate, metric, prompts
 from vllm import SamplingParams
 
+from photon_train.layouts import LAYOUTS
 from photon_train.models.families_photon import CLASS_PREFIXES, LLAMA_LIKE
 from photon_vllm import FAMILIES
 
@@ -72,7 +73,8 @@ def test_families_without_a_model_of_vllm_are_refused(family: str, tmp_path: Pat
     export(tmp_path, family, **SPECIALS.get(family, {}), memory_cells={1: [1], 3: [0, 1]})
     with pytest.raises(Exception, match=".") as error:
         serve(tmp_path)
-    assert f"exports of family {family} are served by" in str(error.value) + capfd.readouterr().err
+    what = "hybrids" if LAYOUTS[family].mixer else "served by"
+    assert f"exports of family {family} are {what}" in str(error.value) + capfd.readouterr().err
 
 
 def test_what_vllm_leaves_out_of_olmoe_is_refused(tmp_path: Path, serve: Callable, capfd) -> None:

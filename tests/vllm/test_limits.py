@@ -113,7 +113,7 @@ def test_two_ranks(heads: dict, tmp_path: Path) -> None:
     environment = {**os.environ, "PYTHONPATH": f"{SUPPORT}:{os.environ.get('PYTHONPATH', '')}"}
     environment.pop("VLLM_ENABLE_V1_MULTIPROCESSING")
     command = [sys.executable, str(tmp_path / "serve.py"), str(tmp_path), json.dumps(given)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=280)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=800)
     assert done.returncode == 0, done.stderr[-3000:]
     # vLLM's own lines may follow.
     tokens, cached = json.loads(next(line for line in done.stdout.splitlines() if line.startswith("[[")))

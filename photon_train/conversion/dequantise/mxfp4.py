@@ -1,7 +1,8 @@
 """MXFP4 of the OCP Microscaling specification: 4-bit floats (E2M1) in blocks of 32 that share a power of two (E8M0).
 
 A matrix is stored as ``*_blocks`` (rows, blocks, 16), two values a byte, the lower half first, and ``*_scales`` (rows,
-blocks), exponents with a bias of 127.
+blocks), exponents with a bias of 127. Of stacked experts (gpt-oss) each is stored as (outputs, inputs), which the model
+holds turned round: ``[E, inputs, outputs]``.
 """
 
 from __future__ import annotations
@@ -45,8 +46,9 @@ class Mxfp4:
             return None
         blocks, scales = f"{stem}_blocks", f"{stem}_scales"
         file = stored[blocks if blocks in stored else scales].file
-        count = math.ceil(shape[-1] / _BLOCK)
-        for part, wanted in ((blocks, (*shape[:-1], count, _BLOCK // 2)), (scales, (*shape[:-1], count))):
+        *rows, columns = _as_stored(shape)
+        count = math.ceil(columns / _BLOCK)
+        for part, wanted in ((blocks, (*rows, count, _BLOCK // 2)), (scales, (*rows, count))):
             info = need_part(part, name, file, stored)
             check_dtype(part, info, torch.uint8)
             check_shape(part, info, wanted)
@@ -61,4 +63,10 @@ class Mxfp4:
         result[..., 0] = _VALUES[(blocks & 15).int()]
         result[..., 1] = _VALUES[(blocks >> 4).int()]
         result = torch.ldexp(result.flatten(-2), (scales.int() - _BIAS)[..., None])
-        return result.flatten(-2)[..., : shape[-1]]
+        result = result.flatten(-2)[..., : _as_stored(shape)[-1]]
+        return result.transpose(1, 2) if len(shape) == 3 else result
+
+
+def _as_stored(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Rows and columns of a weight of `shape` where its blocks run along the columns."""
+    return (shape[0], shape[2], shape[1]) if len(shape) == 3 else shape
