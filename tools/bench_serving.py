@@ -33,6 +33,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import photon_train.models  # noqa: F401  registers PHOTON
+from lib.vllm_load import FOUND
 from photon_train import accounting
 from photon_train.checkpoints import read_config
 from photon_train.cli import main_wrapper
@@ -136,23 +137,48 @@ def prompts(tokenizer: Any, length: int, count: int) -> list[str]:
     return [f"{common}\nReader {number + 1} closed the book, looked up and said:" for number in range(count)]
 
 
-def load(server: Server, options: argparse.Namespace, texts: list[str]) -> dict[str, Any]:
-    """Figures of vLLM's load generator, all texts at once."""
-    with tempfile.TemporaryDirectory() as folder:
-        path, result = Path(folder, "prompts.jsonl"), Path(folder, "result.json")
-        path.write_text("".join(json.dumps({"prompt": text}) + "\n" for text in texts), encoding="utf-8")
-        command = [str(options.vllm / "vllm"), "bench", "serve", "--backend", "openai", "--base-url", server.url]
-        command += ["--model", "model", "--tokenizer", str(options.dense), "--ignore-eos", "--disable-tqdm"]
-        command += ["--dataset-name", "custom", "--dataset-path", str(path), "--skip-chat-template"]
-        command += ["--custom-output-len", str(NEW_TOKENS), "--num-prompts", str(len(texts)), "--num-warmups", "0"]
-        command += ["--save-result", "--result-dir", folder, "--result-filename", result.name]
-        done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "HF_HUB_OFFLINE": "1"})
-        if done.returncode or not result.is_file():
-            raise PhotonError(f"the load generator failed at {server.name}: {(done.stdout + done.stderr)[-2000:]}")
-        figures = json.loads(result.read_text())
-    if figures["completed"] != len(texts):
-        raise PhotonError(f"{server.name}: {figures['completed']} of {len(texts)} requests were answered")
-    return figures
+class LoadGenerator:
+    """vLLM's load generator (`vllm bench serve`), started once.
+
+    Args:
+        options: Of the command line.
+        log: What it prints.
+    """
+
+    def __init__(self, options: argparse.Namespace, log: Path) -> None:
+        self.options, self.log = options, log
+        self.process = subprocess.Popen(
+            [str(options.vllm / "python"), str(Path(__file__).parent / "lib" / "vllm_load.py")],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=log.open("w"),
+            text=True,
+            env={**os.environ, "HF_HUB_OFFLINE": "1"},
+        )
+
+    def load(self, server: Server, texts: list[str]) -> dict[str, Any]:
+        """Its figures of all texts at once."""
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder, "prompts.jsonl")
+            path.write_text("".join(json.dumps({"prompt": text}) + "\n" for text in texts), encoding="utf-8")
+            given = ["--backend", "openai", "--base-url", server.url, "--model", "model", "--ignore-eos"]
+            given += ["--tokenizer", str(self.options.dense), "--disable-tqdm", "--dataset-name", "custom"]
+            given += ["--dataset-path", str(path), "--skip-chat-template", "--custom-output-len", str(NEW_TOKENS)]
+            given += ["--num-prompts", str(len(texts)), "--num-warmups", "0"]
+            print(json.dumps(given), file=self.process.stdin, flush=True)
+            # Other packages print too.
+            line = next((line for line in self.process.stdout if line.startswith(FOUND)), None)
+        if line is None:
+            raise PhotonError(f"the load generator failed at {server.name}: {self.log.read_text()[-2000:]}")
+        figures = json.loads(line.removeprefix(FOUND))
+        if figures["completed"] != len(texts):
+            raise PhotonError(f"{server.name}: {figures['completed']} of {len(texts)} requests were answered")
+        return figures
+
+    def close(self) -> None:
+        """End it."""
+        self.process.stdin.close()
+        self.process.wait(60)
 
 
 def watch_usage(server: Server, stop: threading.Event, seen: list[float]) -> None:
@@ -162,22 +188,22 @@ def watch_usage(server: Server, stop: threading.Event, seen: list[float]) -> Non
             seen.append(share)
 
 
-def measure(server: Server, options: argparse.Namespace) -> Iterator[dict[str, Any]]:
+def measure(server: Server, generator: LoadGenerator, options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """Rows of a running server."""
     tokenizer = AutoTokenizer.from_pretrained(options.dense)
     for length in options.lengths:
         texts, stop, seen = prompts(tokenizer, length, max(options.streams)), threading.Event(), [0.0]
         watcher = threading.Thread(target=watch_usage, args=(server, stop, seen), daemon=True)
         watcher.start()
-        cold = load(server, options, texts[:1])
+        cold = generator.load(server, texts[:1])
         stop.set()
         watcher.join()
         # Read to its end, it writes: the last that was seen of it.
         kept, reading = (server.request_bytes(share, length) for share in (seen[-1], max(seen)))
         # vLLM keeps the windows at a common beginning's end from the second request on.
-        load(server, options, texts[1:2] or texts)
+        generator.load(server, texts[1:2] or texts)
         for streams in options.streams:
-            found = load(server, options, texts[:streams])
+            found = generator.load(server, texts[:streams])
             yield {
                 "system": server.name,
                 "length": length,
@@ -254,6 +280,7 @@ def main(argv: list[str] | None = None) -> None:
     print(f"{len(names)} servers, {len(options.lengths)} lengths: about ten minutes each on two cores", flush=True)
     expected: dict[Path, str] = {}
     with tempfile.TemporaryDirectory() as folder:
+        generator = LoadGenerator(options, Path(folder, "load.log"))
         for name in names:
             with socket.socket() as free:
                 free.bind(("127.0.0.1", 0))
@@ -263,9 +290,10 @@ def main(argv: list[str] | None = None) -> None:
                 expected[server.directory] = expected_text(server.directory, options.dtype)
             with server.running(Path(folder, f"{name}.log")):
                 check(server, options, expected[server.directory])
-                for row in measure(server, options):
+                for row in measure(server, generator, options):
                     print(json.dumps(row), flush=True)
                     rows.append(row)
+        generator.close()
     command = " ".join(["python", "tools/bench_serving.py", *(sys.argv[1:] if argv is None else map(str, argv))])
     more = {"command": command, "dtype": options.dtype, "new_tokens": NEW_TOKENS, "ratios": ratios(rows)}
     write_rows(options.output, rows, **more)
