@@ -104,6 +104,7 @@ if __name__ == "__main__":
 
 
 @pytest.mark.distributed
+@pytest.mark.timeout(900)  # two processes wait for each other in turns where other work has the processors
 @pytest.mark.parametrize("heads", [{"num_key_value_heads": 2}, {"num_key_value_heads": 1, "memory_cells": {1: [0]}}])
 def test_two_ranks(heads: dict, tmp_path: Path) -> None:
     """Cells of one rank alone, of the other, of both; and one head that both ranks have."""
