@@ -121,6 +121,10 @@ class Server:
         """Share of vLLM's cache that running requests have; 0 for our server."""
         return 0.0 if self.name == "graft-engine" else self.metric("vllm:kv_cache_usage_perc")
 
+    def reads(self, length: int) -> bool:
+        """Whether it takes prompts of `length` tokens: our server none beyond the model's own length."""
+        return self.name != "graft-engine" or length + ROOM <= read_config(self.directory).max_position_embeddings
+
     def request_bytes(self, usage: float, length: int) -> float:
         """Bytes of a running request's cache: of vLLM's by its `usage`, of our server's as `accounting` states."""
         if self.name != "graft-engine":
@@ -191,7 +195,7 @@ def watch_usage(server: Server, stop: threading.Event, seen: list[float]) -> Non
 def measure(server: Server, generator: LoadGenerator, options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """Rows of a running server."""
     tokenizer = AutoTokenizer.from_pretrained(options.dense)
-    for length in options.lengths:
+    for length in filter(server.reads, options.lengths):
         texts, stop, seen = prompts(tokenizer, length, max(options.streams)), threading.Event(), [0.0]
         watcher = threading.Thread(target=watch_usage, args=(server, stop, seen), daemon=True)
         watcher.start()
@@ -250,6 +254,13 @@ def ratios(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     ]
 
 
+def write(rows: list[dict[str, Any]], options: argparse.Namespace, argv: list[str], **more: Any) -> None:
+    """Write the rows so far, their ratios, and how they were made."""
+    command = " ".join(["python", "tools/bench_serving.py", *map(str, argv)])
+    more |= {"command": command, "dtype": options.dtype, "new_tokens": NEW_TOKENS, "ratios": ratios(rows)}
+    write_rows(options.output, rows, **more)
+
+
 def numbers(text: str) -> list[int]:
     """``1,8,32``."""
     return [int(part) for part in text.split(",")]
@@ -263,7 +274,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--lengths", type=numbers, default=LENGTHS, help="tokens of prompts (512,4096,16384)")
     parser.add_argument("--streams", type=numbers, default=STREAMS, help="requests at a time (1,8,32)")
     parser.add_argument("--systems", default=",".join(SYSTEMS), help="which of them, comma-separated")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16")
     parser.add_argument("--cache-gib", type=int, default=4, help="cache of each server")
     parser.add_argument("--output", type=Path, default=Path("benchmarks/serving/cpu.json"))
     options = parser.parse_args(argv)
@@ -277,7 +288,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> None:
     options = parse(argv)
     rows, names = [], options.systems.split(",")
-    print(f"{len(names)} servers, {len(options.lengths)} lengths: about ten minutes each on two cores", flush=True)
+    print(f"{len(names)} servers, {len(options.lengths)} lengths: about five minutes each on two cores", flush=True)
     expected: dict[Path, str] = {}
     with tempfile.TemporaryDirectory() as folder:
         generator = LoadGenerator(options, Path(folder, "load.log"))
@@ -293,10 +304,8 @@ def main(argv: list[str] | None = None) -> None:
                 for row in measure(server, generator, options):
                     print(json.dumps(row), flush=True)
                     rows.append(row)
+            write(rows, options, sys.argv[1:] if argv is None else argv)  # what follows may fail
         generator.close()
-    command = " ".join(["python", "tools/bench_serving.py", *(sys.argv[1:] if argv is None else map(str, argv))])
-    more = {"command": command, "dtype": options.dtype, "new_tokens": NEW_TOKENS, "ratios": ratios(rows)}
-    write_rows(options.output, rows, **more)
     print(options.output)
 
 
