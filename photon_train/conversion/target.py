@@ -12,12 +12,12 @@ from transformers import PretrainedConfig, PreTrainedModel
 from photon_train.config import RunConfig
 from photon_train.conversion.families import stored_as
 from photon_train.conversion.plan import TensorPlan
+from photon_train.layouts import LAYOUTS
 
 # Roles of the dense tensors outside the layers, which keep their names.
 ROLES = {
     "model.embed_tokens.weight": "embedding",
-    "model.norm.weight": "final norm",
-    "model.embedding_norm.weight": "final norm",  # LFM2's name
+    **{f"model.{layout.final_norm}.weight": "final norm" for layout in LAYOUTS.values()},
     "lm_head.weight": "head",
 }
 NUM_SINKS = 4

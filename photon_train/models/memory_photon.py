@@ -23,7 +23,7 @@ from transformers import initialization as init
 
 from .configuration_photon import PhotonConfig
 from .quantize_photon import StoredVectors, StraightThrough, dequantize, quantize
-from .softmax_photon import capped
+from .softmax_photon import capped, merge
 from .stores_photon import KeyValue
 
 
@@ -200,16 +200,14 @@ class LayerMemory(nn.Module):
         halves = [StoredVectors(*half, self.bits, content.dtype) for half in zip(stored[:2], scales, strict=True)]
         # ``[n, 1, S, U]``, for the scores of every head.
         hidden = ~visible.unflatten(-1, (-1, self.chunk_size)).transpose(1, 2)[:, None]
-        parts, begin = [], 0
-        for piece in zip(*(half.pieces() for half in halves), strict=True):
-            stop = begin + piece[0].states.shape[2]
-            parts.append(self._attend_piece(folded, bias, piece, hidden[..., begin:stop], scale, softcap))
-            begin = stop
-        mixed, mass, lses = (torch.stack(each) for each in zip(*parts, strict=True))
-        lse = lses.logsumexp(dim=0)
-        shares = (lses - lse).exp().nan_to_num(0.0)[..., None]
-        out = self.unfold_values((mixed * shares[..., None]).sum(0).to(content.dtype), (mass * shares).sum(0))
-        return out[:, :, None], lse[..., None]
+        pieces = list(zip(*(half.pieces() for half in halves), strict=True))
+        masks = hidden.split([piece[0].states.shape[2] for piece in pieces], dim=-1)
+        parts = (
+            self._attend_piece(folded, bias, piece, mask, scale, softcap)
+            for piece, mask in zip(pieces, masks, strict=True)
+        )
+        sums, lse = functools.reduce(merge, parts)
+        return self.unfold_values(sums[..., :-1].to(content.dtype), sums[..., -1])[:, :, None], lse
 
     def _attend_piece(
         self,
@@ -219,8 +217,11 @@ class LayerMemory(nn.Module):
         hidden: torch.Tensor,
         scale: float,
         softcap: float | None,
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Sums ``[n, H, S, C]`` of some latents under their softmax, weights' ``[n, H, S]``, log-sum-exp ``[n, H]``."""
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Sums of some latents under their softmax, and of its weights as the last column: ``[n, H, S, C + 1]``.
+
+        And log-sum-exps ``[n, H, 1]``, as `merge` takes both.
+        """
         reads, mixes = (halves, halves) if self.num_latents == 1 else (halves[:1], halves[1:])
         queries = folded.flatten(1, 2).chunk(len(reads), dim=-1)
         scores = sum(part.dot(query) for query, part in zip(queries, reads, strict=True))
@@ -229,7 +230,7 @@ class LayerMemory(nn.Module):
         lse = scores.flatten(2).logsumexp(dim=-1)
         weights = (scores - lse[..., None, None]).exp_().nan_to_num_(0.0)
         mixed = torch.cat([part.mix(weights.flatten(1, 2)) for part in mixes], dim=-1)
-        return mixed.unflatten(1, bias.shape[1:]), weights.sum(-1), lse
+        return torch.cat([mixed.unflatten(1, bias.shape[1:]), weights.sum(-1, keepdim=True)], dim=-1), lse[..., None]
 
 
 def initialize(module: nn.Module) -> bool:

@@ -227,9 +227,7 @@ def _backward(query, key, value, bias, scale, softcap, upstream, out, lse):
     )
     if bias is not None:
         bias = bias.repeat(1, 1, heads // kv_heads, 1)
-    # For one query its kernel takes up to ten times as long in half precision as two products do.
-    is_half_decode = query.shape[2] == 1 and query.dtype.itemsize == 2
-    if query.device.type == _FLASH_DEVICE and softcap is None and not is_half_decode:
+    if query.device.type == _FLASH_DEVICE and softcap is None:
         operation = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
         grads = operation(upstream, query, key, value, out, lse, 0.0, False, attn_mask=bias, scale=scale)
     else:
