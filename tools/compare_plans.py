@@ -26,10 +26,10 @@ from accelerate import Accelerator
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from lib.benchmark import read_rows
-from lib.plots import plot_budget, plot_quality
+from lib.plots import plot_quality
 from lib.quality import Quality, measure_quality
 from lib.repeats import Repeats
-from lib.study import add_recovered, fit_budgets, markdown_table
+from lib.study import add_recovered, markdown_table
 from lib.study_text import study_documents
 from photon_train.accounting import TrainingSetup, costs_of, dense_flops, dense_parameters, estimate
 from photon_train.cli import main_wrapper
@@ -181,7 +181,7 @@ def _write(options: argparse.Namespace, rows: list[dict[str, Any]], common: dict
         row.setdefault("window", None if unlimited else window)
     add_recovered(rows)
     recipe = json.loads((options.dense / STUDY_FILE).read_text(encoding="utf-8"))
-    write_rows(options.output, rows, dense=recipe, all=common, budgets=fit_budgets(rows))
+    write_rows(options.output, rows, dense=recipe, all=common)
     atomic_write_text(options.output.with_suffix(".md"), markdown_table(rows))
 
 
@@ -207,7 +207,6 @@ def main() -> None:
             print(json.dumps({k: row.get(k) for k in _SHOWN}), flush=True)
     _write(options, rows, common)
     plot_quality(rows, options.output.with_suffix(".png"))
-    plot_budget(rows, options.output.with_name(f"{options.output.stem}-budget.png"))
 
 
 if __name__ == "__main__":

@@ -10,10 +10,9 @@ import torch
 from torch import nn
 
 from lib.copying import copy_gain
-from lib.plots import plot_budget
 from lib.quality import measure_quality, periodic
 from lib.repeats import Repeats
-from lib.study import add_recovered, fit_budgets, markdown_table
+from lib.study import add_recovered, markdown_table
 from photon_train.data.packing import PackedDataset
 from photon_train.errors import PhotonError
 
@@ -139,35 +138,3 @@ def test_recovered_share_uses_rows_trained_alike() -> None:
     alone = [row("graft", 3.0, 10)]
     add_recovered(alone)
     assert alone[0]["recovered"] is None and markdown_table(alone)
-
-
-def test_budgets_are_drawn_where_a_plan_and_the_dense_model_have_several(tmp_path):
-    rows = [
-        {"name": name, "tokens": tokens, "ce_repeated": 2.0 - tokens / 99, "ce": 2.0}
-        for name, tokens in (("a", 10), ("a", 20), ("b", 10), ("dense", 0))
-    ]
-    dense = [{"name": "dense-finetuned", "tokens": tokens, "ce_repeated": 1.8, "ce": 1.9} for tokens in (10, 20)]
-    plot_budget([*rows, *dense], tmp_path / "budget.png")
-    assert (tmp_path / "budget.png").read_bytes().startswith(b"\x89PNG")
-    for index, fewer in enumerate(([*rows[1:], *dense], [*rows, dense[0]], rows)):
-        plot_budget(fewer, tmp_path / f"{index}.png")
-        assert not (tmp_path / f"{index}.png").exists()
-
-
-def test_budgets_are_fitted_by_a_power_of_the_tokens():
-    def row(name, tokens, ce):
-        return {"plan": name, "name": name, "tokens": tokens, "ce": ce}
-
-    budgets = (100, 200, 400, 1600)
-    rows = [row("dense-finetuned", tokens, 2.0) for tokens in budgets]
-    rows += [row("slow", tokens, 2.0 * (1 + 0.5 * tokens**-0.25)) for tokens in budgets]
-    rows += [row("passes", tokens, ce) for tokens, ce in zip(budgets, (2.4, 2.2, 2.1, 1.9), strict=True)]
-    rows += [row("rises", tokens, 2.0 + tokens / 1000) for tokens in budgets]
-    rows += [row("twice", tokens, 2.1) for tokens in budgets[:2]]
-    fits = fit_budgets(rows)
-    assert set(fits) == {"slow", "passes", "rises"}
-    assert fits["slow"]["exponent"] == pytest.approx(0.25) and fits["slow"]["residual"] == pytest.approx(0, abs=1e-9)
-    assert fits["slow"]["tokens_for_target"] == pytest.approx(50**4)
-    # The budget at which it is below the dense model is left out: halved with every doubling, from 20%.
-    assert fits["passes"]["exponent"] == pytest.approx(1) and fits["passes"]["tokens_for_target"] == pytest.approx(2000)
-    assert fits["rises"]["tokens_for_target"] is None

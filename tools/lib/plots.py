@@ -6,7 +6,6 @@ import math
 from pathlib import Path
 from typing import Any
 
-from lib.study import excess_by_tokens
 from photon_train.evaluation.plots import new_figure, save_figure
 
 
@@ -43,41 +42,6 @@ def plot_quality(rows: list[dict[str, Any]], output: Path) -> None:
         axes.set_ylabel(label)
         axes.grid(alpha=0.3)
     left.legend(*right.get_legend_handles_labels(), fontsize=7, loc="center left")
-    save_figure(figure, output)
-
-
-def plot_budget(rows: list[dict[str, Any]], output: Path) -> None:
-    """Draw the excess over the dense model fine-tuned alike against the tokens trained, one line per name.
-
-    Means over seeds; the excess in percent is linear up to 1% and logarithmic beyond, so that what is near the dense
-    model and what is far from it are both seen.
-
-    Args:
-        rows: Of `tools/compare_plans.py`.
-        output: PNG to write; nothing is written if no name has two budgets with the dense model trained on both.
-    """
-    names = sorted({row["name"] for row in rows} - {"dense-finetuned"})
-    names = [name for name in names if len(excess_by_tokens(rows, name, "ce")) > 1]
-    if not names:
-        return
-    budgets = list(excess_by_tokens(rows, "dense-finetuned", "ce"))
-    figure = new_figure(12, 5)
-    left, right = figure.subplots(1, 2)
-    for axes, column, label in ((left, "ce", "held-out text"), (right, "ce_repeated", "periodic text")):
-        for index, name in enumerate(names):
-            excess = excess_by_tokens(rows, name, column)
-            percent = [100 * each for each in excess.values()]
-            axes.plot(list(excess), percent, marker="o", color=f"C{index % 10}", label=name)
-        axes.axhline(0, color="grey", linewidth=0.8)
-        axes.set_xscale("log")
-        axes.set_xticks(budgets, [f"{tokens / 1e6:.2f}M" for tokens in budgets])
-        axes.minorticks_off()
-        axes.set_yscale("symlog", linthresh=1)
-        axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
-        axes.set_xlabel("tokens trained")
-        axes.set_ylabel(f"cross-entropy on {label}: % above the dense model's")
-        axes.grid(alpha=0.3)
-    right.legend(fontsize=7)
     save_figure(figure, output)
 
 

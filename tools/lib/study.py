@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-import statistics
 from collections import defaultdict
 from typing import Any
 
@@ -61,47 +59,6 @@ def _named(rows: list[dict[str, Any]], name: str) -> list[dict[str, Any]]:
 
 def _mean(rows: list[dict[str, Any]], column: str) -> float | None:
     return sum(row[column] for row in rows) / len(rows) if rows else None
-
-
-def excess_by_tokens(rows: list[dict[str, Any]], name: str, column: str) -> dict[int, float]:
-    """Tokens trained -> ``column / dense - 1`` of the rows called `name`, in order of the tokens.
-
-    `dense` is `dense-finetuned` on as many tokens; means over the seeds. Budgets without it are left out.
-    """
-    found = {}
-    for tokens in sorted({row["tokens"] for row in rows if row["name"] == name and row["tokens"]}):
-        alike = [row for row in rows if row["tokens"] == tokens]
-        dense = _mean(_named(alike, "dense-finetuned"), column)
-        if dense:
-            found[tokens] = _mean(_named(alike, name), column) / dense - 1
-    return found
-
-
-def fit_budgets(rows: list[dict[str, Any]], target: float = 0.01) -> dict[str, dict[str, float | None]]:
-    """How the cross-entropy comes down to that of `dense-finetuned` with the tokens trained, for each name.
-
-    The excess, ``ce / dense - 1`` on as many tokens and over the mean of the seeds, is fitted as ``a * tokens ** -b``
-    (least squares of the logarithms) over the budgets at which there is one.
-
-    Returns:
-        For names with an excess at three budgets or more, the exponent b (`exponent`), the root mean square of what
-        the fit leaves of the logarithm (`residual`) and the tokens at which it meets `target` (`tokens_for_target`;
-        None if it does not come down).
-    """
-    found = {}
-    for name in dict.fromkeys(row["name"] for row in rows):
-        excesses = excess_by_tokens(rows, name, "ce")
-        points = [(math.log(tokens), math.log(excess)) for tokens, excess in excesses.items() if excess > 0]
-        if len(points) < 3:
-            continue
-        slope, start = statistics.linear_regression(*zip(*points, strict=True))
-        left = [y - start - slope * x for x, y in points]
-        found[name] = {
-            "exponent": -slope,
-            "residual": math.sqrt(sum(each**2 for each in left) / len(left)),
-            "tokens_for_target": math.exp(min((math.log(target) - start) / slope, 700.0)) if slope < 0 else None,
-        }
-    return found
 
 
 def markdown_table(rows: list[dict[str, Any]]) -> str:
