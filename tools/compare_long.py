@@ -40,7 +40,6 @@ from photon_train.evaluation.report import write_rows
 from photon_train.pipeline.run import DENSE_FINETUNED
 
 _SHOWN = ("name", "length", "kv_growing_percent", "kv_total_percent", "ce_beyond_window", "ruler", "needle")
-_CALIBRATION = 64  # sequences
 
 
 def arguments() -> argparse.Namespace:
@@ -111,7 +110,7 @@ class Comparison:
         if self._calibration is None:
             documents = list(read_documents(self.options.data, DataSettings()))
             packed = pack(documents, self.tokenizer, config.train.seq_len, 1, self.tokenizer.eos_token_id)
-            self._calibration = calibration_batches(packed, _CALIBRATION)
+            self._calibration = calibration_batches(packed)
         return self._calibration
 
 

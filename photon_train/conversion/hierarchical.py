@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -210,8 +210,10 @@ def plan_tensor(name: str, shape: tuple[int, ...], dense: PretrainedConfig, conf
     return TensorPlan(name, operator, match[2].replace("_", " "), int(match[1]) + 1, shape, (), arguments)
 
 
-def _fit(model: Any, batches: Sequence[torch.Tensor]) -> list[str]:
-    return list(calibrate(model, batches[:1]))
+def _fit(model: Any, batches: Sequence[torch.Tensor], on_batch: Callable[[int, int], None]) -> list[str]:
+    names = list(calibrate(model, batches[:1]))
+    on_batch(1, 1)
+    return names
 
 
 HIERARCHICAL = Target(

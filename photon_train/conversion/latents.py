@@ -16,7 +16,7 @@ makes the weights of both maps equally large, so that training changes them at o
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -65,13 +65,18 @@ class _Moments:
 
 
 @torch.no_grad()
-def fit_latents(model: PhotonForCausalLM, batches: Sequence[torch.Tensor]) -> list[str]:
+def fit_latents(
+    model: PhotonForCausalLM,
+    batches: Sequence[torch.Tensor],
+    on_batch: Callable[[int, int], None] = lambda done, total: None,
+) -> list[str]:
     """Set the chunkers and converters of a freshly converted model's memory.
 
     Args:
         model: Run as the dense model; changed in place.
         batches: Token ids ``[B, T]``, real text without padding, twice as long as the window or longer. Take at least
             as many units as a unit has numbers (S x 2 Hkv D).
+        on_batch: Is told after each batch how many were read, and of how many.
 
     Returns:
         Names of the parameters that were set.
@@ -79,11 +84,13 @@ def fit_latents(model: PhotonForCausalLM, batches: Sequence[torch.Tensor]) -> li
     was_training = model.training
     model.eval()
     names = []
-    for group in _groups(model):
+    groups = list(_groups(model))
+    for index, group in enumerate(groups):
         moments = {latent: _Moments() for latent in group}
         queries = {layer: _Moments() for layer, _ in group}
-        for batch in batches:
+        for number, batch in enumerate(batches, start=1):
             _measure(model, batch.to(model.device), moments, queries)
+            on_batch(index * len(batches) + number, len(groups) * len(batches))
         for layer, number in group:
             names += _fit(model, layer, number, moments.pop((layer, number)), queries[layer])
     model.train(was_training)

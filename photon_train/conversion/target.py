@@ -48,8 +48,9 @@ class Target:
             settings that this kind or the model cannot serve.
         model: The model's class.
         plan: ``(tensor's name, its shape, dense configuration, configuration) -> TensorPlan``.
-        fit: ``(converted model, token ids) -> names of the parameters that were set`` from norms, keys and values that
-            text gives; token ids are batches ``[B, T]``, real text without padding.
+        fit: ``(converted model, token ids, report) -> names of the parameters that were set`` from norms, keys and
+            values that text gives; token ids are batches ``[B, T]``, real text without padding; ``report(done, total)``
+            is called after each batch.
     """
 
     preserves_dense: bool
@@ -57,4 +58,4 @@ class Target:
     configure: Callable[[PretrainedConfig, RunConfig], PretrainedConfig]
     model: type[PreTrainedModel]
     plan: Callable[[str, tuple[int, ...], PretrainedConfig, Any], TensorPlan]
-    fit: Callable[[PreTrainedModel, Sequence[torch.Tensor]], list[str]]
+    fit: Callable[[PreTrainedModel, Sequence[torch.Tensor], Callable[[int, int], None]], list[str]]

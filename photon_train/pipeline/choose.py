@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import time
 from collections.abc import Collection, Mapping
 from pathlib import Path
 
@@ -14,9 +13,9 @@ from photon_train.config import RunConfig
 from photon_train.conversion.cells import MIDDLE, CellProbe, ProbeText, probe_cells
 from photon_train.conversion.graft import configure, count_cells, format_cells, memory_candidates
 from photon_train.data.packing import IGNORED_LABEL, Sequences
-from photon_train.data.progress import progress_bar
 from photon_train.data.retrieval import longest_fact, needle_sequences, periodic_sequences, plain_text
 from photon_train.files import atomic_write_text
+from photon_train.pipeline.announce import announced
 from photon_train.pipeline.console import make_console
 from photon_train.pipeline.devices import roomy_device, weight_bytes
 from photon_train.pipeline.prepare import Text
@@ -128,22 +127,7 @@ def run_probe(
     gate: float = MIDDLE,
 ) -> CellProbe:
     """`probe_cells` with a progress bar, and how long it will take once the first pass has been timed."""
-    began = time.perf_counter()
-    with progress_bar(True, "%") as bar:
-        task = bar.add_task("probing cells", total=100)
-
-        def on_pass(done: float, total: float) -> None:
-            if not bar.tasks[task].completed:
-                seconds = (time.perf_counter() - began) * total / done
-                number = sum(len(text.tokens) for text in texts)
-                bar.console.print(
-                    f"Probing on {number} sequences of {texts[0].tokens.shape[1]:,} tokens which cells miss far "
-                    f"attention: about {_duration(seconds)}"
-                )
-            bar.update(task, completed=100 * done / total)
-
-        return probe_cells(model, texts, window, num_sinks, layers, gate, on_pass)
-
-
-def _duration(seconds: float) -> str:
-    return f"{seconds / 60:.0f} min" if seconds >= 90 else f"{max(1, seconds):.0f} s"
+    number, length = sum(len(text.tokens) for text in texts), texts[0].tokens.shape[1]
+    sentence = f"Probing on {number} sequences of {length:,} tokens which cells miss far attention"
+    with announced("probing cells", sentence) as report:
+        return probe_cells(model, texts, window, num_sinks, layers, gate, report)

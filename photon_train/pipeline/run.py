@@ -19,6 +19,7 @@ from photon_train.data.demo import demo_dense_model
 from photon_train.errors import PhotonError
 from photon_train.files import atomic_directory, atomic_write_text, check_can_write
 from photon_train.manifest import verify_manifest
+from photon_train.pipeline.announce import announced
 from photon_train.pipeline.base import TrainingRun, outcome
 from photon_train.pipeline.choose import choose_cells, wants_probe, with_cells
 from photon_train.pipeline.devices import roomy_device, weight_bytes
@@ -170,7 +171,6 @@ class _ConversionRun(TrainingRun):
             if self.start.exists():
                 return {}  # a run that was killed right after: a directory is there only when it is complete
             device = roomy_device(self.accelerator.device, conversion.estimate.conversion_bytes)
-            calibration = partial(calibrate_directory, batches=calibration_batches(text.train), device=device)
             convert(
                 conversion.checkpoint,
                 conversion.plan,
@@ -178,7 +178,7 @@ class _ConversionRun(TrainingRun):
                 self.start,
                 self.config.export.max_shard_size,
                 run_config=to_dict(self.config),
-                on_written=calibration,
+                on_written=partial(_fit, batches=calibration_batches(text.train), device=device),
             )
             return {}
 
@@ -217,6 +217,13 @@ class _ConversionRun(TrainingRun):
         with atomic_directory(output) as partial_output:
             model.save_pretrained(partial_output, max_shard_size=self.config.export.max_shard_size)
             text.tokenizer.save_pretrained(partial_output)
+
+
+def _fit(directory: Path, batches: list[torch.Tensor], device: torch.device) -> None:
+    """`calibrate_directory` with a progress bar, and how long it will take."""
+    sentence = f"Fitting the new modules to {sum(batch.numel() for batch in batches):,} tokens"
+    with announced("fitting", sentence) as report:
+        calibrate_directory(directory, batches, device, report)
 
 
 def _as_baseline(config: RunConfig) -> RunConfig:

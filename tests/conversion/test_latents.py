@@ -256,12 +256,13 @@ def test_what_fits_into_the_rank_is_reconstructed_exactly():
 @pytest.mark.parametrize(("name", "groups"), [("memory", 2), ("memory-apart", 4)])
 def test_latents_are_measured_in_as_many_groups_as_memory_asks_for(name, groups, monkeypatch):
     together, apart = photon_model(name), photon_model(name)
-    passes = []
+    passes, reports = [], []
     for model in (together, apart):
         model.model.register_forward_hook(lambda *_: passes.append(1))
-        fit_latents(model, TEXT)
+        fit_latents(model, TEXT, lambda *counts: reports.append(counts))
         monkeypatch.setattr("photon_train.accounting.graft._FIT_BYTES", 1)
     assert len(passes) == 4 + groups * 4
+    assert reports == [(done, total) for total in (4, groups * 4) for done in range(1, total + 1)]
     for (name, one), two in zip(together.named_parameters(), apart.parameters(), strict=True):
         assert torch.equal(one, two), name
 
@@ -292,7 +293,9 @@ def test_text_within_the_window_will_do():
 def test_long_text_comes_in_small_batches(monkeypatch):
     monkeypatch.setattr(calibrate_module, "_BATCH_TOKENS", 200)
     assert [len(batch) for batch in calibration_batches(Texts())] == [2, 2, 2]
-    assert [len(batch) for batch in calibration_batches(Texts(), most=1)] == [1]
+    for tokens_in_all, batches in ((300, [2, 1]), (96, [1]), (50, [1])):
+        monkeypatch.setattr(calibrate_module, "_TOKENS", tokens_in_all)
+        assert [len(batch) for batch in calibration_batches(Texts())] == batches
 
 
 class Texts:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -64,6 +65,10 @@ def convert(directory: Path, output: Path, accelerate_config: str = "cpu.yaml", 
         DS_ACCELERATOR="cpu",
     )
     assert done.returncode == 0, done.stdout + done.stderr
+    said = " ".join(done.stderr.split())
+    assert bool(re.search(r"Fitting the new modules to [\d,]+ tokens: about \d+ (s|min)\b", said)) != (
+        "--resume" in arguments
+    )
     return json.loads((output / "report.json").read_text())
 
 
