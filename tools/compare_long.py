@@ -5,7 +5,9 @@ python tools/compare_long.py --dense runs/smollm2 --data runs/text/train --held-
 
 A plan of the YAML file is a mapping with `plan` (dense, dense-finetuned, dense-window, or graft), an optional `name`,
 and dotted settings of the recipe; `all` holds for every plan. `photon.memory_budget` takes the probe's best cells. A
-plan with `run`, the output directory of a run of the recipe, measures the model that it fine-tuned. Rows that the
+plan with `run`, the output directory of a run of the recipe, measures the model that it fine-tuned. A dense plan with
+`cache_bits` stores its cache in so many bits (transformers' QuantizedCache on optimum-quanto), one with `press` has its
+prompts' cache compressed by that press of kvpress to the bytes of the plan that `same_cache_as` names. Rows that the
 output already holds are not measured again, so a stopped comparison goes on; `--add` takes rows over from others,
 measured on other machines or by other processes.
 """
@@ -13,19 +15,23 @@ measured on other machines or by other processes.
 from __future__ import annotations
 
 import argparse
+import copy
 import dataclasses
 import hashlib
 import json
+import math
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, QuantizedCache
 
 from lib.benchmark import read_rows
 from lib.converted import converted
 from lib.plots import plot_frontier
+from lib.presses import evaluate_pressed
 from photon_train import accounting
 from photon_train.cli import main_wrapper
 from photon_train.config import DataSettings, RunConfig, load_config, read_yaml
@@ -40,6 +46,7 @@ from photon_train.evaluation.report import write_rows
 from photon_train.pipeline.run import DENSE_FINETUNED
 
 _SHOWN = ("name", "length", "kv_growing_percent", "kv_total_percent", "ce_beyond_window", "ruler", "needle")
+_CACHE_GROUP = 64  # numbers of a quantised dense cache that share a scale and a shift, at most
 
 
 def arguments() -> argparse.Namespace:
@@ -127,8 +134,45 @@ def cache_percents(model: PreTrainedModel, length: int) -> dict[str, float]:
     }
 
 
+class CopiedCache(QuantizedCache):
+    """Its layers replace what they hold and never write into it; quanto's tensors cannot be copied deeply."""
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> CopiedCache:
+        copied = copy.copy(self)
+        copied.layers = [copy.copy(layer) for layer in self.layers]
+        return copied
+
+
+def evaluated(
+    model: PreTrainedModel, plan: dict[str, Any], comparison: Comparison, inputs: LongInputs, rows: list[dict[str, Any]]
+) -> Iterator[tuple[dict[str, Any], dict[str, float | None]]]:
+    """What a plan's model gives at each length, and how large its cache is there.
+
+    Args:
+        rows: What has been measured: a press takes the size of another plan's cache from there.
+    """
+    tokenizer = comparison.tokenizer
+    if "press" in plan:
+        like = plan["same_cache_as"]
+        totals = {row["length"]: row["kv_total_percent"] for row in rows if row["name"] == like}
+        if missing := set(inputs.settings.lengths) - totals.keys():
+            raise PhotonError(f"{plan['name']} takes the bytes of {like!r}: measure that first at {sorted(missing)}")
+        for found in evaluate_pressed(model, tokenizer, inputs, plan["press"], totals.__getitem__):
+            yield found, {"kv_growing_percent": None, "kv_total_percent": totals[found["length"]]}
+    elif "cache_bits" in plan:
+        bits, dtype_bits = plan["cache_bits"], torch.finfo(model.dtype).bits
+        group = math.gcd(_CACHE_GROUP, model.config.head_dim)
+        make_cache = partial(CopiedCache, "quanto", model.config, nbits=bits, q_group_size=group)
+        percent = 100 * (bits + 2 * dtype_bits / group) / dtype_bits  # a scale and a shift for each group
+        for found in evaluate_long(model, tokenizer, inputs, make_cache):
+            yield found, {"kv_growing_percent": percent, "kv_total_percent": percent}
+    else:
+        for found in evaluate_long(model, tokenizer, inputs):
+            yield found, cache_percents(model, found["length"])
+
+
 def measure(
-    model: PreTrainedModel, plan: dict[str, Any], comparison: Comparison, inputs: LongInputs
+    model: PreTrainedModel, plan: dict[str, Any], comparison: Comparison, inputs: LongInputs, rows: list[dict[str, Any]]
 ) -> Iterator[dict[str, Any]]:
     """A row per length, as it is measured."""
     cells = getattr(model.config, "memory_cells", None)
@@ -137,7 +181,7 @@ def measure(
         report = json.loads((Path(plan["run"]) / "report.json").read_text(encoding="utf-8"))
         stage = "dense" if plan["plan"] == "dense-finetuned" else "photon"
         trained, seconds = report["tokens"], report["seconds"][stage]
-    for found in evaluate_long(model, comparison.tokenizer, inputs):
+    for found, size in evaluated(model, plan, comparison, inputs, rows):
         yield {
             "plan": plan["plan"],
             "name": plan.get("name", plan["plan"]),
@@ -145,7 +189,7 @@ def measure(
             **found,
             "tokens": trained,
             "training_seconds": seconds,
-            **cache_percents(model, found["length"]),
+            **size,
             "cells": None if cells is None else format_cells(cells),
             "window": getattr(model.config, "window", None),
             "device": torch.cuda.get_device_name() if comparison.device == "cuda" else "cpu",
@@ -174,7 +218,7 @@ def main() -> None:
             continue
         model = comparison.open(plan, common)
         wanted = dataclasses.replace(inputs, settings=dataclasses.replace(settings, lengths=missing))
-        for row in measure(model, plan, comparison, wanted):
+        for row in measure(model, plan, comparison, wanted, list(rows.values())):
             key = keys[row["length"]]
             rows[key] = {"key": key, **row}
             print(json.dumps({column: row[column] for column in _SHOWN}), flush=True)

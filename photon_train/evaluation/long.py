@@ -172,7 +172,7 @@ def evaluate_long(
             "length": length,
             "tokens": inputs.rows[length].numel() + sum(len(sample.tokens) for sample in samples),
             **bucket_means(torch.stack(losses), inputs.settings.beyond),
-            **_retrieval(answers),
+            **retrieval_columns(answers),
             "seconds": round(time.perf_counter() - start, 1),
         }
 
@@ -181,8 +181,8 @@ def _mean(values: Sequence[float]) -> float | None:
     return sum(values) / len(values) if values else None
 
 
-def _retrieval(answers: Sequence[Answer]) -> dict[str, Any]:
-    """The columns of retrieval."""
+def retrieval_columns(answers: Sequence[Answer]) -> dict[str, Any]:
+    """The columns of retrieval of `evaluate_long`, from the answers to all prompts of a length."""
     tasks = list(dict.fromkeys(answer.sample.task for answer in answers))
     by_task = {task: _mean([a.score for a in answers if a.sample.task == task]) for task in tasks}
     single = [answer for answer in answers if answer.sample.task == SINGLE]

@@ -106,19 +106,20 @@ def plot_frontier(rows: list[dict[str, Any]], output: Path) -> None:
         rows: Of `tools/compare_long.py`, the dense model's among them.
         output: PNG to write; nothing is written without the dense model.
     """
-    dense = {row["length"]: row for row in rows if row["plan"] == "dense"}
+    dense = {row["length"]: row for row in rows if row["name"] == "dense"}
     if not dense:
         return
     figure = new_figure(12, 5)
     left, right = figure.subplots(1, 2)
-    names = list(dict.fromkeys(row["name"] for row in rows if row["plan"] != "dense"))
+    names = list(dict.fromkeys(row["name"] for row in rows if row["name"] != "dense"))
     for axes, column, label in (
         (left, "ce_beyond_window", "cross-entropy beyond 256 tokens: % above the dense model's"),
         (right, "ruler", "RULER: % of the dense model's"),
     ):
         for row in rows:
             whole = dense.get(row["length"])
-            if row["plan"] == "dense" or whole is None or not whole[column]:
+            known = whole is not None and whole[column] and row[column] is not None
+            if row["name"] == "dense" or not known or row["kv_growing_percent"] is None:
                 continue
             value = 100 * row[column] / whole[column] - (100 if axes is left else 0)
             index = names.index(row["name"])
