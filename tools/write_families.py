@@ -11,6 +11,7 @@ from photon_train.conversion.families import FAMILIES
 from photon_train.conversion.unsupported import UNSUPPORTED
 from photon_train.models.families_photon import LLAMA_LIKE
 from photon_vllm import FAMILIES as SERVED
+from photon_vllm import TAKEN_FOR_GRANTED
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "families.md"
 _HEAD = """# Dense families
@@ -62,7 +63,10 @@ def page() -> str:
     """The page's text."""
     rows = []
     for name, family in FAMILIES.items():
-        marks = ("yes" if (family.layers or name) in taken else "" for taken in (SERVED, LLAMA_LIKE))
+        marks = ["yes" if (family.layers or name) in taken else "" for taken in (SERVED, LLAMA_LIKE)]
+        if name in TAKEN_FOR_GRANTED:
+            keys = "`, `".join(TAKEN_FOR_GRANTED[name])
+            marks[0] += f"; other values than the published ones are refused of `{keys}`"
         rows.append(f"| `{name}` | `{family.models}` | {family.specials} | {' | '.join(marks)} |\n")
     refused = [
         f"| `{'`, `'.join(entry.model_types)}` | `{entry.models}` | {entry.reason} | {entry.needs} |\n"
