@@ -5,7 +5,7 @@ from __future__ import annotations
 # What the plugin calls of vLLM's internals was tested with these releases.
 TESTED = ("0.32.0",)
 # Families whose graft on vLLM writes what `generate()` writes; where vLLM has no model of its own, it runs the layers
-# as transformers has them. The others are hybrids.
+# as transformers has them.
 FAMILIES = (
     "llama",
     "mistral",
@@ -27,9 +27,15 @@ FAMILIES = (
     "mixtral",
     "olmoe",
     "qwen3_moe",
+    "lfm2",
 )
+# Of the others: why not.
+REFUSED = {
+    "qwen3_5_text": "vLLM computes its recurrent layers on CPUs in bfloat16 alone, where tokens cannot be compared",
+}
 # What vLLM's model of a family takes for granted and does not read: key of config.json -> the only value.
 TAKEN_FOR_GRANTED = {
+    "lfm2": {"tie_word_embeddings": True},
     "olmoe": {"clip_qkv": None},
     "gpt_oss": {
         "attention_bias": True,
@@ -56,10 +62,11 @@ def register() -> None:
     # With it vLLM reads the exports' config.json without their code.
     import photon_train.models  # noqa: F401
 
-    from . import specs
+    from . import hybrids, specs
 
     specs.register()
     ModelRegistry.register_model("PhotonForCausalLM", "photon_vllm.model:PhotonForCausalLM")
+    hybrids.register()
 
 
 def check_version(installed: str) -> None:

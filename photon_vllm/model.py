@@ -19,7 +19,7 @@ from photon_train.models.configuration_photon import PhotonConfig
 from photon_train.models.families_photon import CLASS_PREFIXES, family, has_sink_logits
 from photon_train.models.modeling_photon import rotation
 
-from . import FAMILIES, TAKEN_FOR_GRANTED
+from . import FAMILIES, REFUSED, TAKEN_FOR_GRANTED
 from .attention import SPLITTING_OP, PhotonAttention, UnitsCache
 from .memory import RankMemory
 from .steps import Layout
@@ -34,15 +34,10 @@ class PhotonForCausalLM(LlamaForCausalLM):
 
     def __new__(cls, *, vllm_config: VllmConfig, prefix: str = "") -> nn.Module:
         config = vllm_config.model_config.hf_config
-        if config.recurrent_layers:
-            raise ValueError(
-                f"exports of family {config.base_model_type} are hybrids, and this plugin has no pool of the states of "
-                "recurrent layers: use generate()"
-            )
         return _of_family(config.base_model_type)(vllm_config=vllm_config, prefix=prefix)
 
 
-class _Grafted:
+class Grafted:
     """What is put before a family's class of vLLM."""
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
@@ -85,12 +80,11 @@ class _OfTransformers:
 def _of_family(model_type: str) -> type[nn.Module]:
     if model_type not in FAMILIES:
         raise ValueError(
-            f"exports of family {model_type} are served by `photon-train serve`: this plugin was tested with families "
-            f"{', '.join(FAMILIES)}"
+            f"exports of family {model_type} are not served on vLLM: {REFUSED[model_type]}; use generate()"
         )
     theirs = ModelRegistry._try_load_model_cls(f"{CLASS_PREFIXES[model_type]}ForCausalLM")
     between = (_OfTransformers,) if issubclass(theirs, TransformersBase) else ()
-    return type("PhotonForCausalLM", (_Grafted, *between, theirs), {"__module__": __name__})
+    return type("PhotonForCausalLM", (Grafted, *between, theirs), {"__module__": __name__})
 
 
 def check(vllm_config: VllmConfig) -> None:
@@ -119,6 +113,10 @@ def check(vllm_config: VllmConfig) -> None:
                 f"{only}: serve the export with `photon-train serve`"
             )
     speculative = vllm_config.speculative_config
+    if speculative is not None and config.recurrent_layers:
+        raise ValueError(
+            f"recurrent layers of family {config.base_model_type} take no drafts back: leave speculation out"
+        )
     if speculative is not None and speculative.method != "ngram":
         raise ValueError(
             f"speculative method {speculative.method!r} is not supported for a PHOTON model: use 'ngram', or none"
@@ -143,7 +141,7 @@ def graft(model: nn.Module, config: PhotonConfig, vllm_config: VllmConfig) -> No
             )
     layout = Layout(config, rotated)
     context = vllm_config.compilation_config.static_forward_context
-    for layer, attention in _attentions(model):
+    for layer, attention in _attentions(model, config):
         dense = attention.attn
         del context[dense.layer_name]
         memory = None
@@ -164,8 +162,9 @@ def graft(model: nn.Module, config: PhotonConfig, vllm_config: VllmConfig) -> No
         )
 
 
-def _attentions(model: nn.Module) -> Iterator[tuple[int, nn.Module]]:
-    """The layers of this rank of a pipeline, by their number, and their attention."""
+def _attentions(model: nn.Module, config: PhotonConfig) -> Iterator[tuple[int, nn.Module]]:
+    """The attention layers of this rank of a pipeline, by their number, and their attention."""
+    recurrent = config.recurrent_layers
     for layer, block in enumerate(model.layers):
-        if not isinstance(block, PPMissingLayer):
+        if layer not in recurrent and not isinstance(block, PPMissingLayer):
             yield layer, block.self_attn if hasattr(block, "self_attn") else block.attn

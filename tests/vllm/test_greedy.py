@@ -13,7 +13,7 @@ from tiny_vllm import check, export, generate, metric, prompts
 from vllm import SamplingParams
 
 from photon_train.models.families_photon import CLASS_PREFIXES, LLAMA_LIKE
-from photon_vllm import FAMILIES
+from photon_vllm import FAMILIES, REFUSED
 
 # Kinds of memory and of layers.
 KINDS: dict[str, dict[str, Any]] = {
@@ -29,13 +29,13 @@ KINDS: dict[str, dict[str, Any]] = {
     "same-heads": {"num_key_value_heads": 4, "memory_cells": {1: [0, 3], 3: [2]}},
 }
 OTHERS = [name for name in FAMILIES if name not in LLAMA_LIKE]
-REFUSED = sorted(set(CLASS_PREFIXES) - set(FAMILIES))
 # As Qwen2, below.
 # vLLM has angles for so many positions as YaRN makes of the original ones.
 _YARN = {"factor": 32.0}
 WIDE = {
     "granitemoe": {"hidden_size": 128},
     "olmoe": {"hidden_size": 128, "clip_qkv": None},
+    "lfm2": {"hidden_size": 128},
     "gpt_oss": {"rope_parameters": {**SPECIALS["gpt_oss"]["rope_parameters"], **_YARN}},
     # As published: queries and keys without YaRN's factor.
     "ministral3": {
@@ -71,18 +71,24 @@ def test_greedy_tokens_are_those_of_transformers(case: str, tmp_path: Path, serv
     forked = [given[-1][:160] + list(range(20)), given[-1][:160] + list(range(50, 60))]
     found = generate(llm, forked)
     check(model, forked, found)
-    # By default vLLM keeps windows at the ends of prompts and where prompts are seen to part.
-    assert found[-1].num_cached_tokens >= (128 if model.config.memory_cells else 16)
+    # By default vLLM keeps windows at the ends of prompts and where prompts are seen to part, and states at the ends.
+    if not model.config.recurrent_layers:
+        assert found[-1].num_cached_tokens >= (128 if model.config.memory_cells else 16)
+    else:
+        groups = llm.llm_engine.engine_core.engine_core.scheduler.kv_cache_config.kv_cache_groups
+        states = [group.kv_cache_spec.page_size_bytes for group in groups if "conv" in group.layer_names[0]]
+        assert set(states) == {model.config.hidden_size * (model.config.conv_L_cache - 1) * 4}
     assert llm.reset_prefix_cache()
     check(model, given[-1:], generate(llm, given[-1:]))
 
 
 @pytest.mark.parametrize("family", REFUSED)
-def test_hybrids_are_refused(family: str, tmp_path: Path, serve: Callable, capfd) -> None:
+def test_other_families_are_refused(family: str, tmp_path: Path, serve: Callable, capfd) -> None:
+    assert set(CLASS_PREFIXES) == {*FAMILIES, *REFUSED}
     export(tmp_path, family, **SPECIALS.get(family, {}), memory_cells={1: [1], 3: [0, 1]})
     with pytest.raises(Exception, match=".") as error:
         serve(tmp_path)
-    assert f"exports of family {family} are hybrids" in str(error.value) + capfd.readouterr().err
+    assert f"exports of family {family} are not served on vLLM" in str(error.value) + capfd.readouterr().err
 
 
 @pytest.mark.parametrize(
