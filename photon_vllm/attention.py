@@ -150,6 +150,7 @@ class PhotonAttention(PagedCache):
         layer: The layer.
         num_heads, num_kv_heads, head_dim, scale, softcap: Of this rank, from the attention that it replaces.
         memory: Of the layer, or None.
+        sink_logits: Of this rank's query heads, ``[Hq]``, or None.
     """
 
     def __init__(
@@ -163,18 +164,24 @@ class PhotonAttention(PagedCache):
         scale: float,
         softcap: float | None,
         memory: RankMemory | None,
+        sink_logits: torch.Tensor | None = None,
     ) -> None:
         super().__init__(layer_name)
         self.layout, self.layer_idx, self.scale, self.softcap = layout, layer, scale, softcap
         self.num_heads, self.num_kv_heads, self.head_dim = num_heads, num_kv_heads, head_dim
-        # Its weights go by the name that the family's attention gives it.
-        self._memory = (memory,)
+        # Weights go by the names that the family's attention gives them.
+        self._weights = memory, sink_logits
         layout.layers[layer] = self
 
     @property
     def memory(self) -> RankMemory | None:
         """Of the layer."""
-        return self._memory[0]
+        return self._weights[0]
+
+    @property
+    def sink_logits(self) -> torch.Tensor | None:
+        """Of the layer's query heads."""
+        return self._weights[1]
 
     def token_bytes(self, dtype: torch.dtype) -> int:
         """Of a token's key and value."""

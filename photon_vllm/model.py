@@ -10,14 +10,16 @@ from torch import nn
 from vllm.config import VllmConfig
 from vllm.model_executor.models.llama import LlamaForCausalLM
 from vllm.model_executor.models.registry import ModelRegistry
+from vllm.model_executor.models.transformers.base import Base as TransformersBase
+from vllm.model_executor.models.utils import PPMissingLayer
 from vllm.platforms import current_platform
 
 from photon_train.host_memory import keep_freed_memory
 from photon_train.models.configuration_photon import PhotonConfig
-from photon_train.models.families_photon import CLASS_PREFIXES, family
+from photon_train.models.families_photon import CLASS_PREFIXES, family, has_sink_logits
 from photon_train.models.modeling_photon import rotation
 
-from . import FAMILIES
+from . import FAMILIES, REFUSED, TAKEN_FOR_GRANTED
 from .attention import SPLITTING_OP, PhotonAttention, UnitsCache
 from .memory import RankMemory
 from .steps import Layout
@@ -32,20 +34,16 @@ class PhotonForCausalLM(LlamaForCausalLM):
 
     def __new__(cls, *, vllm_config: VllmConfig, prefix: str = "") -> nn.Module:
         config = vllm_config.model_config.hf_config
-        if config.recurrent_layers:
-            raise ValueError(
-                f"exports of family {config.base_model_type} are hybrids, and this plugin has no pool of the states of "
-                "recurrent layers: use generate()"
-            )
         return _of_family(config.base_model_type)(vllm_config=vllm_config, prefix=prefix)
 
 
-class _Grafted:
+class Grafted:
     """What is put before a family's class of vLLM."""
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         config = vllm_config.model_config.hf_config
         check(vllm_config)
+        _say_as_vllm_reads(config)
         if current_platform.is_cpu():
             keep_freed_memory()
         compilation = vllm_config.compilation_config
@@ -55,15 +53,38 @@ class _Grafted:
         graft(self.model, config, vllm_config)
 
 
+def _say_as_vllm_reads(config: PhotonConfig) -> None:
+    """Put what transformers' configuration says of a family where vLLM's model of it looks."""
+    rope = config.rope_parameters
+    if config.base_model_type == "ministral3":
+        config.llama_4_scaling = {
+            "beta": rope["llama_4_scaling_beta"],
+            "original_max_position_embeddings": rope["original_max_position_embeddings"],
+        }
+    if config.base_model_type == "gpt_oss":  # YaRN's defaults
+        config.rope_parameters = {"beta_fast": 32.0, "beta_slow": 1.0, **rope}
+
+
+class _OfTransformers:
+    """Stands between: vLLM's own class for families that it runs as transformers has them, its linear maps in place.
+
+    It makes the model that a configuration describes: that has to be the dense one.
+    """
+
+    def _patch_config(self) -> None:
+        self.config = self.text_config = self.config.dense_config()
+        super()._patch_config()
+
+
 @functools.cache
 def _of_family(model_type: str) -> type[nn.Module]:
     if model_type not in FAMILIES:
         raise ValueError(
-            f"exports of family {model_type} are served by `photon-train serve`: this plugin was tested with families "
-            f"{', '.join(FAMILIES)}"
+            f"exports of family {model_type} are not served on vLLM: {REFUSED[model_type]}; use generate()"
         )
     theirs = ModelRegistry._try_load_model_cls(f"{CLASS_PREFIXES[model_type]}ForCausalLM")
-    return type("PhotonForCausalLM", (_Grafted, theirs), {"__module__": __name__})
+    between = (_OfTransformers,) if issubclass(theirs, TransformersBase) else ()
+    return type("PhotonForCausalLM", (Grafted, *between, theirs), {"__module__": __name__})
 
 
 def check(vllm_config: VllmConfig) -> None:
@@ -82,13 +103,20 @@ def check(vllm_config: VllmConfig) -> None:
     }
     if names := [name for name, is_set in refused.items() if is_set]:
         raise ValueError(f"{', '.join(names)}: not supported for a PHOTON model, leave it out")
-    bound = getattr(vllm_config.model_config.hf_config, "clip_qkv", None)
-    if bound is not None:
-        raise ValueError(
-            f"vLLM's model of this family does not clip queries, keys and values (clip_qkv={bound} in config.json): "
-            "serve the export with `photon-train serve`"
-        )
+    config = vllm_config.model_config.hf_config
+    for key, only in TAKEN_FOR_GRANTED.get(config.base_model_type, {}).items():
+        # Releases of transformers without a key have its only value.
+        value = functools.reduce(lambda where, name: where.get(name, only), key.split("."), config.to_dict())
+        if value != only:
+            raise ValueError(
+                f"vLLM's model of family {config.base_model_type} does not read {key}={value} of config.json, only "
+                f"{only}: serve the export with `photon-train serve`"
+            )
     speculative = vllm_config.speculative_config
+    if speculative is not None and config.recurrent_layers:
+        raise ValueError(
+            f"recurrent layers of family {config.base_model_type} take no drafts back: leave speculation out"
+        )
     if speculative is not None and speculative.method != "ngram":
         raise ValueError(
             f"speculative method {speculative.method!r} is not supported for a PHOTON model: use 'ngram', or none"
@@ -103,9 +131,17 @@ def graft(model: nn.Module, config: PhotonConfig, vllm_config: VllmConfig) -> No
     def rotated(positions: torch.Tensor, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
         return rotation(config, rotary.to(positions.device), positions, layer)
 
+    longest = vllm_config.model_config.max_model_len
+    for module in model.modules():
+        angles = getattr(module, "cos_sin_cache", None)
+        if angles is not None and len(angles) < longest:
+            raise ValueError(
+                f"vLLM's model of family {config.base_model_type} rotates {len(angles)} positions, which follow from "
+                f"rope_parameters in config.json, and --max-model-len is {longest}: lower it"
+            )
     layout = Layout(config, rotated)
     context = vllm_config.compilation_config.static_forward_context
-    for layer, attention in _attentions(model):
+    for layer, attention in _attentions(model, config):
         dense = attention.attn
         del context[dense.layer_name]
         memory = None
@@ -122,10 +158,13 @@ def graft(model: nn.Module, config: PhotonConfig, vllm_config: VllmConfig) -> No
             dense.impl.scale,
             getattr(dense.impl, "logits_soft_cap", None) or None,
             memory,
+            attention.sinks if has_sink_logits(config) else None,
         )
 
 
-def _attentions(model: nn.Module) -> Iterator[tuple[int, nn.Module]]:
-    """The layers of this rank of a pipeline, by their number, and their attention."""
-    for layer in range(model.start_layer, model.end_layer):
-        yield layer, model.layers[layer].self_attn
+def _attentions(model: nn.Module, config: PhotonConfig) -> Iterator[tuple[int, nn.Module]]:
+    """The attention layers of this rank of a pipeline, by their number, and their attention."""
+    recurrent = config.recurrent_layers
+    for layer, block in enumerate(model.layers):
+        if layer not in recurrent and not isinstance(block, PPMissingLayer):
+            yield layer, block.self_attn if hasattr(block, "self_attn") else block.attn

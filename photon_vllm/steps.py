@@ -275,7 +275,8 @@ class Step:
         """Write the step's keys and values of a layer to its blocks, and attend.
 
         Args:
-            module: The layer's attention: `layer_idx`, `layer_name`, `kv_cache`, `scale`, `softcap`, and `memory`.
+            module: The layer's attention: `layer_idx`, `layer_name`, `kv_cache`, `scale`, `softcap`,
+                `sink_logits` and `memory`.
             query: ``[tokens, Hq, D]``, rotated; key, value: ``[tokens, Hkv, D]``.
             out: Filled in place, as `query`.
         """
@@ -287,5 +288,5 @@ class Step:
                 segment.pack_departed(module, part.rows_of(key), part.rows_of(value))
         for part, segment in segments:
             states = (part.rows_of(each) for each in (query, key, value))
-            found = segment.attend(module, *states, module.scale, module.softcap)
+            found = segment.attend(module, *states, module.scale, module.softcap, module.sink_logits)
             out[part.tokens] = found.transpose(1, 2).flatten(0, 1)

@@ -11,6 +11,7 @@ from photon_train.conversion.families import FAMILIES
 from photon_train.conversion.unsupported import UNSUPPORTED
 from photon_train.models.families_photon import LLAMA_LIKE
 from photon_vllm import FAMILIES as SERVED
+from photon_vllm import REFUSED, TAKEN_FOR_GRANTED
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "families.md"
 _HEAD = """# Dense families
@@ -29,9 +30,9 @@ the family's own, their states of constant size lie in the same cache, and estim
 prompts of several lengths where they are padded on the left, as these families do everywhere; packed documents become
 rows of their own in every layer (of the dense baseline that a run compares with, in its attention layers alone: there
 transformers' recurrent layers read on). A state cannot take tokens back: assisted decoding, prompt lookup and `crop`
-are refused in one line, and so are GGUF files, the paged engine and vLLM, whose memory has no pool of states. Without
-the packages `causal-conv1d` and `flash-linear-attention` transformers computes these layers by its slower reference
-code, for which the training memory is estimated.
+are refused in one line, on vLLM speculation, and so are GGUF files and the paged engine, whose memory has no pool of
+states. Without the packages `causal-conv1d` and `flash-linear-attention` transformers computes these layers by its
+slower reference code, for which the training memory is estimated.
 
 Families with experts keep these as they are: `--lora.target_modules` puts no adapters on them unless it names
 `experts`, checkpoints have the names that the family was published with, and estimates count all parameters and those
@@ -62,7 +63,11 @@ def page() -> str:
     """The page's text."""
     rows = []
     for name, family in FAMILIES.items():
-        marks = ("yes" if (family.layers or name) in taken else "" for taken in (SERVED, LLAMA_LIKE))
+        marks = ["yes" if (family.layers or name) in taken else "" for taken in (SERVED, LLAMA_LIKE)]
+        marks[0] += f"no: {REFUSED[name]}" if name in REFUSED else ""
+        if name in TAKEN_FOR_GRANTED:
+            keys = "`, `".join(TAKEN_FOR_GRANTED[name])
+            marks[0] += f"; other values than the published ones are refused of `{keys}`"
         rows.append(f"| `{name}` | `{family.models}` | {family.specials} | {' | '.join(marks)} |\n")
     refused = [
         f"| `{'`, `'.join(entry.model_types)}` | `{entry.models}` | {entry.reason} | {entry.needs} |\n"

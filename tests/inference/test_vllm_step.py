@@ -49,6 +49,7 @@ def layers_of(model) -> Layout:
             scale=0.4,
             softcap=None,
             memory=memory,
+            sink_logits=torch.linspace(-1, 2, config.num_attention_heads) if layer % 2 else None,
         )
     return layout
 
@@ -76,7 +77,7 @@ def expected(model, layout: Layout, layer: int, states: list[list[torch.Tensor]]
         embeds = torch.empty(1, count, model.config.hidden_size)
         segment = model.model._segments(align_rows(None, None, embeds, None), None, False)[layer]
         module = layout.layers[layer]
-        out.append(segment.attend(module, query, key, value, module.scale)[:, :, -1])
+        out.append(segment.attend(module, query, key, value, module.scale, None, module.sink_logits)[:, :, -1])
     return torch.cat(out)
 
 

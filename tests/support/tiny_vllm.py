@@ -40,6 +40,8 @@ def export(directory: Path, base_model_type: str = "llama", **changes: Any) -> P
     torch.manual_seed(0)
     model = shake(PhotonForCausalLM(PhotonConfig(base_model_type=base_model_type, **{**settings, **changes}))).eval()
     model.save_pretrained(directory)
+    # Where vLLM runs a family as transformers has it, it makes calls of that class compile, ours in this process too.
+    model.model.do_not_compile = True
     return model
 
 

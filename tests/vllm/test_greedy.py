@@ -12,9 +12,8 @@ from tiny_dense import SPECIALS
 from tiny_vllm import check, export, generate, metric, prompts
 from vllm import SamplingParams
 
-from photon_train.layouts import LAYOUTS
 from photon_train.models.families_photon import CLASS_PREFIXES, LLAMA_LIKE
-from photon_vllm import FAMILIES
+from photon_vllm import FAMILIES, REFUSED
 
 # Kinds of memory and of layers.
 KINDS: dict[str, dict[str, Any]] = {
@@ -30,9 +29,19 @@ KINDS: dict[str, dict[str, Any]] = {
     "same-heads": {"num_key_value_heads": 4, "memory_cells": {1: [0, 3], 3: [2]}},
 }
 OTHERS = [name for name in FAMILIES if name not in LLAMA_LIKE]
-REFUSED = sorted(set(CLASS_PREFIXES) - set(FAMILIES))
 # As Qwen2, below.
-WIDE = {"granitemoe": {"hidden_size": 128}, "olmoe": {"hidden_size": 128, "clip_qkv": None}}
+# vLLM has angles for so many positions as YaRN makes of the original ones.
+_YARN = {"factor": 32.0}
+WIDE = {
+    "granitemoe": {"hidden_size": 128},
+    "olmoe": {"hidden_size": 128, "clip_qkv": None},
+    "lfm2": {"hidden_size": 128},
+    "gpt_oss": {"rope_parameters": {**SPECIALS["gpt_oss"]["rope_parameters"], **_YARN}},
+    # As published: queries and keys without YaRN's factor.
+    "ministral3": {
+        "rope_parameters": {**SPECIALS["ministral3"]["rope_parameters"], **_YARN, "mscale": 1.0, "mscale_all_dim": 1.0}
+    },
+}
 LOCAL = {"sliding_window": 40, "layer_types": ["full_attention", "sliding_attention"] * 2}
 CASES = {
     **{f"llama-{kind}": ("llama", changes) for kind, changes in KINDS.items()},
@@ -62,26 +71,47 @@ def test_greedy_tokens_are_those_of_transformers(case: str, tmp_path: Path, serv
     forked = [given[-1][:160] + list(range(20)), given[-1][:160] + list(range(50, 60))]
     found = generate(llm, forked)
     check(model, forked, found)
-    # By default vLLM keeps windows at the ends of prompts and where prompts are seen to part.
-    assert found[-1].num_cached_tokens >= (128 if model.config.memory_cells else 16)
+    # By default vLLM keeps windows at the ends of prompts and where prompts are seen to part, and states at the ends.
+    if not model.config.recurrent_layers:
+        assert found[-1].num_cached_tokens >= (128 if model.config.memory_cells else 16)
+    else:
+        groups = llm.llm_engine.engine_core.engine_core.scheduler.kv_cache_config.kv_cache_groups
+        states = [group.kv_cache_spec.page_size_bytes for group in groups if "conv" in group.layer_names[0]]
+        assert set(states) == {model.config.hidden_size * (model.config.conv_L_cache - 1) * 4}
     assert llm.reset_prefix_cache()
     check(model, given[-1:], generate(llm, given[-1:]))
 
 
 @pytest.mark.parametrize("family", REFUSED)
-def test_families_without_a_model_of_vllm_are_refused(family: str, tmp_path: Path, serve: Callable, capfd) -> None:
+def test_other_families_are_refused(family: str, tmp_path: Path, serve: Callable, capfd) -> None:
+    assert set(CLASS_PREFIXES) == {*FAMILIES, *REFUSED}
     export(tmp_path, family, **SPECIALS.get(family, {}), memory_cells={1: [1], 3: [0, 1]})
     with pytest.raises(Exception, match=".") as error:
         serve(tmp_path)
-    what = "hybrids" if LAYOUTS[family].mixer else "served by"
-    assert f"exports of family {family} are {what}" in str(error.value) + capfd.readouterr().err
+    assert f"exports of family {family} are not served on vLLM" in str(error.value) + capfd.readouterr().err
 
 
-def test_what_vllm_leaves_out_of_olmoe_is_refused(tmp_path: Path, serve: Callable, capfd) -> None:
-    export(tmp_path, "olmoe", **{**SPECIALS["olmoe"], **WIDE["olmoe"], "clip_qkv": 8.0})
+@pytest.mark.parametrize(
+    ("family", "changes", "said"),
+    [
+        ("olmoe", {"clip_qkv": 8.0}, "does not read clip_qkv=8.0"),
+        ("gpt_oss", {"rms_norm_eps": 1e-6}, "does not read rms_norm_eps=1e-06"),
+        (
+            "gpt_oss",
+            {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4}},
+            "rope_type=default of config.json",
+        ),
+        ("ministral3", SPECIALS["ministral3"], "rotates 64 positions"),
+    ],
+)
+def test_what_vllm_leaves_out_is_refused(
+    family: str, changes: dict, said: str, tmp_path: Path, serve: Callable, capfd
+) -> None:
+    export(tmp_path, family, **{**SPECIALS[family], **WIDE[family], **changes, "memory_cells": {1: [1]}})
     with pytest.raises(Exception, match=".") as error:
         serve(tmp_path)
-    assert "clip_qkv=8.0" in str(error.value) + capfd.readouterr().err
+    text = str(error.value) + capfd.readouterr().err
+    assert said in text and f"of family {family}" in text
 
 
 def test_a_prefix_that_is_computed_in_the_same_step(tmp_path: Path, serve: Callable) -> None:
@@ -113,9 +143,10 @@ def test_preempted_requests_go_on(tmp_path: Path, serve: Callable) -> None:
     check(model, given, [found[str(number)] for number in range(len(given))], count)
 
 
-def test_compiled(tmp_path: Path, serve: Callable) -> None:
-    """Attention is one operation of the graph that vLLM compiles."""
-    model = export(tmp_path, memory_bits=4)
+@pytest.mark.parametrize("family", ["llama", "olmo3"])
+def test_compiled(family: str, tmp_path: Path, serve: Callable) -> None:
+    """Attention is one operation of the graph that vLLM compiles: of its own model, or of one of transformers'."""
+    model = export(tmp_path, **{"base_model_type": family, **CASES.get(family, ("", {"memory_bits": 4}))[1]})
     llm = serve(tmp_path, enforce_eager=False, max_num_batched_tokens=48)
     given = prompts()
     check(model, given, generate(llm, given))

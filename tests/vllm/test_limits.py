@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import save_file
+from tiny_dense import SPECIALS
 from tiny_vllm import check, expected, export, generate, prompts
 from vllm import SamplingParams
 from vllm.lora.request import LoRARequest
@@ -89,6 +90,13 @@ def test_lora_beside_the_attention(tmp_path: Path, serve: Callable) -> None:
     check(model, given, found)
 
 
+GPT_OSS = {
+    "hidden_size": 128,
+    "intermediate_size": 128,  # of which vLLM's experts on a CPU take a half, and no less
+    "layer_types": ["sliding_attention", *["full_attention"] * 3],
+    "memory_cells": {1: [0], 2: [1], 3: [0, 1]},
+    "rope_parameters": {"rope_type": "yarn", "factor": 32.0, "original_max_position_embeddings": 16, "rope_theta": 1e4},
+}
 PARALLEL = """
 import json, sys
 from tiny_vllm import generate
@@ -105,10 +113,16 @@ if __name__ == "__main__":
 
 @pytest.mark.distributed
 @pytest.mark.timeout(900)  # two processes wait for each other in turns where other work has the processors
-@pytest.mark.parametrize("heads", [{"num_key_value_heads": 2}, {"num_key_value_heads": 1, "memory_cells": {1: [0]}}])
-def test_two_ranks(heads: dict, tmp_path: Path) -> None:
-    """Cells of one rank alone, of the other, of both; and one head that both ranks have."""
-    model = export(tmp_path, memory_bits=4, **heads)
+@pytest.mark.parametrize(
+    ("family", "changes"),
+    [
+        ("llama", {"num_key_value_heads": 1, "memory_cells": {1: [0]}}),
+        ("gpt_oss", {**SPECIALS["gpt_oss"], **GPT_OSS}),
+    ],
+)
+def test_two_ranks(family: str, changes: dict, tmp_path: Path) -> None:
+    """One head that both ranks have; cells of one rank alone, of the other, of both, and each rank's sink logits."""
+    model = export(tmp_path, family, memory_bits=4, **changes)
     given = prompts()
     (tmp_path / "serve.py").write_text(PARALLEL)
     environment = {**os.environ, "PYTHONPATH": f"{SUPPORT}:{os.environ.get('PYTHONPATH', '')}"}

@@ -5,10 +5,15 @@ In a file that comes last: speculation loads a package that this vLLM stumbles o
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from pathlib import Path
 
+import pytest
 from tiny_vllm import check, export, generate, metric, prompts
+
+from photon_train.models import PhotonConfig
+from photon_vllm.model import check as refuse
 
 
 def test_drafts_from_the_prompt_are_taken_back(tmp_path: Path, serve: Callable) -> None:
@@ -19,3 +24,9 @@ def test_drafts_from_the_prompt_are_taken_back(tmp_path: Path, serve: Callable) 
     check(model, given, generate(llm, given, 60), 60)
     accepted = metric(llm, "spec_decode_num_accepted_tokens")
     assert 0 < accepted < metric(llm, "spec_decode_num_draft_tokens")
+    # Another engine would not start here: the settings of this one, with a hybrid's configuration.
+    settings = copy.copy(llm.llm_engine.vllm_config)
+    settings.model_config = copy.copy(settings.model_config)
+    settings.model_config.hf_config = PhotonConfig("lfm2", layer_types=["conv", "full_attention"], num_hidden_layers=2)
+    with pytest.raises(ValueError, match="recurrent layers of family lfm2 take no drafts back"):
+        refuse(settings)
