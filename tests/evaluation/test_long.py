@@ -25,7 +25,7 @@ from photon_train.conversion.source import DenseCheckpoint
 from photon_train.data.corpora import Document
 from photon_train.errors import PhotonError
 from photon_train.evaluation import positions
-from photon_train.evaluation.long import LongSettings, _retrieval, estimate_seconds, evaluate_long, prepare_long
+from photon_train.evaluation.long import LongSettings, estimate_seconds, evaluate_long, prepare_long, retrieval_columns
 from photon_train.evaluation.positions import bucket_means, long_rows, position_losses
 from photon_train.evaluation.retrieval import Answer, answer_samples
 from photon_train.evaluation.ruler import TASKS, Haystack, Sample, make_samples, score
@@ -243,12 +243,12 @@ def test_rows_hold_means_over_tasks_and_depths():
         return Answer(Sample(task, 64, depth, [], ("a",), [], 1), "", value, nll)
 
     singles = [answer("niah_single", depth, depth / 100, depth / 10) for depth in (0, 50, 100, 50)]
-    found = _retrieval([*singles, answer("vt", None, 1.0, None)])
+    found = retrieval_columns([*singles, answer("vt", None, 1.0, None)])
     assert found["ruler_tasks"] == {"niah_single": 0.5, "vt": 1.0}
     assert (found["ruler"], found["needle"], found["needle_nll"]) == (0.75, 0.5, 5.0)
     assert found["needle_by_depth"] == {"0": 0.0, "50": 0.5, "100": 1.0}
     assert found["needle_nll_by_depth"] == {"0": 0.0, "50": 5.0, "100": 10.0}
-    assert _retrieval([])["ruler"] is None
+    assert retrieval_columns([])["ruler"] is None
 
 
 def test_a_model_is_measured_at_every_length(model):
