@@ -104,9 +104,10 @@ def check(vllm_config: VllmConfig) -> None:
     if names := [name for name, is_set in refused.items() if is_set]:
         raise ValueError(f"{', '.join(names)}: not supported for a PHOTON model, leave it out")
     config = vllm_config.model_config.hf_config
+    said = config.to_dict()
     for key, only in TAKEN_FOR_GRANTED.get(config.base_model_type, {}).items():
         # Releases of transformers without a key have its only value.
-        value = functools.reduce(lambda where, name: where.get(name, only), key.split("."), config.to_dict())
+        value = functools.reduce(lambda where, name: where.get(name, only), key.split("."), said)
         if value != only:
             raise ValueError(
                 f"vLLM's model of family {config.base_model_type} does not read {key}={value} of config.json, only "

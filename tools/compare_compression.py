@@ -21,6 +21,7 @@ import torch
 import torch.nn.functional as F
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 
+from lib.presses import press_for
 from lib.quality import periodic
 from lib.study_text import study_documents
 from photon_train.accounting import cache_bytes, dense_cache_bytes
@@ -28,7 +29,6 @@ from photon_train.checkpoints import read_config
 from photon_train.cli import main_wrapper
 from photon_train.data.corpora import split_documents
 from photon_train.data.packing import pack
-from photon_train.errors import PhotonError
 from photon_train.evaluation.report import write_rows
 
 PRESSES = (
@@ -75,12 +75,6 @@ def continuation_loss(model, rows: torch.Tensor, prefix: int, press=None) -> flo
 
 def main() -> None:
     options = arguments()
-    try:
-        import kvpress
-    except ImportError as error:
-        raise PhotonError(
-            f"kvpress cannot be imported ({error}): pip install --no-deps kvpress cachetools fire termcolor"
-        ) from error
     recipe = json.loads((options.dense / "study.json").read_text(encoding="utf-8"))
     tokenizer = AutoTokenizer.from_pretrained(options.dense)
     _, held_out = split_documents(study_documents(recipe["megabytes"] * 1e6), recipe["settings"]["held_out_fraction"])
@@ -108,9 +102,7 @@ def main() -> None:
         add(name, size.growing + size.constant, partial(continuation_loss, photon))
     for budget in sorted(budgets):
         for name in PRESSES:
-            eager = name == "ObservedAttentionPress"  # it reads the attention weights
-            dense.set_attn_implementation("eager" if eager else "sdpa")
-            press = getattr(kvpress, name)(compression_ratio=1 - budget / full)
+            press = press_for(dense, name, 1 - budget / full)
             add(name, budget, partial(continuation_loss, dense, press=press))
 
 

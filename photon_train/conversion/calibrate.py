@@ -22,9 +22,9 @@ def calibration_batches(dataset: Any) -> list[torch.Tensor]:
     64 sequences, or as many as hold 131,072 tokens: the moments of a fit need no more, and a pass over long sequences
     costs as much as training on them.
     """
-    length = dataset.batch(torch.arange(1))["input_ids"].shape[1]
-    most = max(1, min(_SEQUENCES, _TOKENS // length))
-    tokens = dataset.batch(torch.arange(min(most, len(dataset))))["input_ids"]
+    tokens = dataset.batch(torch.arange(min(_SEQUENCES, len(dataset))))["input_ids"]
+    length = tokens.shape[1]
+    tokens = tokens[: max(1, _TOKENS // length)]
     return list(tokens.split(max(1, min(_BATCH, _BATCH_TOKENS // length))))
 
 

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import random
 import re
-import string
 from collections import Counter
 from dataclasses import replace
 
@@ -14,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from tiny_checkpoint import byte_tokenizer, tiny_checkpoint
 from tiny_gguf import gguf_model, write_gguf
+from tiny_prose import prose
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 
@@ -31,12 +30,6 @@ from photon_train.evaluation.retrieval import Answer, answer_samples
 from photon_train.evaluation.ruler import TASKS, Haystack, Sample, make_samples, score
 
 LENGTH = 2048  # bytes: the tokenizer has no longer tokens
-
-
-def prose(seed: int, sentences: int) -> str:
-    rng = random.Random(seed)
-    vocabulary = ["".join(rng.choices(string.ascii_lowercase, k=rng.randint(4, 9))) for _ in range(300)]
-    return " ".join(" ".join(rng.sample(vocabulary, 9)).capitalize() + "." for _ in range(sentences))
 
 
 DOCUMENTS = [Document(f"{seed}.txt", prose(seed, 120)) for seed in range(3)]

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import random
-import string
 import sys
 from pathlib import Path
 
@@ -13,6 +11,7 @@ import pytest
 import yaml
 from tiny_checkpoint import tiny_checkpoint
 from tiny_dense import dense_config
+from tiny_prose import prose
 
 from photon_train import accounting
 from photon_train.config import read_yaml
@@ -30,12 +29,6 @@ def load_tool():
     tool = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(tool)
     return tool
-
-
-def prose(seed: int) -> str:
-    rng = random.Random(seed)
-    words = ["".join(rng.choices(string.ascii_lowercase, k=rng.randint(4, 9))) for _ in range(200)]
-    return " ".join(" ".join(rng.sample(words, 9)).capitalize() + "." for _ in range(200))
 
 
 def test_the_plans_for_smollm2_are_what_they_say():
@@ -60,7 +53,7 @@ def test_rows_are_measured_once_with_the_cells_of_the_probe(tmp_path, monkeypatc
     dense = tiny_checkpoint(tmp_path / "dense")
     for name in ("train", "heldout"):
         (tmp_path / name).mkdir()
-        (tmp_path / name / "text.txt").write_text(prose(len(name)))
+        (tmp_path / name / "text.txt").write_text(prose(len(name), 200))
     gradients = [[0.0, 0.0], [0.0, -3.0], [-1.0, 0.0], [0.0, 0.0]]
     probe = CellProbe(16, 4, {"text": ProbedLoss(1.0, 2.0, 0.0, gradients)})
     (tmp_path / "probe.json").write_text(probe.to_json())

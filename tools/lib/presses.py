@@ -1,4 +1,4 @@
-"""Retrieval of a dense model whose cache a press of kvpress has compressed, for `tools/compare_long.py`."""
+"""Presses of kvpress, and the retrieval of a dense model whose cache one has compressed."""
 
 from __future__ import annotations
 
@@ -25,6 +25,27 @@ _EAGER = ("ObservedAttentionPress",)
 Press = Callable[[PreTrainedModel], AbstractContextManager]
 
 
+def press_for(model: PreTrainedModel, name: str, compression_ratio: float) -> Press:
+    """A press of kvpress, and `model` with the attention that it reads.
+
+    Args:
+        name: A press that takes `compression_ratio`, the share of a cache that it drops.
+
+    Raises:
+        PhotonError: if kvpress is not installed, or has no such press.
+    """
+    try:
+        import kvpress
+    except ImportError as error:
+        raise PhotonError(
+            f"kvpress cannot be imported ({error}): pip install --no-deps kvpress cachetools fire termcolor"
+        ) from error
+    if not hasattr(kvpress, name):
+        raise PhotonError(f"kvpress has no {name}")
+    model.set_attn_implementation("eager" if name in _EAGER else "sdpa")
+    return getattr(kvpress, name)(compression_ratio=compression_ratio)
+
+
 def evaluate_pressed(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -40,17 +61,9 @@ def evaluate_pressed(
         cache_percent: Length -> percent of the dense model's cache that may be kept of a prompt, its question included.
 
     Raises:
-        PhotonError: if kvpress is not installed, has no such press, or nothing is left for what precedes a question.
+        PhotonError: as `press_for`, or if nothing is left for what precedes a question.
     """
-    try:
-        import kvpress
-    except ImportError as error:
-        raise PhotonError(
-            f"kvpress cannot be imported ({error}): pip install --no-deps kvpress cachetools fire termcolor"
-        ) from error
-    if not hasattr(kvpress, name):
-        raise PhotonError(f"kvpress has no {name}")
-    model.eval().set_attn_implementation("eager" if name in _EAGER else "sdpa")
+    model.eval()
     for length in inputs.settings.lengths:
         start, answers = time.perf_counter(), []
         kept = cache_percent(length) / 100 * length - QUESTION
@@ -58,7 +71,7 @@ def evaluate_pressed(
             raise PhotonError(f"{name}: a cache of {kept + QUESTION:.0f} tokens holds no more than the question")
         for sample in inputs.samples[length]:
             ratio = max(0.0, 1 - kept / (len(sample.tokens) - QUESTION))
-            answers.append(_answer(model, tokenizer, sample, getattr(kvpress, name)(compression_ratio=ratio)))
+            answers.append(_answer(model, tokenizer, sample, press_for(model, name, ratio)))
         yield {
             "length": length,
             "tokens": sum(len(sample.tokens) for sample in inputs.samples[length]),
