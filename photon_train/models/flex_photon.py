@@ -14,6 +14,7 @@ from functools import cached_property
 
 import torch
 import torch.nn.functional as F
+from torch.autograd.graph import saved_tensors_hooks
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 logger = logging.getLogger(__name__)
@@ -185,7 +186,14 @@ def is_usable(device: torch.device, dtype: torch.dtype, queries: int, head_dim: 
     """
     # Compiling takes seconds to minutes, and whoever waits wants to know for what.
     logger.info("compiling windowed attention on %s: the first steps take up to a few minutes", device)
-    return all(_try(device, dtype, queries, head_dim, *shape) for shape in ((1, 2), (3, 4)))
+    # The first call may come from a layer that is checkpointed, whose hooks would count what is saved here as the
+    # layer's, and stop the second run of the layer in the middle of the trial.
+    with saved_tensors_hooks(_as_it_is, _as_it_is):
+        return all(_try(device, dtype, queries, head_dim, *shape) for shape in ((1, 2), (3, 4)))
+
+
+def _as_it_is(saved: torch.Tensor) -> torch.Tensor:
+    return saved
 
 
 def _try(device, dtype, queries: int, head_dim: int, batch: int, blocks: int) -> bool:

@@ -232,6 +232,24 @@ def test_the_kernel_is_tried_on_two_sizes(monkeypatch, gradients_on_the_cpu):
     assert sizes == [(1, 256), (3, 512)]
 
 
+@pytest.mark.filterwarnings("ignore:flex_attention called without")
+def test_the_kernel_can_be_tried_first_in_a_checkpointed_layer(monkeypatch, caplog, gradients_on_the_cpu):
+    """As a probe's first pass does on a GPU: the trial's own tensors are not the layer's."""
+    monkeypatch.setattr(flex_photon, "compiled", lambda: flex_photon.flex_attention)
+    tried = []
+
+    def layer(states):
+        if not tried:
+            tried.append(flex_photon.is_usable.__wrapped__(torch.device("cpu"), torch.float32, 2, 16))
+        return (states.sin() * states).exp()
+
+    states = torch.randn(3, 4, requires_grad=True)
+    torch.utils.checkpoint.checkpoint(layer, states, use_reentrant=False).sum().backward()
+    (expected,) = torch.autograd.grad((states.sin() * states).exp().sum(), states)
+    assert tried == [True] and not caplog.text
+    torch.testing.assert_close(states.grad, expected)
+
+
 @pytest.mark.slow
 def test_layers_with_other_cells_and_documents_of_other_lengths_are_compiled_together():
     """What is compiled anew takes seconds on a GPU: far keys make a difference, and sizes that are equal by chance."""
