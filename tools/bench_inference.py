@@ -10,8 +10,8 @@ alone, with the whole memory. Before anything is timed, every system's logits ar
 text. On a CPU the prefill of long prompts follows (`prefill` in the result), also in turns: a graft's over the dense
 model's; how long it will take is said beforehand.
 
-`decode_ratio` is a system's decoded tokens per second over those of the faster dense model with full attention (dynamic
-or static cache, transformers' `generate`, not compiled), the median over the turns; `ratios` has the other figures over
+`decode_ratio` is a system's decoded tokens per second over those of the fastest dense model with full attention (dynamic
+or static cache under transformers' `generate`, not compiled; `dense-engine`: PHOTON's own engine), the median over the turns; `ratios` has the other figures over
 that model's. `batches` is `equal`, or `best`: the largest power of two of rows that fits (at most 1024). End-to-end
 `tokens_per_s` counts one encoding per row (one in all for `multi-query`) and `new_tokens` of an answer.
 """
@@ -43,7 +43,8 @@ from photon_train.conversion.presets import target_of
 from photon_train.errors import PhotonError
 from photon_train.evaluation.report import write_rows
 
-FULL = ("dense-dynamic", "dense-static")  # full attention: what ratios refer to
+TRANSFORMERS = ("dense-dynamic", "dense-static")
+FULL = (*TRANSFORMERS, "dense-engine")  # full attention: what ratios refer to
 GIB = 2**30
 MOST_ROWS = 1024
 MEMORY_SHARE = 0.9  # of a GPU's, for weights and cache; the rest is for activations
@@ -115,7 +116,9 @@ class Bench:
         errors[system.name] = error = system.check(ids, 270)
         # Random weights of a deep model make much of a rounding: what it does to the dense model is the measure.
         rounding = (
-            0.0 if self.dtype != torch.bfloat16 else 2.5 * max((errors[n] for n in FULL if n in errors), default=0.02)
+            0.0
+            if self.dtype != torch.bfloat16
+            else 2.5 * max((errors[name] for name in TRANSFORMERS if name in errors), default=0.02)
         )
         if not error < max(system.tolerance, rounding) or error > 0.2:
             raise PhotonError(f"{system.name} computes something else: relative error {error:.2g}")

@@ -33,7 +33,7 @@ step() {
 if [ -n "$smoke" ]; then
     step 200 tests "$python" -m pytest -q --collect-only -m gpu tests/kernels/test_gpu.py tests/inference/test_graphs.py
     step 200 kernels "$python" tools/bench_kernels.py --help
-    step 200 decode "$python" tools/bench_inference.py --profile smoke --order alone --presets split \
+    step 200 decode "$python" tools/bench_inference.py --profile smoke --order alone --presets split dense-engine \
         --dense dynamic --output "$out/smoke.json"
 else
     nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv
@@ -41,8 +41,8 @@ else
     step 120 tests "$python" -m pytest -q -m gpu tests/kernels tests/inference tests/models
     step 60 kernels "$python" tools/bench_kernels.py --budget-seconds 40 --output "$out/kernels.json"
     step 125 decode-1b "$python" tools/bench_inference.py --profile gpu --shape 1b --budget-seconds 90 --window 512 \
-        --dense dynamic window --presets graft-cells split --longest-encoding 32768 --output "$out/gpu-1b.json"
+        --dense dynamic --presets dense-engine graft-cells split --longest-encoding 32768 --output "$out/gpu-1b.json"
     step 100 decode-8b "$python" tools/bench_inference.py --profile gpu --shape 8b --budget-seconds 70 --window 512 \
-        --dense dynamic window --presets graft-cells --longest-encoding 16384 --output "$out/gpu-8b.json"
+        --dense dynamic --presets dense-engine graft-cells --longest-encoding 16384 --output "$out/gpu-8b.json"
 fi
 exit $failed

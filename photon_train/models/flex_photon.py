@@ -186,14 +186,19 @@ def is_usable(device: torch.device, dtype: torch.dtype, queries: int, head_dim: 
     """
     # Compiling takes seconds to minutes, and whoever waits wants to know for what.
     logger.info("compiling windowed attention on %s: the first steps take up to a few minutes", device)
-    # The first call may come from a layer that is checkpointed, whose hooks would count what is saved here as the
-    # layer's, and stop the second run of the layer in the middle of the trial.
-    with saved_tensors_hooks(_as_it_is, _as_it_is):
+    with outside_checkpoints():
         return all(_try(device, dtype, queries, head_dim, *shape) for shape in ((1, 2), (3, 4)))
 
 
-def _as_it_is(saved: torch.Tensor) -> torch.Tensor:
-    return saved
+def outside_checkpoints() -> saved_tensors_hooks:
+    """A context for a trial with gradients of its own whose first call may come from a layer that is checkpointed: that
+    layer's hooks would count what the trial saves as the layer's, and stop its second run in the middle of the trial.
+    """
+
+    def as_it_is(saved: torch.Tensor) -> torch.Tensor:
+        return saved
+
+    return saved_tensors_hooks(as_it_is, as_it_is)
 
 
 def _try(device, dtype, queries: int, head_dim: int, batch: int, blocks: int) -> bool:

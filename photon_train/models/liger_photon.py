@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from .families_photon import LLAMA_LIKE, family
+from .flex_photon import outside_checkpoints
 
 logger = logging.getLogger(__name__)
 
@@ -93,7 +94,7 @@ def works(device: torch.device, dtype: torch.dtype) -> bool:
     def norm_of_torch(hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         return F.rms_norm(hidden, hidden.shape[-1:], weight, 1e-5)
 
-    with torch.autocast(device.type, enabled=False), torch.enable_grad():
+    with torch.autocast(device.type, enabled=False), torch.enable_grad(), outside_checkpoints():
         try:
             found = results(partial(_fused_norm, epsilon=1e-5), _fused_gate, leaves, upstream)
         except Exception as error:  # whatever the compiler or an unknown version says: torch is always there

@@ -73,6 +73,21 @@ def test_kernels_are_used_only_if_they_give_what_torch_gives(installed, monkeypa
     assert not liger_photon.works.__wrapped__(*here) and "(no compiler)" in caplog.text
 
 
+def test_kernels_can_be_tried_first_in_a_checkpointed_layer(installed, caplog):
+    tried = []
+
+    def layer(states):
+        if not tried:
+            tried.append(liger_photon.works.__wrapped__(torch.device("cpu"), torch.float32))
+        return (states.sin() * states).exp()
+
+    states = torch.randn(3, 4, requires_grad=True)
+    torch.utils.checkpoint.checkpoint(layer, states, use_reentrant=False).sum().backward()
+    (expected,) = torch.autograd.grad((states.sin() * states).exp().sum(), states)
+    assert tried == [True] and not caplog.text
+    torch.testing.assert_close(states.grad, expected)
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])

@@ -81,6 +81,10 @@ def _no_memory(dense: LlamaConfig) -> dict[str, Any]:
     return {"memory_cells": []}
 
 
+def _all_full(dense: LlamaConfig) -> dict[str, Any]:
+    return {"memory_cells": [], "full_attention_layers": list(range(dense.num_hidden_layers))}
+
+
 def _defaults(dense: LlamaConfig) -> dict[str, Any]:
     return {}
 
@@ -91,6 +95,7 @@ SYSTEMS: dict[str, tuple[str, Callable[[LlamaConfig], dict[str, Any]]]] = {
     "graft-apart": ("graft", _whole_layers_apart),  # keys and values packed apart
     "graft-cells": ("graft", _defaults),  # the default: single heads, in 4 bits
     "graft-window": ("graft", _no_memory),  # window and sinks alone
+    "dense-engine": ("graft", _all_full),  # the dense model itself, on the engine's paged cache, kernels and graphs
     "split": ("split", _defaults),
     "paper": ("paper", _defaults),
 }
