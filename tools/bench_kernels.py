@@ -35,6 +35,8 @@ from photon_kernels import (  # noqa: E402
     cache_append,
     gather_chunk_project,
     latent_decode,
+    latent_outputs,
+    latent_queries,
     paged_decode_attention,
     window_decode_attention,
 )
@@ -164,6 +166,56 @@ def latent_case(
     )
 
 
+def queries_case(batch: int, heads: tuple[int, int, int], cells: int, chunk: int = 2) -> Case:
+    """Queries of a layer's memory cells, unrotated and folded."""
+    num_heads, kv_heads, dim = heads
+    group, width = num_heads // kv_heads, 2 * cells * dim
+    query, key_map, key_bias = (
+        random(batch, num_heads, dim),
+        random(chunk, cells, dim, width),
+        random(chunk, cells, dim),
+    )
+    angles = torch.rand(batch, dim, device=device())
+    arguments = query, torch.arange(cells * group, device=device()), key_map, key_bias, angles.cos(), angles.sin()
+    double = (each.double() if each.is_floating_point() else each for each in arguments)
+    expected = partial(latent_queries, *double)
+    return Case(
+        "latent_queries",
+        f"B={batch} heads={num_heads}/{kv_heads} D={dim} S={chunk} cells={cells}",
+        run=lambda: latent_queries(*arguments, backend="triton")[0],
+        expected=lambda: expected()[0],
+        nbytes=nbytes(query, key_map) + batch * cells * group * chunk * width * query.element_size(),
+        references={"in torch": partial(latent_queries, *arguments)},
+    )
+
+
+def outputs_case(batch: int, heads: tuple[int, int, int], cells: int, chunk: int = 2) -> Case:
+    """Sums of latents made values, and joined with what near keys gave."""
+    num_heads, kv_heads, dim = heads
+    group, width = num_heads // kv_heads, 2 * cells * dim
+    mixed, value_map = random(batch, cells * group, chunk, width), random(chunk, cells, dim, width) * width**-0.5
+    mass = torch.rand(batch, cells * group, chunk, device=device())
+    lse, out_lse = torch.randn(batch, cells * group, device=device()), torch.randn(batch, num_heads, device=device())
+    given = mixed, mass, lse, torch.arange(cells * group, device=device()), value_map, random(chunk, cells, dim)
+    out = random(batch, num_heads, dim)
+
+    def joined(backend: str, dtype: torch.dtype) -> torch.Tensor:
+        # In place: every run begins with the same near output (a copy more than the kernel does).
+        states = [each.to(dtype) if each.dtype == DTYPE else each for each in given]
+        mine = out.to(dtype, copy=True)
+        latent_outputs(*states, mine, out_lse.clone(), backend=backend)
+        return mine
+
+    return Case(
+        "latent_outputs",
+        f"B={batch} heads={num_heads}/{kv_heads} D={dim} S={chunk} cells={cells}",
+        run=partial(joined, "triton", DTYPE),
+        expected=partial(joined, "torch", torch.float64),
+        nbytes=nbytes(mixed, value_map) + 4 * nbytes(out),
+        references={"in torch": partial(joined, "torch", DTYPE)},
+    )
+
+
 def append_case(batch: int, kv_heads: int, dim: int, slots: int) -> Case:
     """Keys and values of one token per row into a ring."""
     sources = [random(batch, kv_heads, 1, dim) for _ in range(2)]
@@ -240,6 +292,8 @@ def cases(small: bool) -> Iterator[Callable[[], Case]]:
         yield partial(paged_case, 2, heads, 64, per_block=64)
         yield partial(latent_case, 2, heads, 24, per_block=8)
         yield partial(latent_case, 2, (2, 1, 16), 24, per_block=8, chunk=2, bits=4)
+        yield partial(queries_case, 3, heads, cells=2)
+        yield partial(outputs_case, 3, heads, cells=2)
         yield partial(append_case, 3, 2, 16, 12)
         yield partial(chunker_case, 3, 32, 4)
         yield partial(band_case, 150, heads, 16, backward=False)
@@ -249,6 +303,8 @@ def cases(small: bool) -> Iterator[Callable[[], Case]]:
         # One memory cell of the default: a key-value head's query heads, pairs of tokens in 4 bits.
         cell = heads[0] // heads[1], 1, heads[2]
         yield partial(latent_case, 32, cell, 16_384, per_block=64, chunk=2, bits=4)
+        yield partial(queries_case, 32, heads, cells=1)
+        yield partial(outputs_case, 32, heads, cells=1)
         yield partial(paged_case, 32, heads, 8192, per_block=256)
         yield partial(paged_case, 256, heads, 256, per_block=16)
         yield partial(latent_case, 8, heads, 8192, per_block=64)

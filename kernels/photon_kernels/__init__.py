@@ -8,6 +8,8 @@ from __future__ import annotations
 from photon_kernels.cache_append import Append, cache_append
 from photon_kernels.chunker import gather_chunk_project
 from photon_kernels.latent_decode import LatentMix, latent_decode, latent_decode_bytes
+from photon_kernels.latent_outputs import latent_outputs
+from photon_kernels.latent_queries import latent_queries
 from photon_kernels.paged_decode import paged_decode_attention
 from photon_kernels.window_decode import window_decode_attention
 
@@ -18,6 +20,8 @@ __all__ = [
     "gather_chunk_project",
     "latent_decode",
     "latent_decode_bytes",
+    "latent_outputs",
+    "latent_queries",
     "paged_decode_attention",
     "window_decode_attention",
 ]

@@ -58,13 +58,17 @@ def all_cases() -> Iterator[CompileCase]:
     """The cases of every operation."""
     from photon_kernels.cache_append.triton import compile_cases as append_cases
     from photon_kernels.chunker.triton import compile_cases as chunker_cases
-    from photon_kernels.latent_decode.triton import compile_cases as latent_cases
+    from photon_kernels.latent_decode.cases import compile_cases as latent_cases
+    from photon_kernels.latent_outputs.triton import compile_cases as output_cases
+    from photon_kernels.latent_queries.triton import compile_cases as query_cases
     from photon_kernels.paged_decode.triton import compile_cases as paged_cases
     from photon_kernels.window_decode.triton import compile_cases as window_cases
 
     yield from window_cases()
     yield from paged_cases()
+    yield from query_cases()
     yield from latent_cases()
+    yield from output_cases()
     yield from chunker_cases()
     yield from append_cases()
 

@@ -21,6 +21,7 @@ import torch
 from torch import nn
 from transformers import initialization as init
 
+from .attention_photon import load_kernels
 from .configuration_photon import PhotonConfig
 from .quantize_photon import StoredVectors, StraightThrough, dequantize, quantize
 from .softmax_photon import capped, merge
@@ -208,6 +209,57 @@ class LayerMemory(nn.Module):
         )
         sums, lse = functools.reduce(merge, parts)
         return self.unfold_values(sums[..., :-1].to(content.dtype), sums[..., -1])[:, :, None], lse
+
+    def attend_stored(
+        self,
+        query: torch.Tensor,
+        rotary: tuple[torch.Tensor, torch.Tensor],
+        is_interleaved: bool,
+        stored: list[torch.Tensor],
+        visible: torch.Tensor,
+        near: KeyValue,
+        scale: float,
+        **settings: Any,
+    ) -> KeyValue:
+        """`attend_folded` by kernels, joined with what the query heads have found among near keys.
+
+        Args:
+            query: Of all heads, one per row, ``[n, Hq, 1, D]``, rotated.
+            rotary: Cosine and sine of the rows' positions, ``[n or 1, 1, D]`` each.
+            is_interleaved: See `unrotate`.
+            stored: The latents in the cache's own memory (a store's `operands`).
+            visible: Units that each row sees, ``[n or 1]``.
+            near: Output ``[n, Hq, 1, D]`` and log-sum-exp ``[n, Hq, 1]``; both are overwritten.
+            scale: Factor on the dot products.
+            settings: Of `latent_decode`: rows, block table and first token.
+
+        Returns:
+            Output and log-sum-exp over all keys, the memory of `near`.
+        """
+        kernels, heads = load_kernels(), _index(self.query_heads, query.device)
+        out, lse = near
+        angles = (part[:, 0] for part in rotary)
+
+        def fold(matrix: torch.Tensor, bias: torch.Tensor) -> KeyValue:
+            given = (query[:, :, 0], heads, matrix, bias, *angles, is_interleaved)
+            return kernels.latent_queries(*given, backend="triton")
+
+        def unfold(matrix: torch.Tensor, bias: torch.Tensor) -> None:
+            kernels.latent_outputs(*found, heads, matrix, bias, out[:, :, 0], lse[:, :, 0], backend="triton")
+
+        scales = tuple(stored[2:]) or None
+        found = kernels.latent_decode(
+            *self._with_map(0, fold),
+            *stored[:2],
+            visible.expand(query.shape[0]),
+            scale,
+            scales=scales,
+            bits=self.bits,
+            backend="triton",
+            **settings,
+        )
+        self._with_map(-1, unfold)
+        return near
 
     def _attend_piece(
         self,

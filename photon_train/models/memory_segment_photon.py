@@ -7,7 +7,7 @@ from functools import cached_property
 
 import torch
 
-from .attention_photon import NewElements, load_kernels, unrotate
+from .attention_photon import NewElements, unrotate
 from .flex_photon import FlexMask, attend_window, far_ends, window_mask
 from .memory_photon import LayerMemory, put_heads, take_heads, take_heads_back
 from .segments_photon import WindowSegment
@@ -70,16 +70,15 @@ class MemorySegment(WindowSegment):
 
     def attend(self, module, query, key, value, scale, softcap=None, sink_logits=None):
         layer, memory = module.layer_idx, module.memory
-        content = unrotate(take_heads(query, memory.query_heads), self.content_rotation, self.is_interleaved)
         if self._decodes(key):
             self.new.append(self.ring, layer, self.slot_mapping, key, value)
-            found, reading = self._decode_near(layer, query, scale, softcap), memory.query_heads
-            near = tuple(take_heads(part, reading) for part in found)
-            seen = merge(near, self._decode_far(module, content, scale, softcap))
-            if sink_logits is None:
-                return put_heads(found[0], reading, seen[0])
-            found = tuple(put_heads(part, reading, new) for part, new in zip(found, seen, strict=True))
+            found = self._decode_near(layer, query, scale, softcap)
+            if self.num_new:
+                self._pack_departed(module)
+            if self.has_units:
+                found = self._with_far(module, query, found, scale, softcap)
             return with_sink(found, sink_logits)[0]
+        content = self._content(memory, query)
         past, latents = self._past(layer, query), self._pack(module, key, value)
         if latents is None:
             out = self._attend(query, key, value, scale, past, softcap=softcap, sink_logits=sink_logits)
@@ -143,34 +142,34 @@ class MemorySegment(WindowSegment):
 
     # --- decoding ---
 
-    def _decode_far(
-        self, module, content: torch.Tensor, scale: float, softcap: float | None = None
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def _content(self, memory: LayerMemory, query: torch.Tensor) -> torch.Tensor:
+        """The queries that read far with their rotation undone, ``[B, H, T, D]``."""
+        return unrotate(take_heads(query, memory.query_heads), self.content_rotation, self.is_interleaved)
+
+    def _with_far(self, module, query, near: KeyValue, scale: float, softcap: float | None) -> KeyValue:
+        """Let the cells' query heads attend to the latents too.
+
+        Args:
+            near: Output ``[B, Hq, 1, D]`` and log-sum-exp ``[B, Hq, 1]`` over the ring, of all heads.
+
+        Returns:
+            The same over all keys.
+        """
         layer, memory = module.layer_idx, module.memory
-        if self.num_new:
-            self._pack_departed(module)
-        if not self.has_units:
-            return torch.zeros_like(content), content.new_full(content.shape[:3], -torch.inf, dtype=torch.float32)
         if self.new.backend == "triton":
-            kernels = load_kernels()
             *stored, block_table = self.units.operands(layer)
-            mixed, mass, lse = kernels.latent_decode(
-                *memory.fold_queries(content[:, :, 0]),
-                *stored[:2],
-                self.after.expand(self.new.batch),
-                scale,
-                first_token=self.num_sinks,
-                rows=self.new.kernel_rows,
-                block_table=block_table,
-                scales=tuple(stored[2:]) or None,
-                bits=memory.bits,
-                backend="triton",
+            settings = {"rows": self.new.kernel_rows, "block_table": block_table, "first_token": self.num_sinks}
+            return memory.attend_stored(
+                query, self.content_rotation, self.is_interleaved, stored, self.after, near, scale, **settings
             )
-            return memory.unfold_values(mixed, mass)[:, :, None].to(content.dtype), lse[..., None]
         stored = self.units.read(layer, self.new.rows, max(self.host_packed[1]) if self.host_packed else None)
-        token = torch.arange(stored[0].shape[2] * self.chunk_size, device=content.device)
+        token = torch.arange(stored[0].shape[2] * self.chunk_size, device=query.device)
         visible = (token // self.chunk_size < self.after[:, None]) & (token >= self.num_sinks)
-        return memory.attend_folded(content[:, :, 0], stored, visible.expand(self.new.batch, -1), scale, softcap)
+        content = self._content(memory, query)[:, :, 0]
+        far = memory.attend_folded(content, stored, visible.expand(self.new.batch, -1), scale, softcap)
+        reading = memory.query_heads
+        joined = merge(tuple(take_heads(part, reading) for part in near), far)
+        return tuple(put_heads(part, reading, new) for part, new in zip(near, joined, strict=True))
 
     @cached_property
     def _departed(self) -> tuple[torch.Tensor | None, torch.Tensor]:

@@ -118,11 +118,11 @@ def latent_decode_bytes(
 ) -> int:
     """Bytes that the Triton backend holds beside its inputs and its result while it runs, as far as they grow.
 
-    A weight for every row, query head and token under U units (of whole blocks), and in float32 five sums per tile of
+    A weight for every row, query head and token under U units (of whole blocks), and in float32 two numbers per tile of
     units. What the sums of latents take does not depend on U.
     """
     from photon_kernels.latent_decode.triton import choose_latent_config
 
     queries = num_heads * chunk_size
     num_tiles = -(-num_units // choose_latent_config(queries, head_dim, element_size).block_n)
-    return batch * queries * (num_units * element_size + num_tiles * 5 * 4)
+    return batch * queries * (num_units * element_size + num_tiles * 2 * 4)

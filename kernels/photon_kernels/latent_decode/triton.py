@@ -2,15 +2,13 @@
 
 All heads and tokens of a row read the same latents, so they are the rows of one matrix product (128 of them for 32
 heads and units of 4 tokens): the arithmetic per byte is near that of a GPU's matrix units. Their sums, 128 rows of the
-latent's whole width, are more than a program's registers, and so the two products are two kernels. Between them the
-weights, one number per head and token, lie in memory: for 32 heads, units of 4 and 8 key heads of dimension 64 that
-is 1/8 of the latents' bytes, written once and read once for every key head (from the L2 cache, where they fit).
+latent's whole width, are more than a program's registers, and so the two products are two kernels, with a small one
+between them for the softmax over all tiles. The weights, one number per head and token, lie in memory: for 32 heads,
+units of 4 and 8 key heads of dimension 64 that is 1/8 of the latents' bytes, written once and read once for every key
+head (from the L2 cache, where they fit).
 """
 
 from __future__ import annotations
-
-from collections.abc import Iterator
-from typing import NamedTuple
 
 import torch
 import triton
@@ -19,10 +17,10 @@ from torch import Tensor
 
 from photon_kernels._attention_config import AttentionConfig, choose_num_splits
 from photon_kernels._backend import current_device_of, next_power_of_2, with_dense_rows
-from photon_kernels._compile_case import CompileCase
 from photon_kernels._decode_tiles import locate
 from photon_kernels._tiles import tuned
-from photon_kernels._triton_math import LN_2, LOG2_E, dot
+from photon_kernels._triton_math import LOG2_E, dot
+from photon_kernels.latent_decode.softmax import SOFTMAX_BLOCK, latent_softmax_kernel
 
 
 def choose_latent_config(num_queries: int, stored_dim: int, element_size: int, bits: int = 16) -> AttentionConfig:
@@ -302,6 +300,8 @@ def latent_decode_triton(
     weights = torch.empty(batch, num_queries, capacity, dtype=folded.dtype, device=device)
     peaks = torch.empty(batch, num_queries, num_tiles, dtype=torch.float32, device=device)
     totals = torch.empty_like(peaks)
+    mass = torch.empty(batch, num_heads, chunk_size, dtype=torch.float32, device=device)
+    lse = torch.empty(batch, num_heads, dtype=torch.float32, device=device)
     mixed_type = folded.dtype if num_splits == 1 else torch.float32
     mixed = torch.empty(num_splits, batch, num_queries, width, dtype=mixed_type, device=device)
     queries = folded.reshape(batch, num_queries, width)
@@ -349,18 +349,13 @@ def latent_decode_triton(
             CHUNK_SIZE=chunk_size,
             **constants,
         )
-        # One softmax per head: over the tokens of its units and their tiles.
-        peaks, totals = (each.view(batch, num_heads, chunk_size * num_tiles) for each in (peaks, totals))
-        peak = peaks.amax(dim=-1, keepdim=True)
-        factors = torch.exp2(peaks - peak.masked_fill(peak == -torch.inf, 0.0))
-        masses = factors * totals
-        total = masses.sum(dim=-1, keepdim=True)
-        divisor = total.masked_fill(total == 0.0, 1.0)
-        factors = factors / divisor
-        mass = (masses / divisor).unflatten(2, (chunk_size, num_tiles)).sum(dim=-1)
+        # The peaks become the tiles' factors.
+        latent_softmax_kernel[num_heads, batch](
+            peaks, totals, mass, lse, num_tiles, CHUNK_SIZE=chunk_size, BLOCK=SOFTMAX_BLOCK, num_warps=4
+        )
         latent_mix_kernel[(query_tiles * kv_heads, num_splits, batch)](
             weights,
-            factors,
+            peaks,
             keys,
             values,
             key_scales,
@@ -374,83 +369,5 @@ def latent_decode_triton(
             *strides,
             **constants,
         )
-    lse = (peak + torch.log2(total))[..., 0] * LN_2.value
     mixed = mixed[0] if num_splits == 1 else mixed.sum(dim=0).to(folded.dtype)
     return mixed.view(folded.shape), mass, lse
-
-
-class _Shape(NamedTuple):
-    """A case to compile: what distinguishes the kernels that users of a model run."""
-
-    dtype: str
-    element_size: int
-    num_queries: int
-    chunk_size: int
-    kv_heads: int
-    head_dim: int
-    per_block: int
-    joint: bool = True
-    bits: int = 16
-
-
-COMPILED_SHAPES = [
-    _Shape("bf16", 2, 16, 2, 2, 64, per_block=128, bits=4),  # two cells of Llama-3.2-1B, the default
-    _Shape("bf16", 2, 64, 4, 3, 128, per_block=64, bits=4),  # several of Llama-3.1-8B
-    _Shape("bf16", 2, 4, 1, 1, 128, per_block=256, bits=4, joint=False),  # plain tokens
-    _Shape("bf16", 2, 16, 2, 2, 128, per_block=128, bits=8),
-    _Shape("fp32", 4, 16, 2, 2, 64, per_block=128, bits=4),
-    _Shape("bf16", 2, 128, 4, 8, 64, per_block=64),  # Llama-3.2-1B
-    _Shape("bf16", 2, 128, 4, 8, 128, per_block=64),  # Llama-3.1-8B
-    _Shape("bf16", 2, 128, 4, 8, 64, per_block=64, joint=False),
-    _Shape("bf16", 2, 64, 4, 2, 128, per_block=0, joint=False),
-    _Shape("fp32", 4, 128, 4, 8, 64, per_block=64),
-]
-
-
-def compile_cases() -> Iterator[CompileCase]:
-    """What ``photon_kernels.aot`` compiles."""
-    for shape in COMPILED_SHAPES:
-        pieces = 2 if shape.bits == 4 else 1
-        config = choose_latent_config(shape.num_queries, shape.head_dim // pieces, shape.element_size, shape.bits)
-        layout = f"block={shape.per_block}" if shape.per_block else "contiguous"
-        name = f"{shape.dtype} rows={shape.num_queries} Hkv={shape.kv_heads} D={shape.head_dim} {layout}"
-        name += ("" if shape.joint else " apart") + ("" if shape.bits == 16 else f" {shape.bits} bits")
-        stored = shape.dtype if shape.bits == 16 else "u8"
-        types = {
-            **dict.fromkeys(("folded", "weights"), f"*{shape.dtype}"),
-            **dict.fromkeys(("keys", "values"), f"*{stored}"),
-            **dict.fromkeys(("key_scales", "value_scales"), "*bf16" if shape.bits < 16 else f"*{stored}"),
-            **dict.fromkeys(("bias", "peaks", "totals", "factors", "mixed"), "*fp32"),
-            **dict.fromkeys(("visible", "rows", "block_table"), "*i64"),
-            "scale_log2": "fp32",
-            **dict.fromkeys(
-                ("num_queries", "capacity", "num_tiles", "num_splits", "first_token", "pitch_table"), "i32"
-            ),
-            **{
-                f"stride_{stride}": "i32"
-                for stride in ("fb", "fr", "kb", "kh", "kn", "vb", "vh", "vn", "sb", "sh", "sn")
-            },
-        }
-        constants = {
-            "HAS_ROWS": True,
-            "PER_BLOCK": shape.per_block,
-            "JOINT": shape.joint,
-            "BITS": shape.bits,
-            "PIECES": pieces,
-            "KV_HEADS": shape.kv_heads,
-            "HEAD_DIM": shape.head_dim,
-            "BLOCK_M": config.block_m,
-            "BLOCK_N": config.block_n,
-            "BLOCK_D": config.block_d,
-        }
-        kernels = {"latent_weights": latent_weights_kernel, "latent_mix": latent_mix_kernel}
-        for title, kernel in kernels.items():
-            extra = {"CHUNK_SIZE": shape.chunk_size} if title == "latent_weights" else {}
-            yield CompileCase(
-                name=f"{title} {name}",
-                kernel=kernel,
-                types={key: kind for key, kind in types.items() if key in kernel.arg_names},
-                constants={**constants, **extra},
-                num_warps=config.num_warps,
-                num_stages=config.num_stages,
-            )
