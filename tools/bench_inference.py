@@ -10,10 +10,11 @@ alone, with the whole memory. Before anything is timed, every system's logits ar
 text. On a CPU the prefill of long prompts follows (`prefill` in the result), also in turns: a graft's over the dense
 model's; how long it will take is said beforehand.
 
-`decode_ratio` is a system's decoded tokens per second over those of the fastest dense model with full attention (dynamic
-or static cache under transformers' `generate`, not compiled; `dense-engine`: PHOTON's own engine), the median over the turns; `ratios` has the other figures over
-that model's. `batches` is `equal`, or `best`: the largest power of two of rows that fits (at most 1024). End-to-end
-`tokens_per_s` counts one encoding per row (one in all for `multi-query`) and `new_tokens` of an answer.
+`decode_ratio` is a system's decoded tokens per second over those of the fastest dense model with full attention
+(dynamic or static cache under transformers' `generate`, not compiled; `dense-engine`: PHOTON's own engine), the median
+over the turns; `ratios` has the other figures over that model's. `batches` is `equal`, or `best`: the largest power of
+two of rows that fits (at most 1024). End-to-end `tokens_per_s` counts one encoding per row (one in all for
+`multi-query`) and `new_tokens` of an answer.
 """
 
 from __future__ import annotations

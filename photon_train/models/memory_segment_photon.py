@@ -10,7 +10,7 @@ import torch
 from .attention_photon import NewElements, unrotate
 from .flex_photon import FlexMask, attend_window, far_ends, window_mask
 from .memory_photon import LayerMemory, put_heads, take_heads, take_heads_back
-from .segments_photon import WindowSegment
+from .segments_photon import MOST_SCORES, WindowSegment
 from .softmax_photon import FarKeys, additive, merge, with_sink
 from .stores_photon import KeyValue, SlotMapping
 
@@ -217,8 +217,9 @@ class MemorySegment(WindowSegment):
     def far(self, queries: slice, like: torch.Tensor) -> Iterator[FarKeys]:
         whole, some = self._seen[queries.start // self.block]
         whole = max(whole, self.num_sinks)
-        if whole > self.num_sinks:
-            yield FarKeys(slice(self.num_sinks, whole), None)
+        most = max(MOST_SCORES // self.block, 1)
+        for begin in range(self.num_sinks, whole, most):
+            yield FarKeys(slice(begin, min(begin + most, whole)), None)
         if some > whole:
             yield FarKeys(slice(whole, some), self._far_bias(queries, whole, some, like.dtype))
 

@@ -15,8 +15,16 @@ from .stores_photon import GrowingStore, KeyValue, RingStore
 # How windows are attended to in training on a GPU: by one compiled kernel (`flex_photon`), block by block, or the first
 # where it has been found to work.
 FUSED = ("auto", "yes", "no")
-BLOCK = 128  # queries of a block, about: a window's keys are read once for them all
+# Queries of a block, about: a window's keys are read once for them all. A GPU that only reads waits for launches, and
+# not for the products that wider blocks have more of.
+BLOCK, GPU_BLOCK = 128, 1024
 FULL_BLOCK = 256
+MOST_SCORES = 2**23  # of a block and a set of far keys, per head: more keys are several sets
+
+
+def block_of(states: torch.Tensor) -> int:
+    """Queries that are attended with at a time where `states` are."""
+    return GPU_BLOCK if states.is_cuda and not torch.is_grad_enabled() else BLOCK
 
 
 class FullSegment:
@@ -56,7 +64,7 @@ class FullSegment:
         if self.index.shape[0] == 1 and self.length == 1 and keys.shape[2] == self.count and is_plain:
             return sdpa(query, keys, values, scale)
         slot, pieces = torch.arange(keys.shape[2], device=keys.device), []
-        for rows in torch.arange(self.length).split(FULL_BLOCK):
+        for rows in torch.arange(self.length).split(max(FULL_BLOCK, block_of(query))):
             rows = slice(int(rows[0]), int(rows[-1]) + 1)
             mask = (slot <= self.index[:, rows, None])[:, None]
             if is_plain:
@@ -102,7 +110,7 @@ class WindowSegment:
     ) -> None:
         self.new, self.index, self.length = new, new.index, new.length
         self.start, self.reach, self.num_sinks, self.ring, self.fused = start, reach, num_sinks, ring, fused
-        self.period, self.block = period, -(-BLOCK // period) * period
+        self.period, self.block = period, -(-block_of(self.index) // period) * period
         self._biases: dict[object, torch.Tensor] = {}
         self.past_index, self.slot_mapping = (None, None) if ring is None else new.enter(ring)
 

@@ -140,10 +140,12 @@ def test_outputs_and_gradients_are_those_of_one_softmax(
 
 @pytest.mark.parametrize("name", sorted(GRAFTS))
 def test_blocks_give_the_loss_and_the_gradients_of_the_whole(name, monkeypatch):
-    """Blocks of few queries, so that windows, sinks and units reach over their edges; an odd length, two rows."""
+    """Blocks of few queries, so that windows, sinks and units reach over their edges, and sets of few far keys; an odd
+    length, two rows."""
     model, ids, results = photon_model(name).train(), tokens(2, 47), []
     for size in (128, 4):
         monkeypatch.setattr("photon_train.models.segments_photon.BLOCK", size)
+        monkeypatch.setattr("photon_train.models.memory_segment_photon.MOST_SCORES", 6 * size)
         model.zero_grad()
         loss = model(ids, labels=ids).loss
         loss.backward()

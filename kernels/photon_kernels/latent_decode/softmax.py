@@ -14,8 +14,8 @@ SOFTMAX_BLOCK = 256  # tiles that a program takes at a time
 def latent_softmax_kernel(peaks, totals, mass, lse, num_tiles, CHUNK_SIZE: tl.constexpr, BLOCK: tl.constexpr):
     """Program ``(h, b)``: the softmax of head h of row b over the tiles of its tokens.
 
-    Reads ``peaks, totals [B, H, S, tiles]``, writes ``mass [B, H, S]`` and ``lse [B, H]``, and in place of the peaks the
-    factors that make the tiles' weights those of the whole softmax.
+    Reads ``peaks, totals [B, H, S, tiles]``, writes ``mass [B, H, S]`` and ``lse [B, H]``, and in place of the peaks
+    the factors that make the tiles' weights those of the whole softmax.
     """
     head = tl.program_id(1).to(tl.int64) * tl.num_programs(0) + tl.program_id(0)
     first = head * CHUNK_SIZE * num_tiles
