@@ -11,6 +11,7 @@ from photon_kernels.latent_decode import LatentMix, latent_decode, latent_decode
 from photon_kernels.latent_outputs import latent_outputs
 from photon_kernels.latent_queries import latent_queries
 from photon_kernels.paged_decode import paged_decode_attention
+from photon_kernels.unit_pack import unit_pack
 from photon_kernels.window_decode import window_decode_attention
 
 __all__ = [
@@ -23,5 +24,6 @@ __all__ = [
     "latent_outputs",
     "latent_queries",
     "paged_decode_attention",
+    "unit_pack",
     "window_decode_attention",
 ]

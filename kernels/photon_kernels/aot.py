@@ -62,6 +62,7 @@ def all_cases() -> Iterator[CompileCase]:
     from photon_kernels.latent_outputs.triton import compile_cases as output_cases
     from photon_kernels.latent_queries.triton import compile_cases as query_cases
     from photon_kernels.paged_decode.triton import compile_cases as paged_cases
+    from photon_kernels.unit_pack.triton import compile_cases as pack_cases
     from photon_kernels.window_decode.triton import compile_cases as window_cases
 
     yield from window_cases()
@@ -71,6 +72,7 @@ def all_cases() -> Iterator[CompileCase]:
     yield from output_cases()
     yield from chunker_cases()
     yield from append_cases()
+    yield from pack_cases()
 
 
 def _leaves(kind: str | tuple, path: tuple[int, ...]) -> Iterator[tuple[tuple[int, ...], str]]:

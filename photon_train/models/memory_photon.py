@@ -28,19 +28,23 @@ from .softmax_photon import capped, merge
 from .stores_photon import KeyValue
 
 
-class PackMap(nn.Linear):
-    """A linear map of the tokens under a unit to a latent."""
+class _Map(nn.Linear):
+    """A linear map whose weights kernels may use in place of it.
 
-
-class LatentMap(nn.Linear):
-    """A linear map of latents that decoding applies to queries and sums instead.
-
-    Its weights are read in its forward alone: that is where hooks that offload or shard weights have them in place.
+    They are read in its forward alone: that is where hooks that offload or shard weights have them in place.
     """
 
     def forward(self, states: torch.Tensor | None, use: Callable | None = None):
         """Map `states`, or give ``use(weight, bias)``."""
         return super().forward(states) if use is None else use(self.weight, self.bias)
+
+
+class PackMap(_Map):
+    """A linear map of the tokens under a unit to a latent."""
+
+
+class LatentMap(_Map):
+    """A linear map of latents that decoding applies to queries and sums instead."""
 
 
 class Chunker(nn.Module):
@@ -119,6 +123,29 @@ class LayerMemory(nn.Module):
         stored = (*codes, *scales)
         rounded = self.load(stored, keys.dtype)
         return tuple(map(StraightThrough.apply, latents, rounded)), stored
+
+    def pack_stored(self, states: KeyValue, rotary: KeyValue, is_interleaved: bool, targets, **where) -> None:
+        """Pack a unit of each row and store it, by one kernel.
+
+        Args:
+            states: Keys, rotated, and values where they are held, ``[R, Hkv, N, D]`` each.
+            rotary: Cosine and sine of the units' tokens, ``[n or 1, S, D]`` each.
+            is_interleaved: See `unrotate`.
+            targets: Memory of the latents (a store's `operands`).
+            where: `rows`, `slots`, `units` and `block_table` of `unit_pack`.
+        """
+
+        def run(weights: KeyValue, biases: KeyValue) -> None:
+            heads = _index(self.cells, states[0].device)
+            settings = {**where, "bits": self.bits, "is_interleaved": is_interleaved, "backend": "triton"}
+            given = {"heads": heads, "weights": weights, "biases": biases, "targets": targets}
+            load_kernels().unit_pack(*states, cosine=rotary[0], sine=rotary[1], **given, **settings)
+
+        first, *rest = self.chunker.maps
+        if rest:
+            first(None, lambda *keys: rest[0](None, lambda *values: run(*zip(keys, values, strict=True))))
+        else:
+            first(None, lambda weight, bias: run(weight.chunk(2), bias.chunk(2)))
 
     def load(self, stored: tuple[torch.Tensor, ...], dtype: torch.dtype) -> KeyValue:
         """Latents ``[B, m, U, D]`` from what the cache stores of them; codes become numbers of `dtype`."""

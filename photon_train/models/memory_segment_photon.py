@@ -181,20 +181,42 @@ class MemorySegment(WindowSegment):
         which = torch.tensor(rows, device=slots.device)
         return which, slots[which]
 
+    @cached_property
+    def _departed_rotation(self) -> tuple[torch.Tensor, torch.Tensor]:
+        which, rotary = self._departed[0], self.token_rotation
+        return rotary if which is None else tuple(part[which] if part.shape[0] > 1 else part for part in rotary)
+
+    @cached_property
+    def _departed_places(self) -> dict[str, torch.Tensor]:
+        """Rows, slots and units of `unit_pack`."""
+        which, slots = self._departed
+        rows, units = self.new.kernel_rows, self.unit[:, 0].expand(self.new.batch)
+        if which is not None:
+            rows, units = rows[which], units[which]
+        return {"rows": rows, "slots": slots.expand(len(rows), -1), "units": units}
+
     def _pack_departed(self, module) -> None:
         """Pack the unit that leaves the window with this token: it lies in the ring."""
         layer, memory, (which, slots) = module.layer_idx, module.memory, self._departed
         keys, values, _ = self.ring.operands(layer)
+        if self.new.backend == "triton":
+            *targets, block_table = self.units.operands(layer)
+            memory.pack_stored(
+                (keys, values),
+                self._departed_rotation,
+                self.is_interleaved,
+                targets,
+                block_table=block_table,
+                **self._departed_places,
+            )
+            return
         rows = self.new.rows if which is None else (which if self.new.rows is None else self.new.rows[which])
         if rows is None:
             taken = tuple(_gather(states, slots) for states in (keys, values))
         else:
             taken = tuple(states[rows[:, None], :, slots].transpose(1, 2) for states in (keys, values))
-        rotary = self.token_rotation
-        if which is not None:
-            rotary = tuple(part[which] if part.shape[0] > 1 else part for part in rotary)
         taken = tuple(take_heads(states, memory.cells) for states in taken)
-        _, stored = memory.pack(unrotate(taken[0], rotary, self.is_interleaved), taken[1])
+        _, stored = memory.pack(unrotate(taken[0], self._departed_rotation, self.is_interleaved), taken[1])
         slot_mapping = self.unit_slots
         if which is not None:
             batch = torch.arange(len(which), device=which.device)
