@@ -117,44 +117,45 @@ def unit_pack_kernel(
     unit = tl.load(units + members, mask=members < num_rows, other=-1).to(tl.int64)
     alive = unit >= 0
     cache_row = tl.load(rows + members, mask=alive, other=0).to(tl.int64)
-    dims = tl.arange(0, BLOCK_D)
-    in_head = dims < HEAD_DIM
     half: tl.constexpr = HEAD_DIM // 2
     numbers = tl.arange(0, BLOCK_H)
     in_half = numbers < half
     outputs = (cell * HEAD_DIM + numbers).to(tl.int64)
-    key_rows = key_weight + outputs[:, None] * stride_wk + dims[None, :]
-    value_rows = value_weight + outputs[:, None] * stride_wv + dims[None, :]
+    key_rows = key_weight + outputs[:, None] * stride_wk
+    value_rows = value_weight + outputs[:, None] * stride_wv
     per_token: tl.constexpr = (2 if JOINT else 1) * CELLS * HEAD_DIM
+    tiles: tl.constexpr = (HEAD_DIM + BLOCK_D - 1) // BLOCK_D
     # The two pieces of the first half's vector, and of the second's.
     key_low = tl.zeros([BLOCK_M, BLOCK_H], tl.float32)
     key_high = tl.zeros([BLOCK_M, BLOCK_H], tl.float32)
     value_low = tl.zeros([BLOCK_M, BLOCK_H], tl.float32)
     value_high = tl.zeros([BLOCK_M, BLOCK_H], tl.float32)
-    if INTERLEAVED:
-        is_first = dims % 2 == 0
-        partner = tl.where(is_first, dims + 1, dims - 1)
-    else:
-        is_first = dims < ROTATED // 2
-        partner = tl.where(is_first, dims + ROTATED // 2, dims - ROTATED // 2)
-    turned = alive[:, None] & (dims < ROTATED)[None, :]
-    mask = alive[:, None] & in_head[None, :]
-    for step in range(CHUNK_SIZE * CELLS):
-        token = step // CELLS
-        other = step % CELLS
+    for step in range(CHUNK_SIZE * CELLS * tiles):
+        token = step // (CELLS * tiles)
+        other = step // tiles % CELLS
+        dims = step % tiles * BLOCK_D + tl.arange(0, BLOCK_D)
+        in_head = dims < HEAD_DIM
+        mask = alive[:, None] & in_head[None, :]
         head = tl.load(heads + other).to(tl.int64)
         slot = tl.load(slots + members * CHUNK_SIZE + token, mask=alive, other=0).to(tl.int64)
         source = keys + cache_row * stride_kb + head * stride_kh + slot * stride_kn
         states = tl.load(source[:, None] + dims[None, :], mask=mask, other=0.0)
         if ROTATED > 0:
             # x cos - crossed sin, of which crossed pairs two dimensions; what lies beyond ROTATED stays.
+            if INTERLEAVED:
+                is_first = dims % 2 == 0
+                partner = tl.where(is_first, dims + 1, dims - 1)
+            else:
+                is_first = dims < ROTATED // 2
+                partner = tl.where(is_first, dims + ROTATED // 2, dims - ROTATED // 2)
+            turned = alive[:, None] & (dims < ROTATED)[None, :]
             crossed = tl.load(source[:, None] + partner[None, :], mask=turned, other=0.0).to(tl.float32)
             crossed = tl.where(is_first[None, :], -crossed, crossed)
             angle = (members.to(tl.int64) * stride_rb + token * stride_rs)[:, None] + dims[None, :]
             cos = tl.load(cosine + angle, mask=turned, other=1.0).to(tl.float32)
             sin = tl.load(sine + angle, mask=turned, other=0.0).to(tl.float32)
             states = (states.to(tl.float32) * cos - crossed * sin).to(keys.dtype.element_ty)
-        column = token * per_token + other * HEAD_DIM
+        column = (token * per_token + other * HEAD_DIM + dims)[None, :]
         key_low = add_product(key_low, states, key_rows + column, in_half, in_head)
         key_high = add_product(key_high, states, key_rows + half * stride_wk + column, in_half, in_head)
         if JOINT:
@@ -268,16 +269,16 @@ def unit_pack_triton(
             BITS=bits,
             PER_BLOCK=0 if block_table is None else targets[0].shape[2],
             BLOCK_M=_BLOCK_M,
-            BLOCK_D=max(16, next_power_of_2(head_dim)),
+            BLOCK_D=choose_block_d(head_dim, keys.element_size()),
             BLOCK_H=max(16, next_power_of_2(head_dim // 2)),
-            num_warps=choose_num_warps(head_dim, keys.element_size()),
+            num_warps=4,
             num_stages=1,
         )
 
 
-def choose_num_warps(head_dim: int, element_size: int) -> int:
-    """Warps of a program: the sums of wide heads, and weights in float32, are more than four of them hold."""
-    return 4 if head_dim * element_size <= 128 else 8
+def choose_block_d(head_dim: int, element_size: int) -> int:
+    """Dimensions of a head that are multiplied at a time: as many as registers hold."""
+    return min(64 if element_size <= 2 else 16, max(16, next_power_of_2(head_dim)))
 
 
 def compile_cases() -> Iterator[CompileCase]:
@@ -313,9 +314,9 @@ def compile_cases() -> Iterator[CompileCase]:
                 "BITS": bits,
                 "PER_BLOCK": per_block,
                 "BLOCK_M": _BLOCK_M,
-                "BLOCK_D": head_dim,
+                "BLOCK_D": choose_block_d(head_dim, 2 if dtype == "bf16" else 4),
                 "BLOCK_H": head_dim // 2,
             },
-            num_warps=choose_num_warps(head_dim, 2 if dtype == "bf16" else 4),
+            num_warps=4,
             num_stages=1,
         )
