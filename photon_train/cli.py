@@ -5,9 +5,11 @@ from __future__ import annotations
 import errno
 import io
 import os
+import re
 import select
 import sys
 import time
+import traceback
 from collections.abc import Callable
 from typing import NoReturn
 
@@ -23,6 +25,8 @@ _FIXES = {
     errno.EACCES: _FORBIDDEN,
 }
 _SIGPIPE_STATUS, _SIGINT_STATUS = 128 + 13, 128 + 2
+# What torch's and DeepSpeed's allocators of main memory, and the driver, say.
+_ALLOCATION = re.compile(r"can't allocate memory|not enough memory|CUDA out of memory|CUDA error: out of memory")
 _WAIT = 10.0  # seconds; launchers look after their processes more often
 
 
@@ -53,8 +57,8 @@ def main_wrapper(function: Callable[[], object]) -> NoReturn:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         raise SystemExit(_SIGINT_STATUS) from None
-    except (PhotonError, OSError) as error:
-        if isinstance(error, OSError) and error.errno not in _FIXES:
+    except (PhotonError, OSError, MemoryError, RuntimeError) as error:
+        if isinstance(error, OSError) and error.errno not in _FIXES or _is_other(error):
             raise
         place = ""
         if os.environ.get("LOCAL_RANK", "0") != "0":
@@ -82,7 +86,24 @@ def _nobody_reads() -> bool:
     return True
 
 
+def _is_other(error: Exception) -> bool:
+    """Whether it is a RuntimeError that does not say that memory ran out.
+
+    torch has a class for a GPU's memory alone, and none of it is imported here.
+    """
+    if not isinstance(error, RuntimeError) or isinstance(error, PhotonError):
+        return False
+    return type(error).__name__ != "OutOfMemoryError" and _ALLOCATION.search(str(error)) is None
+
+
 def _one_line(error: Exception) -> str:
+    if isinstance(error, MemoryError | RuntimeError) and not isinstance(error, PhotonError):
+        said = str(error).strip().split("\n")[0] or "no more can be allocated"
+        frame = traceback.extract_tb(error.__traceback__)[-1]
+        return (
+            f"out of memory: {said} ({frame.filename}, line {frame.lineno}). Lower what is held at a time (of a run "
+            "train.batch_size, train.seq_len, lora.rank; --dry-run says what it takes), or free memory"
+        )
     if isinstance(error, OSError):
         return f"{error.filename or 'a file'} {_FIXES[error.errno].format(error.strerror)}"
     return " ".join(str(error).split())

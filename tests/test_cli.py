@@ -12,7 +12,9 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
@@ -21,6 +23,7 @@ from photon_train.cli import main_wrapper
 from photon_train.config import LevelOverrides, RunConfig, TrainSettings, load_config, to_dict, to_yaml
 from photon_train.config.keys import ROOT, all_keys, find
 from photon_train.config.load import check
+from photon_train.config.schema import _number
 from photon_train.config.yaml import parse_yaml
 from photon_train.errors import PhotonError
 
@@ -211,6 +214,18 @@ def test_bad_yaml_is_one_clear_error(yaml_file, text: str, parts: list[str]) -> 
         (["--photon.num_levels", "1", "--photon.levels.1.chunk_size", "4"], "photon.levels"),
         (["--export.max_shard_size", "big"], "export.max_shard_size"),
         (["--output", ""], "output"),
+        (
+            ["--photon.window", "1e18"],
+            "photon.window on the command line is '1e18'; expected a whole number, at least 1, at",
+        ),
+        (["--photon.num_sinks", "1000000000000000000"], "at least 0, at most 1073741824"),
+        (["--train.seq_len", "1e12"], "train.seq_len"),
+        (["--train.batch_size", "1e12"], "train.batch_size"),
+        (["--lora.rank", "1e12"], "lora.rank"),
+        (["--train.learning_rate", "1e308"], "train.learning_rate"),
+        (["--distill.weight", "1e31"], "distill.weight"),
+        (["--dataset.chat_template", "t.jinja"], "dataset.chat_template is set and no conversations are read"),
+        (["--export.sample_prompt", ""], "export.sample_prompt on the command line is ''; expected text that is not"),
     ],
 )
 def test_bad_values_are_refused(argv: list[str], key: str) -> None:
@@ -237,7 +252,7 @@ def test_sources_of_a_mixture_are_checked(argv: list[str], message: str) -> None
 def test_the_home_directory_stands_for_a_tilde_in_every_path(yaml_file, monkeypatch, tmp_path) -> None:
     """In YAML and after ``--key=`` no shell puts it there."""
     monkeypatch.setenv("HOME", str(tmp_path))
-    text = "model: ~/m\noutput: ~/o\ndataset: {chat_template: ~/t, sources: [{path: ~/s}]}"
+    text = "model: ~/m\noutput: ~/o\ndataset: {messages_field: m, chat_template: ~/t, sources: [{path: ~/s}]}"
     Path(tmp_path, "home.yaml").write_text(text)
     config = load("--config=~/home.yaml", "--dataset.sources.1.path", "~/s2")
     found = [config.model, config.output, config.dataset.chat_template, *(s.path for s in config.dataset.sources)]
@@ -273,6 +288,11 @@ def test_every_number_is_bounded() -> None:
         for node in (find(key), find(key).get("items", {})):
             if node.get("type") in ("integer", "number") and "enum" not in node:
                 assert "minimum" in node or "exclusiveMinimum" in node, key
+                assert "maximum" in node or "exclusiveMaximum" in node, key
+
+
+def test_whole_numbers_keep_their_digits() -> None:
+    assert _number("9007199254740993") == 2**53 + 1 and _number("1e3") == 1000 and _number("0.5") == 0.5
 
 
 def test_help_explains_every_setting_with_its_default(capsys) -> None:
@@ -328,6 +348,8 @@ def test_yaml_round_trip(values) -> None:
     values["data"], values["hub"]["token"] = None, None
     if values["lora"]["rank"] == 0:  # 4 bits are for adapters
         values["train"]["base_bits"] = 16
+    if values["dataset"]["messages_field"] is None:  # a template is for conversations
+        values["dataset"]["chat_template"] = None
     config = check(values, {})
     assert check(parse_yaml(to_yaml(config), "text"), {}) == config
 
@@ -380,6 +402,19 @@ def test_main_wrapper(capsys, monkeypatch) -> None:
         assert said == f"error: out/run cannot be used: {os.strerror(number)}; allow it, or give another place\n"
     with pytest.raises(FileNotFoundError):
         main_wrapper(lambda: open("/nowhere/at/all"))
+    with pytest.raises(RuntimeError, match="sizes do not match"):
+        main_wrapper(lambda: _fail_with(RuntimeError("sizes do not match")))
+    for allocate in (
+        lambda: torch.empty(2**50),
+        lambda: np.empty(2**50),
+        lambda: _fail_with(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 TiB.\nDetails")),
+        lambda: _fail_with(MemoryError()),
+    ):
+        with pytest.raises(SystemExit) as stop:
+            main_wrapper(allocate)
+        said = capsys.readouterr().err
+        assert stop.value.code == 2 and said.count("\n") == 1
+        assert re.fullmatch(r"error: out of memory: .+ \(.+, line \d+\)\. Lower what is held .*--dry-run.*\n", said)
     with pytest.raises(SystemExit) as stop:
         main_wrapper(lambda: None)
     assert stop.value.code == 0

@@ -7,7 +7,7 @@ import textwrap
 from typing import Any
 
 from photon_train.config.keys import ROOT, limits
-from photon_train.config.schema import RunConfig
+from photon_train.config.schema import MOST_COUNT, RunConfig
 
 _USAGE = """\
 usage: {prog} [--config FILE.yaml] [--KEY VALUE ...]
@@ -42,7 +42,7 @@ def _add_group(lines: list[str], group: dict[str, Any], values: Any, path: str, 
             continue
         lines.append(f"  --{path}{name} {_placeholder(field)}")
         default = "required" if name in group.get("required", ()) else f"default: {_show(value)}"
-        text = f"{' '.join(field['description'].split())} ({'; '.join([*limits(field), default])})"
+        text = f"{' '.join(field['description'].split())} ({'; '.join([*limits(field, MOST_COUNT), default])})"
         lines.append(textwrap.fill(text, width, initial_indent=" " * 12, subsequent_indent=" " * 12))
         if "properties" in field.get("items", {}):
             _add_group(lines, field["items"], None, f"{path}{name}.N.", width)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -58,9 +59,10 @@ def all_keys(node: dict[str, Any] = ROOT, path: str = "", on_resume: str = "") -
             yield from all_keys(field, f"{path}{name}.", mark)
 
 
-def limits(node: dict[str, Any]) -> list[str]:
-    """The bounds of a number, in words."""
-    return [f"{words} {node[name]}" for name, words in _LIMITS.items() if name in node]
+def limits(node: dict[str, Any], largest: float = math.inf) -> list[str]:
+    """The bounds of a number, in words; those from `largest` on are left out."""
+    found = ((words, node[name]) for name, words in _LIMITS.items() if name in node)
+    return [f"{words} {value}" for words, value in found if value < largest]
 
 
 def expected(node: dict[str, Any]) -> str:

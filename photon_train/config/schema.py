@@ -20,13 +20,14 @@ from photon_train.files import expand_path, parse_size
 
 def _number(value: Any) -> Any:
     """str that spells a number counts as the number, and 1e3 as a whole one."""
-    if isinstance(value, (str, float)):
-        try:
-            value = float(value)
-        except ValueError:
-            return value
-        return int(value) if value.is_integer() else value
-    return value
+    if isinstance(value, str):
+        for kind in (int, float):  # as a float a long whole number would lose its last digits
+            try:
+                value = kind(value)
+                break
+            except ValueError:
+                continue
+    return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
 def _expected(words: str) -> Any:
@@ -46,10 +47,11 @@ def _once(items: list) -> list:
 
 
 _NUMBER = BeforeValidator(_number)
-Count = Annotated[int, Strict(), Ge(1), _NUMBER]
-Natural = Annotated[int, Strict(), Ge(0), _NUMBER]
-Positive = Annotated[float, Strict(), Gt(0), _NUMBER]
-NotNegative = Annotated[float, Strict(), Ge(0), _NUMBER]
+MOST_COUNT, MOST_FLOAT = 2**30, 1e30  # beyond them int32 and float32 overflow in the middle of a run
+Count = Annotated[int, Strict(), Ge(1), Le(MOST_COUNT), _NUMBER]
+Natural = Annotated[int, Strict(), Ge(0), Le(MOST_COUNT), _NUMBER]
+Positive = Annotated[float, Strict(), Gt(0), Le(MOST_FLOAT), _NUMBER]
+NotNegative = Annotated[float, Strict(), Ge(0), Le(MOST_FLOAT), _NUMBER]
 Flag = Annotated[bool, Strict()]
 Place = Annotated[
     str, MinLen(1), AfterValidator(expand_path), _expected("a path or hub id that is not empty (~user must exist)")
@@ -176,6 +178,15 @@ class DataSettings:
     num_workers: Natural = Field(0, json_schema_extra=FREE)
     """Processes that tokenise with `stream`; 0 tokenises in the main one."""
 
+    @model_validator(mode="after")
+    def _uses_its_template(self) -> DataSettings:
+        if self.chat_template is not None and self.messages_field is None:
+            raise ValueError(
+                "dataset.chat_template is set and no conversations are read: set dataset.messages_field to the column "
+                "that holds them, or drop the template"
+            )
+        return self
+
 
 @dataclass(config=_CHECKED)
 class TrainSettings:
@@ -183,7 +194,7 @@ class TrainSettings:
 
     max_steps: Count = 1000
     """Optimiser steps."""
-    seq_len: Annotated[int, Strict(), Ge(2), _NUMBER] = 2048
+    seq_len: Annotated[int, Strict(), Ge(2), Le(MOST_COUNT), _NUMBER] = 2048
     """Tokens per sequence."""
     batch_size: Count = Field(4, json_schema_extra=PER_STEP)
     """Sequences per process and micro-step."""
@@ -203,7 +214,7 @@ class TrainSettings:
     spike_sigma: NotNegative = 6.0
     """Skip a step whose loss or gradient norm lies this many standard deviations above the mean of the steps before it;
     0 skips only what is not finite."""
-    spike_window: Annotated[int, Strict(), Ge(2), _NUMBER] = 128
+    spike_window: Annotated[int, Strict(), Ge(2), Le(MOST_COUNT), _NUMBER] = 128
     """Accepted steps that mean and deviation are taken over."""
     max_skipped_in_row: Count = Field(5, json_schema_extra=FREE)
     """Skipped steps in a row that end the run."""
@@ -307,7 +318,7 @@ class ExportSettings:
     """Largest safetensors shard."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Weights' type on disk; `auto` is the dense checkpoint's."""
-    sample_prompt: str | None = None
+    sample_prompt: Annotated[str, MinLen(1), _expected("text that is not empty")] | None = None
     """Prompt of the text sample in the report; unset takes held-out text."""
     sample_tokens: Count = 64
     """New tokens of the sample."""

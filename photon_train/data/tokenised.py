@@ -75,6 +75,8 @@ def write_corpus(
     directory = Path(directory)
     stamps, dtype = source_stamps(source), _dtype(tokenizer)
     known = _read_json(directory / CORPUS_FILE) or {}
+    if known:
+        _check_entries(directory / CORPUS_FILE, known, {"made_of": dict, "shards": int})
     content = known.get("made_of", {}).get("source_content") if known.get("stamps") == stamps else None
     made_of = _made_of(source, settings, tokenizer, documents_per_shard, max_characters)
     made_of["source_content"] = content or source_hash(source)
@@ -139,6 +141,8 @@ def _is_complete(directory: Path, made_of: dict[str, Any]) -> bool:
     known = _read_json(directory / CORPUS_FILE) or _read_json(directory / "shard-00000" / _SHARD_FILE)
     if known is None:
         return False
+    if not isinstance(known, dict) or not isinstance(known.get("made_of"), dict):
+        raise _damaged(directory / CORPUS_FILE, "has no usable 'made_of'")
     if known["made_of"] != made_of:
         changed = sorted(key for key in made_of if known["made_of"].get(key) != made_of[key])
         raise PhotonError(f"{directory} was made with another {', '.join(changed)}: give another directory")
@@ -242,7 +246,8 @@ class Corpus:
         corpus = _read_json(self.directory / CORPUS_FILE)
         if corpus is None:
             raise PhotonError(f"{self.directory} is not complete: run the command that tokenises it again")
-        if corpus["made_of"]["tokenizer"] != tokenizer_hash(tokenizer):
+        _check_entries(self.directory / CORPUS_FILE, corpus, {"made_of": dict, "shards": int})
+        if corpus["made_of"].get("tokenizer") != tokenizer_hash(tokenizer):
             raise PhotonError(
                 f"{self.directory} was tokenised with another tokenizer or chat template than the model's: "
                 "tokenise it again"
@@ -252,7 +257,8 @@ class Corpus:
         offsets, points, hashes = [], [], []
         for number in range(corpus["shards"]):
             path = self.directory / f"shard-{number:05d}"
-            shard = _read_json(path / _SHARD_FILE) or {"sizes": {_SHARD_FILE: 0}}
+            shard = _read_json(path / _SHARD_FILE) or {"sizes": {_SHARD_FILE: 0}, "dtype": ""}
+            _check_entries(path / _SHARD_FILE, shard, {"sizes": dict, "dtype": str})
             for name, size in shard["sizes"].items():
                 found = (path / name).stat().st_size if (path / name).is_file() else None
                 if found != size:
@@ -267,8 +273,13 @@ class Corpus:
             hashes.append(shard.get("content"))
             mask = path / "unlearned.bin"
             self.unlearned.append(_map(mask, np.uint8) if mask.exists() else None)
-            offsets.append(np.load(path / "offsets.npy"))
-            points.append(np.load(path / "points.npy"))
+            offsets.append(_load_array(path / "offsets.npy", np.int64))
+            points.append(_load_array(path / "points.npy", np.float64))
+            ends = offsets[-1][[0, -1]].tolist() if len(offsets[-1]) else []
+            if ends != [0, len(self.tokens[-1])] or (np.diff(offsets[-1]) < 0).any():
+                raise _damaged(path / "offsets.npy", "does not fit tokens.bin")
+            if len(points[-1]) != len(offsets[-1]) - 1:
+                raise _damaged(path / "points.npy", "does not fit offsets.npy")
         self.points = np.concatenate(points)
         self.lengths = np.concatenate([np.diff(shard) for shard in offsets])
         # Tokens follow from documents and tokenizer; corpora of older versions know the names of documents alone.
@@ -287,6 +298,37 @@ class Corpus:
             raise PhotonError(f"{self.directory} holds a single document, so none can be held out: give more")
         held_out = self.points < split_threshold(self.points.min(), self.points.max(), held_out_fraction)
         return np.flatnonzero(~held_out), np.flatnonzero(held_out)
+
+
+def _check_entries(path: Path, content: Any, wanted: dict[str, type]) -> None:
+    """That a JSON file has these entries.
+
+    Raises:
+        PhotonError: if one is missing or of another type, or the file holds something else.
+    """
+    for key, kind in wanted.items():
+        if not isinstance(content, dict) or not isinstance(content.get(key), kind):
+            raise _damaged(path, f"has no usable {key!r}")
+
+
+def _load_array(path: Path, dtype: Any) -> np.ndarray:
+    """A vector from a .npy file.
+
+    Raises:
+        PhotonError: if the file holds something else.
+    """
+    try:
+        found = np.load(path, allow_pickle=False)
+    except (OSError, ValueError, EOFError) as error:
+        raise _damaged(path, f"cannot be read ({error})") from error
+    if not isinstance(found, np.ndarray) or found.ndim != 1 or found.dtype != dtype:
+        raise _damaged(path, "is no vector of the type that was written")
+    return found
+
+
+def _damaged(path: Path, what: str) -> PhotonError:
+    remove = path if path.name == CORPUS_FILE else f"{path.parent} and {CORPUS_FILE}"
+    return PhotonError(f"{path} {what}: remove {remove}, and tokenise again")
 
 
 def _map(path: Path, dtype: Any) -> np.ndarray:

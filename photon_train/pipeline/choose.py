@@ -26,9 +26,12 @@ WINDOWS = 8  # tokens of a sequence in windows, where the run's sequences are as
 
 
 def wants_probe(config: RunConfig, planned: PretrainedConfig) -> bool:
-    """Whether a probe is to choose the memory cells: nobody has named them, and the text reaches beyond the window."""
+    """Whether a probe is to choose the memory cells: nobody has named them, some layer has a window, and the text
+    reaches beyond it."""
     chosen = config.preset != "graft" or config.photon.memory_cells is not None
-    return not chosen and config.train.seq_len > planned.window + 1
+    if chosen or not any(map(planned.has_window, range(planned.num_hidden_layers))):
+        return False
+    return config.train.seq_len > planned.window + 1
 
 
 def with_cells(config: RunConfig, cells: list[str]) -> RunConfig:

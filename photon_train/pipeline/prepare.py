@@ -156,9 +156,12 @@ def show_conversion(conversion: Conversion) -> None:
             "or in what export.dtype says."
         )
     if getattr(conversion.config, "memory_cells", None) == {}:
+        windowed = any(map(conversion.config.has_window, range(conversion.config.num_hidden_layers)))
         console.print(
             "No memory: photon.memory_cells is empty, so windowed layers see the window and the sinks alone "
             "(StreamingLLM). What has left the window is lost to them."
+            if windowed
+            else "No layer gets a window: photon.full_attention_layers keeps them all, and the cache grows as before."
         )
     if numbers.new_parameters > _MANY_NEW * numbers.dense_parameters:
         console.print(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 from functools import partial
 from pathlib import Path
@@ -260,3 +261,38 @@ def test_nothing_to_learn(tmp_path: Path) -> None:
     (tmp_path / "chat.jsonl").write_text(json.dumps(row) + "\n" + json.dumps(row))
     with pytest.raises(PhotonError, match="no document has anything to learn"):
         write(str(tmp_path / "chat.jsonl"), tmp_path / "corpus", messages_field="messages")
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        ("corpus.json", b"[1]", "has no usable 'made_of'"),
+        ("corpus.json", b'{"made_of": {}}', "has no usable 'shards'"),
+        ("corpus.json", b"{", "cannot be read"),
+        ("shard-00000/shard.json", b'{"sizes": 3}', "has no usable 'sizes'"),
+        ("shard-00000/offsets.npy", None, "offsets.npy cannot be read"),
+        ("shard-00000/points.npy", np.zeros(2), "points.npy does not fit offsets.npy"),
+        ("shard-00000/offsets.npy", np.asarray([0, 7], np.int64), "offsets.npy does not fit tokens.bin"),
+        ("shard-00000/offsets.npy", np.zeros((2, 2), np.int64), "offsets.npy is no vector"),
+        ("shard-00000/points.npy", np.asarray(["a"], object), "points.npy cannot be read"),
+    ],
+)
+def test_a_damaged_corpus_is_one_line_that_says_what_to_remove(source, tmp_path, name, content, said) -> None:
+    """Of the size that was written, so that the sizes do not tell."""
+    write(source, tmp_path / "corpus")
+    path = tmp_path / "corpus" / name
+    if isinstance(content, np.ndarray):
+        np.save(path, content, allow_pickle=True)
+    else:
+        path.write_bytes(path.read_bytes()[::-1] if content is None else content)
+    if path.suffix == ".npy":
+        shard = path.with_name("shard.json")
+        record = json.loads(shard.read_text())
+        record["sizes"][path.name] = path.stat().st_size
+        shard.write_text(json.dumps(record))
+    with pytest.raises(PhotonError, match=f"{re.escape(said)}.*: remove .*tokenise again") as caught:
+        Corpus(tmp_path / "corpus", make_tokenizer())
+    assert "\n" not in str(caught.value)
+    if name == "corpus.json":
+        with pytest.raises(PhotonError, match=f"{re.escape(said)}.*tokenise again"):
+            write(source, tmp_path / "corpus")

@@ -174,6 +174,15 @@ def test_a_dry_run_says_that_there_is_no_memory(dense, settings, photon, alone, 
     assert ("see the window and the sinks alone (StreamingLLM)" in printed) == alone
 
 
+def test_a_dry_run_of_full_layers_alone_speaks_of_no_window_and_no_probe(dense, settings, capsys):
+    layers = range(AutoConfig.from_pretrained(dense).num_hidden_layers)
+    config = settings(256, full_attention_layers=list(layers))
+    config.model, config.dry_run = str(dense), True
+    run_conversion(config)
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "No layer gets a window" in printed and "alone" not in printed and "probe" not in printed
+
+
 @pytest.mark.parametrize(("chunk_size", "warned"), [(2, False), (8, True)])
 def test_a_dry_run_warns_of_a_memory_that_is_large_beside_its_model(dense, settings, chunk_size, warned, capsys):
     config = settings(chunk_size=chunk_size, memory_cells=["3:0", "3:1"])
