@@ -179,7 +179,7 @@ class NewElements:
             keep = keep & ((self.index > last - store.ring_size) | (self.index < store.num_sinks))
         if self.length == 1 and self.valid is None and (keep.shape[0] > 1 or self.backend == "triton"):
             batch = torch.arange(self.batch, device=keep.device)
-            return SlotMapping(self.rows, torch.zeros_like(batch), slots[:, 0].expand(self.batch), batch)
+            return SlotMapping(self.rows, torch.zeros_like(batch), slots[:, 0].expand(self.batch), batch, True)
         if keep.shape[0] == 1:
             columns = torch.arange(self.length, device=self.index.device)
             if self.length > 1:
@@ -208,8 +208,7 @@ class NewElements:
         slots = slot_mapping.slots[:, None]
         appends: dict[torch.dtype, list] = {}
         for states, to in zip(new, stored, strict=True):
-            source = states[slot_mapping.batch, :, slot_mapping.columns, None]
-            append = kernels.Append(source, to, slot_mapping.cache_rows, slots, block_table)
+            append = kernels.Append(slot_mapping.take(states), to, slot_mapping.cache_rows, slots, block_table)
             appends.setdefault(to.dtype, []).append(append)  # one launch takes tensors of one type
         for each in appends.values():
             kernels.cache_append(each, backend="triton")

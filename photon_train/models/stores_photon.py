@@ -22,17 +22,25 @@ class SlotMapping:
         columns: Elements of the pass, ``[m]``.
         slots: Their slots, ``[m]``.
         batch: Row of the pass of each element, ``[m]``; None: every row stores all columns.
+        is_one_each: Whether they are the pass's rows in order, of one element each.
     """
 
     rows: torch.Tensor | None
     columns: torch.Tensor
     slots: torch.Tensor
     batch: torch.Tensor | None = None
+    is_one_each: bool = False
 
     @property
     def cache_rows(self) -> torch.Tensor:
         """Row of the cache of each element, ``[m]``; with `batch` only."""
-        return self.batch if self.rows is None else self.rows[self.batch]
+        if self.rows is None:
+            return self.batch
+        return self.rows if self.is_one_each else self.rows[self.batch]
+
+    def take(self, new: torch.Tensor) -> torch.Tensor:
+        """The elements of ``new [B, heads, T, size]``, ``[m, heads, 1, size]``; with `batch` only."""
+        return new if self.is_one_each else new[self.batch, :, self.columns, None]
 
     def put(self, stored: torch.Tensor, new: torch.Tensor) -> None:
         """Store ``new [n, ..., T, (D)]`` in ``stored [rows, ..., N, (D)]``; slots are dimension 2, or 1 of two."""

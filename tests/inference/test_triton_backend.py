@@ -5,11 +5,16 @@ from __future__ import annotations
 import pytest
 import torch
 from tiny import GRAFTS, photon_model, tokens
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from triton import JITFunction
+from triton.runtime.interpreter import InterpretedFunction
 
 from photon_train.inference.cache import CacheLayout, PagedCache
 from photon_train.inference.engine import Engine, EngineSettings
+from photon_train.inference.graphs import StaticCalls
 from photon_train.inference.request import SamplingParams
 from photon_train.inference.runner import Runner
+from photon_train.models.memory_segment_photon import MemorySegment
 
 # One of each kind of layer: rings with and without sinks, memory in one part and in two, full attention.
 SOME = ["window", "memory", "memory-apart", "memory-full"]
@@ -93,7 +98,8 @@ def test_triton_logits_equal_torch_logits_and_one_pass(name, decode, triton_devi
     torch.testing.assert_close(decode(model, rows), expected, atol=2e-4, rtol=0)
     config = model.config
     wanted = {"cache_append_triton", "window_decode_attention_triton"}
-    wanted |= {"latent_decode_triton"} if config.memory_layers else set()
+    memory = {"unit_pack_triton", "latent_queries_triton", "latent_decode_triton", "latent_outputs_triton"}
+    wanted |= memory if config.memory_layers else set()
     wanted |= {"paged_decode_attention_triton"} if config.full_attention_layers else set()
     assert launched == wanted
 
@@ -103,7 +109,8 @@ def record_launches(monkeypatch) -> set[str]:
     import importlib
 
     launched: set[str] = set()
-    for name in ("cache_append", "window_decode_attention", "latent_decode", "paged_decode_attention"):
+    names = ["cache_append", "window_decode_attention", "latent_decode", "paged_decode_attention"]
+    for name in (*names, "unit_pack", "latent_queries", "latent_outputs"):
         module = importlib.import_module(f"photon_kernels.{name.removesuffix('_attention')}.triton")
         launcher = getattr(module, f"{name}_triton")
 
@@ -113,6 +120,74 @@ def record_launches(monkeypatch) -> set[str]:
 
         monkeypatch.setattr(module, launcher.__name__, recorded)
     return launched
+
+
+LAUNCHES = 8  # a memory layer's in a decoding step: two stores, a window, five for what is far
+
+
+class Counted(TorchDispatchMode):
+    """Operations that take a launch of their own, by name: views and fresh memory take none."""
+
+    FREE = {"view", "expand", "select", "slice", "unsqueeze", "squeeze", "transpose", "split", "as_strided", "detach"}
+    FREE |= {"_unsafe_view", "alias", "empty", "new_empty", "empty_strided", "empty_like", "unbind", "permute"}
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, function, types, arguments=(), settings=None):
+        name = function.overloadpacket.__name__
+        if name not in self.FREE:
+            self.names.append(name)
+        return function(*arguments, **(settings or {}))
+
+
+@pytest.mark.parametrize("name", ["memory", "memory-apart", "memory-4-bits"])
+@torch.no_grad()
+def test_a_memory_layer_decodes_in_few_launches(name, triton_device, monkeypatch):
+    """On a GPU a step is bound by their number. The last layer's: what layers share is there already."""
+    model = photon_model(name).to(triton_device)
+    model.set_backend("triton")
+    layout = CacheLayout.fit(model, 2**20, num_rows=2, block_size=2 * model.config.chunk_size, max_length=32)
+    cache = PagedCache(model, layout)
+    runner = Runner(model, cache, StaticCalls(cache, 2, 16, capture=False))
+    sequences = [cache.open_sequence() for _ in range(2)]
+    assert all(cache.reserve(one, 24) for one in sequences)
+    runner.prefill([(one, tokens(1, 17 + row)[0].tolist()) for row, one in enumerate(sequences)])
+    kernels: list[str] = []
+
+    def count_launches(kind: type) -> None:
+        run = kind.__getitem__
+
+        def launched(self, grid):
+            def launch(*arguments, **settings):
+                kernels.append(self.fn.__name__)
+                with _disable_current_modes():  # what the interpreter does for a kernel is one launch
+                    return run(self, grid)(*arguments, **settings)
+
+            return launch
+
+        monkeypatch.setattr(kind, "__getitem__", launched)
+
+    for kind in (InterpretedFunction, JITFunction):
+        count_launches(kind)
+    last, attend = max(model.config.memory_layers), MemorySegment.attend
+
+    def counted(self, module, *arguments, **settings):
+        if module.layer_idx != last:
+            return attend(self, module, *arguments, **settings)
+        kernels.clear()
+        with Counted() as operations:
+            found = attend(self, module, *arguments, **settings)
+        steps.append((operations.names, list(kernels)))
+        return found
+
+    monkeypatch.setattr(MemorySegment, "attend", counted)
+    steps: list[tuple[list[str], list[str]]] = []
+    for _ in range(2):  # the first makes what later ones find
+        runner.decode([(one, 5) for one in sequences])
+    operations, launches = steps[-1]
+    assert (operations, len(launches)) == ([], LAUNCHES), (operations, launches)
 
 
 def test_generate_writes_the_same_on_triton(triton_device):
