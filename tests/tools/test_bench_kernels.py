@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from lib import kernel_cases
 from photon_train.errors import PhotonError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -35,7 +36,7 @@ def test_every_case_is_checked(monkeypatch, capsys):
 
 def test_a_wrong_kernel_is_not_timed(monkeypatch):
     monkeypatch.setattr(tool, "microseconds", lambda function: pytest.fail("timed"))
-    case = replace(tool.chunker_case(2, 16, 2), run=lambda: torch.zeros(2, 16, device=tool.device()))
+    case = replace(kernel_cases.chunker_case(2, 16, 2), run=lambda: torch.zeros(2, 16, device=kernel_cases.device()))
     with pytest.raises(PhotonError, match=r"chunker \(rows=2 C=2 d=16\) is off by 1.0e\+00"):
         tool.row_of(case, bandwidth=1e12)
 
@@ -43,7 +44,7 @@ def test_a_wrong_kernel_is_not_timed(monkeypatch):
 def test_rows_give_bytes_per_second_and_ratios(monkeypatch, tmp_path):
     took = iter([2.0, 8.0])
     monkeypatch.setattr(tool, "microseconds", lambda function: next(took))
-    case = tool.chunker_case(2, 16, 2)
+    case = kernel_cases.chunker_case(2, 16, 2)
     row = tool.row_of(case, bandwidth=1e9)
     assert row["bytes_per_s"] == case.nbytes / 2e-6 and row["copy_share"] == round(row["bytes_per_s"] / 1e9, 3)
     assert row["times index, linear"] == 4.0
@@ -67,7 +68,7 @@ def test_the_fastest_tiles_of_all_cases_go_to_the_table(monkeypatch, tmp_path):
     monkeypatch.setattr(tool, "microseconds", lambda function: function() is None or next(took))
     path = tmp_path / "tiles.json"
     path.write_text('{"devices": {"another": {}}}')
-    cases = [lambda: tool.window_case(2, (4, 2, 16), 40)] * 2
+    cases = [lambda: kernel_cases.window_case(2, (4, 2, 16), 40)] * 2
     tool.tune(iter(cases), path, budget_seconds=60)
     chosen = {"window_decode slots=40 queries=2 dim=16 bytes=2": tried[0]}
     assert json.loads(path.read_text()) == {"devices": {"another": {}, "cpu": chosen}}
