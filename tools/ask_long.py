@@ -25,6 +25,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 import photon_train.models  # noqa: F401  (its architectures become known to transformers)
 from photon_train import accounting
 from photon_train.accounting import format_bytes
+from photon_train.checkpoints import with_softcap
 from photon_train.cli import main_wrapper
 from photon_train.errors import PhotonError
 from photon_train.evaluation.positions import segment_length
@@ -62,7 +63,7 @@ def shortened(text: str, tokenizer: PreTrainedTokenizerBase, tokens: int) -> str
 def answers(directory: str, tokenizer: PreTrainedTokenizerBase, text: str) -> dict[str, Any]:
     """What the model in `directory` writes to each question, its cache's bytes, and the seconds that it took."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    model = AutoModelForCausalLM.from_pretrained(directory, dtype="auto").to(device).eval()
+    model = with_softcap(AutoModelForCausalLM.from_pretrained(directory, dtype="auto")).to(device).eval()
     read = torch.tensor([prompt_tokens(tokenizer, _LEAD + text)], device=device)
     began, cache = time.perf_counter(), None
     for part in read.split(segment_length(model), dim=1):

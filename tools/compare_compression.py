@@ -25,7 +25,7 @@ from lib.presses import press_for
 from lib.quality import periodic
 from lib.study_text import study_documents
 from photon_train.accounting import cache_bytes, dense_cache_bytes
-from photon_train.checkpoints import read_config
+from photon_train.checkpoints import read_config, with_softcap
 from photon_train.cli import main_wrapper
 from photon_train.data.corpora import split_documents
 from photon_train.data.packing import pack
@@ -81,7 +81,7 @@ def main() -> None:
     length = options.prefix + options.scored
     text = pack(held_out, tokenizer, max(length, 960), 1, tokenizer.eos_token_id).tokens[: options.sequences].long()
     texts = {"ce": text[:, :length], "ce_repeated": periodic(text, seed=0)[0][:, :length]}
-    dense = AutoModelForCausalLM.from_pretrained(options.dense, dtype="auto").eval()
+    dense = with_softcap(AutoModelForCausalLM.from_pretrained(options.dense, dtype="auto")).eval()
     full = dense_cache_bytes(dense.config, options.prefix)
     rows = []
 

@@ -26,13 +26,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, QuantizedCache
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, QuantizedCache
 
 from lib.benchmark import read_rows
 from lib.converted import converted
 from lib.plots import plot_frontier
 from lib.presses import evaluate_pressed
 from photon_train import accounting
+from photon_train.checkpoints import with_softcap
 from photon_train.cli import main_wrapper
 from photon_train.config import DataSettings, RunConfig, load_config, read_yaml
 from photon_train.conversion.calibrate import calibration_batches
@@ -93,10 +94,10 @@ class Comparison:
 
     def _open(self, plan: dict[str, Any], common: dict[str, Any]) -> PreTrainedModel:
         if plan["plan"] == "dense":
-            return AutoModelForCausalLM.from_pretrained(self.dense, dtype="auto")
+            return with_softcap(AutoModelForCausalLM.from_pretrained(self.dense, dtype="auto"))
         if "run" in plan:
             directory = DENSE_FINETUNED if plan["plan"] == "dense-finetuned" else "export"
-            return AutoModelForCausalLM.from_pretrained(Path(plan["run"]) / directory, dtype="auto")
+            return with_softcap(AutoModelForCausalLM.from_pretrained(Path(plan["run"]) / directory, dtype="auto"))
         config = settings_of(plan, common)
         photon = config.photon
         if photon.memory_cells is None:
@@ -108,7 +109,7 @@ class Comparison:
         if self.options.probe is None:
             raise PhotonError("a plan with photon.memory_budget needs --probe: a run's probe.json")
         probe = CellProbe.from_json(self.options.probe.read_text(encoding="utf-8"))
-        dense = AutoModelForCausalLM.from_pretrained(self.dense, dtype="auto").config
+        dense = AutoConfig.from_pretrained(self.dense)
         return format_cells(
             probe.best_cells(count_cells(dense, config.photon), memory_candidates(dense, config.photon))
         )

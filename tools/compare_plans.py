@@ -32,6 +32,7 @@ from lib.repeats import Repeats
 from lib.study import add_recovered, markdown_table
 from lib.study_text import study_documents
 from photon_train.accounting import TrainingSetup, costs_of, dense_flops, dense_parameters, estimate
+from photon_train.checkpoints import with_softcap
 from photon_train.cli import main_wrapper
 from photon_train.config import RunConfig, load_config, read_yaml
 from photon_train.conversion.apply import convert
@@ -108,7 +109,7 @@ def convert_plan(study: Study, config: RunConfig, directory: Path) -> PreTrained
     target = photon_config(checkpoint.config, config)
     calibration = partial(calibrate_directory, batches=calibration_batches(study.train_set))
     convert(checkpoint, make_plan(checkpoint, target), target, directory, progress=False, on_written=calibration)
-    return AutoModelForCausalLM.from_pretrained(directory, dtype="auto")
+    return with_softcap(AutoModelForCausalLM.from_pretrained(directory, dtype="auto"))
 
 
 def run_plan(study: Study, plan: dict[str, Any], config: RunConfig, save: Path | None = None) -> dict[str, Any]:
@@ -117,7 +118,7 @@ def run_plan(study: Study, plan: dict[str, Any], config: RunConfig, save: Path |
     is_dense, trained = plan["plan"] in ("dense", "dense-finetuned"), plan.get("trained", plan["plan"] != "dense")
     with tempfile.TemporaryDirectory() as scratch:
         if is_dense:
-            model = AutoModelForCausalLM.from_pretrained(study.dense, dtype="auto")
+            model = with_softcap(AutoModelForCausalLM.from_pretrained(study.dense, dtype="auto"))
         else:
             model = convert_plan(study, config, Path(scratch) / "converted")
         sizes = _sizes(model, config, is_dense)

@@ -21,6 +21,7 @@ from photon_train.errors import PhotonError
 IGNORED_LABEL = -100
 _BATCH_DOCUMENTS = 256
 _PIECE_CHARACTERS = 1_000_000
+_CHARACTERS_AT_ONCE = 4_000_000  # whose ids, as Python's numbers, take a gigabyte at most
 
 
 class Sequences(Protocol):
@@ -229,19 +230,26 @@ def tokenize_documents(
 def _texts(
     batch: list[Document], tokenizer: PreTrainedTokenizerBase, head: list[int], eos_id: int
 ) -> Iterator[tuple[Document, np.ndarray, None]]:
-    pieces = [list(_pieces(document.text)) for document in batch]
-    # `verbose=False`: no warning that a document is longer than the model's context; it is cut by packing.
-    encoded = iter(
-        tokenizer(
-            [piece for group in pieces for piece in group],
-            add_special_tokens=False,
-            return_attention_mask=False,
-            verbose=False,
-        )["input_ids"]
-    )
-    for document, group in zip(batch, pieces, strict=True):
-        ids = [head, *(next(encoded) for _ in group), [eos_id]]
+    encoded = _encoded((piece for document in batch for piece in _pieces(document.text)), tokenizer)
+    for document in batch:
+        ids = [head, *islice(encoded, sum(1 for _ in _pieces(document.text))), [eos_id]]
         yield document, np.fromiter((token for part in ids for token in part), dtype=np.int32), None
+
+
+def _encoded(pieces: Iterable[str], tokenizer: PreTrainedTokenizerBase) -> Iterator[list[int]]:
+    """The ids of each piece; so many characters at a time that what the tokenizer holds beside them stays bounded."""
+    pieces = iter(pieces)
+    while waiting := list(_taken(pieces)):
+        # `verbose=False`: no warning that a document is longer than the model's context; it is cut by packing.
+        settings = {"add_special_tokens": False, "return_attention_mask": False, "verbose": False}
+        yield from tokenizer(waiting, **settings)["input_ids"]
+
+
+def _taken(pieces: Iterator[str]) -> Iterator[str]:
+    size = 0
+    while size < _CHARACTERS_AT_ONCE and (piece := next(pieces, None)) is not None:
+        size += len(piece)
+        yield piece
 
 
 def _pieces(text: str) -> Iterator[str]:

@@ -114,6 +114,24 @@ def test_long_document_is_tokenised_in_pieces(tokenizer, monkeypatch: pytest.Mon
     assert {piece.endswith("\n") for piece in pieces if "y" not in piece} == {True}
 
 
+def test_few_characters_are_tokenised_at_once(tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A document of 50 MB took gigabytes; which pieces go together changes no token."""
+    texts = ["".join(f"line {i} of {name}\n" for i in range(40)) for name in "abc"] + ["short", "x" * 250]
+    monkeypatch.setattr(packing, "_PIECE_CHARACTERS", 100)
+    expected = [ids.tolist() for _, ids, _ in packing.tokenize_documents(documents(texts), tokenizer, EOS)]
+    sizes: list[int] = []
+
+    class Seen(type(tokenizer)):
+        def __call__(self, text, **settings):
+            sizes.append(sum(map(len, text)))
+            return super().__call__(text, **settings)
+
+    monkeypatch.setattr(tokenizer, "__class__", Seen)
+    monkeypatch.setattr(packing, "_CHARACTERS_AT_ONCE", 250)
+    found = [ids.tolist() for _, ids, _ in packing.tokenize_documents(documents(texts), tokenizer, EOS)]
+    assert found == expected and max(sizes) < 250 + 100 and sum(sizes) == sum(map(len, texts))
+
+
 def test_documents_start_with_bos_where_the_tokenizer_puts_one() -> None:
     tokenizer = train_tokenizer(iter(TEXTS), 300)
     tokenizer.add_special_tokens({"bos_token": "<s>"})
